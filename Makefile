@@ -1,0 +1,70 @@
+# make demo   trains the demo (10 to 15 minutes on two cores); DEMO_STEPS=20 make demo for a quick look
+# make test   runs the tests
+# make lint   runs ruff and mypy
+# make bench  times a training step against its peers
+# make sweep  finds the demo's learning rates anew (about an hour on two cores; resumable)
+# make build  builds the wheel and the sdist into dist/
+#
+# Each first makes .venv if there is none and installs what it needs there; nothing is installed again while
+# pyproject.toml stays as it is. ARGS="..." reaches the program: make test ARGS="-k columns".
+
+PYTHON ?= python3
+VENV   ?= .venv
+# One exact version, installed before anything that asks for a range: the newest torch may be newer than the package
+# supports.
+TORCH  ?= torch==2.13.0
+
+BIN  := $(VENV)/bin
+PIP  := $(BIN)/python -m pip --disable-pip-version-check
+# The stamp of an installation carries pyproject.toml's checksum: file times say nothing in a fresh checkout.
+HASH := $(firstword $(shell cksum < pyproject.toml))
+
+# Every model here is built from a configuration; nothing is loaded from a hub.
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: help install demo test lint format bench sweep build clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: | $(BIN)/python
+	$(PIP) install "$(TORCH)"
+	@touch $@
+
+$(VENV)/.installed-%-$(HASH): $(VENV)/.torch
+	$(PIP) install --editable ".[$*]"
+	@touch $@
+
+install: $(VENV)/.installed-dev-$(HASH)
+
+demo: $(VENV)/.installed-demo-$(HASH)
+	$(BIN)/python examples/demo.py $(ARGS)
+
+# Compiled kernels are kept in the checkout, so that a second run of the tests starts warm.
+test: export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
+test: install
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy grass_compile
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed-bench-$(HASH)
+	$(BIN)/python -m benchmarks.step $(ARGS)
+
+sweep: $(VENV)/.installed-demo-$(HASH)
+	$(BIN)/python -m benchmarks.sweep $(ARGS)
+
+build: install
+	$(BIN)/python -m build
+
+clean:
+	rm -rf build dist .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,49 @@
+"""Learning rates of the demo's runs: the best of a recorded sweep, or a fallback for a run that no sweep covers.
+
+`benchmarks/sweep.py` records one JSON line a run, with its whole `TrainConfig` and the validation loss it ended at.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from training import Event, TrainConfig
+
+RECORDED_SWEEP = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "demo_sweep.jsonl"
+
+FALLBACK_DENSE_LR = 3e-3
+FALLBACK_GRASS_LR = 6e-3
+
+# A shorter run, other text or another device keeps the learning rates found for the full run.
+_NOT_COMPARED = {"lr", "dense_lr", "steps", "validations", "validation_windows", "text", "device", "seed"}
+_GRASS_ONLY = {"axis", "update_proj_gap", "on_refresh"}
+
+
+def with_best_rates(config: TrainConfig, sweep: Path = RECORDED_SWEEP) -> tuple[TrainConfig, bool]:
+    """`config` with the learning rates of the full run that ended lowest in `sweep`, and True.
+
+    With fallback rates, and False, where no full run in `sweep` has this model, batch and method.
+    """
+    alike = [
+        record
+        for record in read_sweep(sweep)
+        if record["config"]["steps"] == TrainConfig.steps and _compared(record["config"]) == _compared(asdict(config))
+    ]
+    if alike:
+        best = min(alike, key=lambda record: record["val_loss"])["config"]
+        return replace(config, lr=best["lr"], dense_lr=best["dense_lr"]), True
+    if config.rank is None:
+        return replace(config, lr=FALLBACK_DENSE_LR), False
+    return replace(config, lr=FALLBACK_GRASS_LR, dense_lr=FALLBACK_DENSE_LR), False
+
+
+def read_sweep(sweep: Path) -> list[Event]:
+    """The records of a sweep; none where the file isn't there."""
+    return [json.loads(line) for line in sweep.read_text().splitlines()] if sweep.exists() else []
+
+
+def _compared(config: Event) -> Event:
+    ignored = _NOT_COMPARED | (_GRASS_ONLY if config["rank"] is None else set())
+    return {name: value for name, value in config.items() if name not in ignored}

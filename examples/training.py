@@ -1,0 +1,204 @@
+"""One training run of the demo: a small LLaMA on bytes, dense or with grass, measured as it goes.
+
+`train()` is what the demo and `benchmarks/sweep.py` share. As a program this file takes a `TrainConfig` as JSON and
+prints one JSON event a line: each run has a process to itself, so that its peak memory and compile time are its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import grass_compile
+from corpus import VOCABULARY, Corpus, bigram_loss, even_windows, load_corpus, sample_windows
+from measure import PeakMemory, StepClock
+
+Event = dict[str, Any]
+
+# Grass compiles its refresh at the first step and its regular step at the second; dense training compiles at the first.
+COMPILING_STEPS = 3
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All that decides a run. `rank=None` is dense `torch.optim.AdamW`; with a rank it is `grass_compile.AdamW`."""
+
+    lr: float
+    rank: int | None = None
+    axis: str = "auto"
+    update_proj_gap: int = 50
+    on_refresh: str = "reset"
+    dense_lr: float | None = None  # for what grass leaves dense; None: `lr`
+
+    hidden_size: int = 256
+    intermediate_size: int = 688
+    layers: int = 4
+    heads: int = 4
+
+    steps: int = 1000
+    batch_size: int = 8
+    sequence_length: int = 256
+    warmup_share: float = 0.05
+    final_lr_share: float = 0.1
+    validations: int = 20
+    validation_windows: int = 64
+    seed: int = 0
+    device: str = "cpu"
+    text: str | None = None  # a folder; None: the Python standard library
+
+
+def train(config: TrainConfig, report: Callable[[Event], None]) -> Event:
+    """Train as `config` says and return what was measured; `report` gets an event for each step and validation."""
+    corpus = load_corpus(config.text)
+    validation = even_windows(corpus.held_out, config.validation_windows, config.sequence_length)
+    model = build_model(config)
+    optimizer = build_optimizer(model, config)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_share(step, config))
+    compiled = torch.compile(model, backend="inductor" if config.rank is None else "grass")
+    memory, clock = PeakMemory(config.device), StepClock(COMPILING_STEPS)
+
+    curve: list[Event] = []
+    for step, ids in enumerate(batches(corpus, config)):
+        if is_validation_step(step, config):
+            with memory.paused():
+                curve.append({"step": step, "val_loss": evaluate(model, validation.to(config.device))})
+            report({"event": "validation", **curve[-1]})
+        if step == config.steps:
+            break
+        if step == COMPILING_STEPS:
+            memory.restart()
+        with clock.step():
+            train_loss = train_step(compiled, optimizer, ids)
+        scheduler.step()
+        report({"event": "step", "train_loss": train_loss})
+
+    measured = {
+        "val_loss": curve[-1]["val_loss"],
+        "tokens_per_second": ids.numel() / clock.mean_step_seconds(),
+        "train_seconds": clock.train_seconds(),
+        "compile_seconds": clock.compile_seconds(),
+        "peak_memory_bytes": memory.peak(),
+        "optimizer_state_bytes": state_bytes(optimizer),
+        "curve": [{**point, "seconds": clock.train_seconds(point["step"])} for point in curve],
+    }
+    return measured | describe(model, optimizer, corpus, validation, ids)
+
+
+def build_model(config: TrainConfig) -> LlamaForCausalLM:
+    """Hugging Face's LLaMA as it is, with bytes for a vocabulary."""
+    torch.manual_seed(config.seed)
+    llama = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.heads,
+        max_position_embeddings=config.sequence_length,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(llama).to(config.device)
+
+
+def build_optimizer(model: LlamaForCausalLM, config: TrainConfig) -> torch.optim.Optimizer:
+    """Dense AdamW over everything, or grass over the linear layers of the blocks and dense AdamW over the rest."""
+    if config.rank is None:
+        return torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
+
+    linear_weights = {id(module.weight) for module in model.model.layers.modules() if isinstance(module, nn.Linear)}
+    projected = [(name, p) for name, p in model.named_parameters() if id(p) in linear_weights]
+    rest = [(name, p) for name, p in model.named_parameters() if id(p) not in linear_weights]
+    return grass_compile.AdamW(
+        [
+            {"params": projected},
+            {"params": rest, "rank": None, "lr": config.lr if config.dense_lr is None else config.dense_lr},
+        ],
+        lr=config.lr,
+        weight_decay=0.0,
+        rank=config.rank,
+        axis=config.axis,
+        update_proj_gap=config.update_proj_gap,
+        on_refresh=config.on_refresh,
+    )
+
+
+def lr_share(step: int, config: TrainConfig) -> float:
+    """The share of the learning rate at `step`: a linear warm-up, then a cosine down to `final_lr_share`."""
+    warmup = max(1, round(config.warmup_share * config.steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, config.steps - warmup)
+    return config.final_lr_share + (1 - config.final_lr_share) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def batches(corpus: Corpus, config: TrainConfig) -> Iterator[Tensor]:
+    """Training batches without end, `int64[batch_size, sequence_length]`; the seed alone decides them."""
+    generator = torch.Generator().manual_seed(config.seed)
+    while True:
+        ids = sample_windows(corpus.train, config.batch_size, config.sequence_length, generator)
+        yield ids.to(config.device)
+
+
+def train_step(compiled: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor) -> float:
+    loss = compiled(input_ids=ids, labels=ids).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
+def is_validation_step(step: int, config: TrainConfig) -> bool:
+    return step == config.steps or step % max(1, config.steps // config.validations) == 0
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, windows: Tensor, batch_size: int = 8) -> float:
+    """Mean loss in nats per byte over `windows` (`int64[n, length]`), run eagerly: nothing more to compile."""
+    model.eval()
+    losses = [model(input_ids=batch, labels=batch).loss * len(batch) for batch in windows.split(batch_size)]
+    model.train()
+    return sum(loss.item() for loss in losses) / len(windows)
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of all tensors that the optimizer keeps from one step to the next."""
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    return sum(value.nbytes for value in values if isinstance(value, Tensor))
+
+
+def describe(
+    model: nn.Module, optimizer: torch.optim.Optimizer, corpus: Corpus, validation: Tensor, ids: Tensor
+) -> Event:
+    """What was trained on what, and what grass made of it (`projection`; None for a dense run)."""
+    grass = isinstance(optimizer, grass_compile.AdamW)
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "corpus": str(corpus),
+        "bigram_loss": bigram_loss(corpus.train, validation),
+        "projection": str(grass_compile.explain(model, input_ids=ids, labels=ids, optimizer=optimizer))
+        if grass
+        else None,
+    }
+
+
+def main() -> None:
+    events = sys.stdout
+
+    def emit(event: Event) -> None:
+        print(json.dumps(event), file=events, flush=True)
+
+    with contextlib.redirect_stdout(sys.stderr):  # what a library prints is no event
+        emit({"event": "result", **train(TrainConfig(**json.loads(sys.argv[1])), emit)})
+
+
+if __name__ == "__main__":
+    main()

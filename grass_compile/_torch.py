@@ -1,0 +1,333 @@
+"""The only importer of private torch names. Everything that may differ between torch 2.11 and 2.13 is settled here.
+
+Nothing of ours is imported, so that any module may use this one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from functorch.compile import min_cut_rematerialization_partition
+from torch import Tensor, fx
+from torch._dynamo import disable as dynamo_disable
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch import config as functorch_config
+from torch._guards import CompileContext, TracingContext, compile_context, tracing
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomPartitionerFn
+from torch._inductor.decomposition import select_decomp_table
+from torch._logging import trace_structured
+
+Compiled = Callable[..., Any]
+Partition = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
+
+__all__ = ["min_cut_rematerialization_partition"]
+
+
+# ----------------------------------------------------------------------------------------------- graphs from Dynamo
+
+
+@dataclasses.dataclass(frozen=True)
+class Captured:
+    """A Dynamo graph with what is needed to compile it later, any number of times, with further inputs.
+
+    Attributes:
+        graph: our own copy; no compiler has touched it.
+        example_inputs: fake tensors of Dynamo's mode (real ones would keep activations alive), and plain numbers.
+        tracing: Dynamo's tracing context at the time the backend was called.
+        compile: its compile context.
+        parameters: ``(position, name)`` of each input that is a parameter.
+    """
+
+    graph: fx.GraphModule
+    example_inputs: tuple[Any, ...]
+    tracing: Any
+    compile: Any
+    parameters: tuple[tuple[int, str], ...]
+
+
+def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[Captured, tuple[Any, ...]]:
+    """Copy a Dynamo graph; Dynamo reads the original again after the backend returns.
+
+    Returns:
+        The captured graph, and the real parameters that it was traced with (not kept).
+    """
+    nodes = list(gm.graph.find_nodes(op="placeholder"))
+    parameters, real, fakes = [], [], []
+    names = gm.meta.get("dynamo_flat_name_to_original_fqn") or {}
+    for position, (node, example) in enumerate(zip(nodes, example_inputs, strict=True)):
+        fakes.append(node.meta.get("example_value", example) if isinstance(example, Tensor) else example)
+        if isinstance(example, torch.nn.Parameter):
+            parameters.append((position, _qualified_name(node, names)))
+            real.append(example)
+    captured = Captured(
+        _copy(gm), tuple(fakes), TracingContext.try_get(), CompileContext.try_get(), tuple(parameters)
+    )
+    return captured, tuple(real)
+
+
+def _qualified_name(node: fx.Node, names: Mapping[str, str]) -> str:
+    """``layers.0.weight`` from what Dynamo knows of a placeholder."""
+    if found := names.get(node.name) or names.get(str(node.target)):
+        return found
+    grapharg = node.meta.get("grapharg")
+    source = str(getattr(getattr(grapharg, "source", None), "name", node.name))
+    for noise in ("L['self'].", "_modules['", "_parameters['", "']"):
+        source = source.replace(noise, "")
+    return source
+
+
+def _copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy that a compiler may own: new nodes, the same submodules and constants."""
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(gm.graph, mapping))
+    for old, new in mapping.items():
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+    copied = fx.GraphModule(gm, graph)
+    copied.meta.update(gm.meta)
+    for attribute in ("_param_name_to_source", "_source_to_user_stacks"):
+        if hasattr(gm, attribute):
+            setattr(copied, attribute, getattr(gm, attribute))
+    return copied
+
+
+def with_inputs(captured: Captured, names: Sequence[str], static: Sequence[bool]) -> fx.GraphModule:
+    """A copy of a captured graph with further placeholders at the end.
+
+    Args:
+        captured: the graph.
+        names: the placeholders' names.
+        static: which of them keep their address from call to call (state does, hyper-parameters do not).
+    """
+    gm = _copy(captured.graph)
+    last = list(gm.graph.find_nodes(op="placeholder"))[-1]
+    for name, is_static in zip(names, static, strict=True):
+        with gm.graph.inserting_after(last):
+            last = gm.graph.placeholder(name)
+        last._dynamo_source = None  # type: ignore[attr-defined]
+        last.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"} if is_static else {}
+        last.meta["example_value"] = None
+    gm.recompile()
+    return gm
+
+
+def fake_mode(captured: Captured) -> Any:
+    """The fake tensor mode in which a graph was traced."""
+    return captured.tracing.fake_mode
+
+
+# ------------------------------------------------------------------------------------------------------ compilation
+
+
+class Partitioner(CustomPartitionerFn):  # type: ignore[misc]
+    """Hands the joint graph to ``function``. Pickles as its key alone, which must cover everything that shapes the result."""
+
+    def __init__(self, function: Partition, key: str) -> None:
+        self.function: Partition | None = function
+        self.key = key
+
+    def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Any:
+        assert self.function is not None
+        return self.function(gm, joint_inputs, **kwargs)
+
+    def uuid(self) -> str:
+        return self.key
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"function": None, "key": self.key}
+
+
+def compile_graph(
+    captured: Captured,
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    compiler: str,
+    mode: str,
+    patches: Mapping[str, Any],
+    partition: Partition | None,
+    key: str,
+) -> Compiled:
+    """Compile a graph under the contexts that Dynamo had when it called the backend.
+
+    Args:
+        captured: where ``gm`` comes from.
+        gm: the graph; the compiler takes ownership.
+        inputs: example inputs, fake.
+        compiler: ``inductor`` or ``aot_eager``.
+        mode: as ``torch.compile(mode=...)``.
+        patches: Inductor config values.
+        partition: splits the joint graph into forward and backward; None for torch's own.
+        key: stands for ``partition`` in cache keys.
+    """
+    with contextlib.ExitStack() as stack:
+        if captured.tracing is not None and TracingContext.try_get() is not captured.tracing:
+            stack.enter_context(tracing(copy.copy(captured.tracing)))
+            stack.enter_context(compile_context(captured.compile))
+        # AOTAutograd's own cache would skip the partitioner, and with it our passes; Inductor's cache, keyed by the
+        # rewritten graphs, still serves a second start.
+        stack.enter_context(functorch_config.patch(enable_autograd_cache=False))
+        if compiler == "aot_eager":
+            return _compile_eager(gm, inputs, partition)
+        config = {**_mode_options(mode), **patches}
+        if partition is not None:
+            config["custom_partitioner_fn"] = Partitioner(partition, key)
+        compiled: Compiled = compile_fx(gm, list(inputs), config_patches=config)
+        return compiled
+
+
+def _compile_eager(gm: fx.GraphModule, inputs: Sequence[Any], partition: Partition | None) -> Compiled:
+    from torch._dynamo.backends.debugging import boxed_nop
+
+    compiled: Compiled = aot_autograd(
+        fw_compiler=boxed_nop,
+        bw_compiler=boxed_nop,
+        partition_fn=functools.partial(partition or min_cut_rematerialization_partition, compiler="inductor"),
+        decompositions=select_decomp_table,
+        keep_inference_input_mutations=True,
+    )(gm, list(inputs))
+    return compiled
+
+
+def _mode_options(mode: str) -> dict[str, Any]:
+    from torch._inductor import list_mode_options
+
+    return {} if mode == "default" else dict(list_mode_options(mode))
+
+
+def decompositions() -> dict[Any, Any]:
+    """Inductor's decomposition table."""
+    return dict(select_decomp_table())
+
+
+def outside_dynamo(function: Compiled) -> Compiled:
+    """Keep Dynamo from tracing ``function``."""
+    disabled: Compiled = dynamo_disable(function)
+    return disabled
+
+
+def strip_dynamo_prefix(name: str) -> str:
+    """``_orig_mod.layers.0.weight`` is ``layers.0.weight`` to the user."""
+    return name.replace("_orig_mod.", "")
+
+
+# ---------------------------------------------------------------------------------------------------------- autograd
+
+
+def sequence_number() -> int:
+    """Nodes of the autograd graph created from now on have at least this number."""
+    return int(torch._C._autograd._get_sequence_nr())
+
+
+def backward_node(values: Iterable[Any], since: int) -> Any:
+    """The autograd node of a compiled function that was called after ``since`` was read, or None.
+
+    Outputs that are views stand behind view nodes of their own, so the search goes up a few steps; outputs that alias an
+    input lead to older nodes, which are passed over.
+    """
+    pending = [value.grad_fn for value in values if isinstance(value, Tensor) and value.grad_fn is not None]
+    while pending:
+        node = pending.pop()
+        if node is None or node._sequence_nr() < since:
+            continue
+        if "CompiledFunction" in node.name():
+            return node
+        pending.extend(parent for parent, _ in node.next_functions)
+    return None
+
+
+def mark_written(tensors: Sequence[Tensor]) -> None:
+    """Tell autograd that compiled code wrote these tensors, so that stale saved copies are noticed."""
+    for tensor in tensors:
+        torch.autograd.graph.increment_version(tensor)
+
+
+def has_hooks(parameter: Tensor) -> bool:
+    """Whether user code waits for the full gradient of a parameter."""
+    return bool(parameter._backward_hooks) or bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
+
+
+# ------------------------------------------------------------------------------------------------------- distributed
+
+
+def inside_ddp() -> bool:
+    """Whether the forward of a ``DistributedDataParallel`` module is running."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.nn.parallel import DistributedDataParallel
+
+    return DistributedDataParallel._active_ddp_module is not None
+
+
+def sharded_by(parameter: Tensor) -> str | None:
+    """The name of the wrapper that shards a parameter, or None."""
+    if not torch.distributed.is_available():
+        return None
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(parameter, DTensor):
+        return "fully_shard (FSDP2) or another DTensor wrapper"
+    if hasattr(parameter, "_fsdp_flattened") or type(parameter).__name__ == "FlatParameter":
+        return "FullyShardedDataParallel (FSDP1)"
+    return None
+
+
+# ----------------------------------------------------------------------------------------------- logging and tracing
+
+
+def trace_graph(name: str, gm: fx.GraphModule) -> None:
+    """Put a readable graph into the structured trace (``TORCH_TRACE``)."""
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": "string"},
+        payload_fn=lambda: gm.print_readable(print_output=False, include_stride=True, include_device=True),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- Inductor
+
+
+def register_row_update_lowering(op: Any) -> None:
+    """Teach Inductor ``row_update_(weight, dim, index, update)``: one loop that loads, adds, rounds and stores.
+
+    It is a scatter whose value reads the very element that it writes. Inductor's own ``index_put_`` may not do that, since
+    it cannot know that the indices are distinct; ours are.
+    """
+    from torch._inductor import ir
+    from torch._inductor.lowering import register_lowering
+    from torch._inductor.virtualized import V, ops
+
+    @register_lowering(op, type_promotion_kind=None)  # type: ignore[untyped-decorator]
+    def lower(weight: Any, dim: int, index: Any, update: Any) -> None:
+        weight.realize()
+        length = weight.get_size()[dim]
+        load_weight, load_index, load_update = weight.make_loader(), index.make_loader(), update.make_loader()
+        wide, narrow = update.get_dtype(), weight.get_dtype()
+
+        def target(position: Sequence[Any]) -> list[Any]:
+            row = ops.indirect_indexing(load_index([position[dim]]), length, check=False)
+            return [row, position[1]] if dim == 0 else [position[0], row]
+
+        def value(position: Sequence[Any]) -> Any:
+            old = ops.to_dtype(load_weight(target(position)), wide)
+            return ops.to_dtype(ops.add(old, load_update(position)), narrow)
+
+        scatter = ir.Scatter(
+            device=weight.get_device(),
+            dtype=narrow,
+            inner_fn=value,
+            ranges=list(update.get_size()),
+            output_indexer=target,
+            scatter_mode=None,
+        )
+        buffer = ir.ComputedBuffer(name=None, layout=ir.MutationLayoutSHOULDREMOVE(weight), data=scatter)
+        buffer.name = V.graph.register_buffer(buffer)
+        V.graph.register_operation(buffer)

@@ -1,0 +1,316 @@
+"""The backend: Dynamo graph -> variants -> AOTAutograd and a compiler -> a callable. The only wiring between the passes,
+which see no tensors, and the runtime, which sees no graphs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import logging
+import pathlib
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from . import _torch
+from .config import BackendOptions
+from .errors import ConfigError, GrassError, GrassWarning, GraphError
+from .passes import pipeline
+from .passes.fuse import state_names
+from .passes.pipeline import PASSES, Plan, PlanMismatch
+from .passes.records import Analysis, Projection, WeightInput
+from .runtime import state as registry
+from .runtime.state import Assigned, Call, Record
+
+log = logging.getLogger(__name__)
+
+
+def grass(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """``torch.compile(model, backend="grass")``; found through the ``torch_dynamo_backends`` entry point.
+
+    Args:
+        gm: a Dynamo graph.
+        example_inputs: the inputs that it was traced with.
+        options: see `grass_compile.config.BackendOptions`.
+        mode: as for Inductor.
+
+    Returns:
+        A callable with the graph's signature. A `GrassError` is raised when it is called rather than here, because Dynamo
+        would wrap it into an error of its own.
+    """
+    try:
+        region = Region(gm, example_inputs, BackendOptions.parse(options, mode, PASSES))
+    except GrassError as error:
+        return _raising(error)
+    return _torch.outside_dynamo(region)
+
+
+def _raising(error: GrassError) -> Callable[..., Any]:
+    def raise_error(*args: Any) -> Any:
+        raise error
+
+    return raise_error
+
+
+class Region:
+    """One Dynamo graph and the variants compiled from it.
+
+    The graph may serve many sets of parameters (blocks compiled one by one, two models of a class), so each call looks up what
+    the optimizers want of the parameters that came in, and picks or compiles the variant for that.
+    """
+
+    def __init__(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any], options: BackendOptions, compile_now: bool = True
+    ) -> None:
+        self.options = options
+        self.captured, real = _torch.capture(gm, example_inputs)
+        self.trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in real)
+        self._analyses: dict[tuple[WeightInput, ...], Analysis] = {}
+        self._variants: dict[Plan | None, Callable[..., Any]] = {}
+        self._warned = False
+        if compile_now:
+            self._compile_first(real)
+
+    def _compile_first(self, parameters: Sequence[Tensor]) -> None:
+        """Compile the variant of the first call now, while Dynamo still collects guards on symbolic shapes."""
+        try:
+            plan = self.plan(*self.ask(parameters), refresh_all=True) if self.trains else None
+            self.variant(plan)
+        except GrassError as error:
+            log.debug("compilation failed and is repeated at the call, to raise outside of Dynamo: %s", error)
+
+    # ------------------------------------------------------------------------------------------------------- a call
+
+    def __call__(self, *args: Any) -> Any:
+        if not self.trains:
+            return self.variant(None)(*args)
+        weights, records = self.ask([args[position] for position, _ in self.captured.parameters])
+        plan = self.plan(weights, records)
+        if plan is None:
+            return self.variant(None)(*args)
+        held = [records[projection.position] for projection in plan.projections]
+        state = [tensor for record in held for tensor in record.tensors()]
+        inputs = (*args, *state, *_hyper(plan, held))
+        since = _torch.sequence_number()
+        results = self.variant(plan)(*inputs)
+        node = _torch.backward_node(results if isinstance(results, (list, tuple)) else (results,), since)
+        if node is not None:
+            call = Call(held)
+            node.register_prehook(call.before_backward)
+            node.register_hook(call.after_backward)
+        return results
+
+    def ask(self, parameters: Sequence[Tensor]) -> tuple[tuple[WeightInput, ...], dict[int, Record]]:
+        """What the optimizers want of the parameters that came in.
+
+        Args:
+            parameters: in the order of the graph's inputs.
+
+        Returns:
+            The weights that a grass optimizer wants projected, and their records by position.
+
+        Raises:
+            ConfigError: the model runs inside a wrapper that would be silently wrong.
+        """
+        weights, records, held = [], {}, False
+        for (position, name), parameter in zip(self.captured.parameters, parameters, strict=True):
+            record = registry.lookup(parameter)
+            held = held or record is not None
+            if record is None or record.options.rank is None or parameter.dim() != 2 or not parameter.requires_grad:
+                continue
+            record.name = record.name or name
+            weights.append(WeightInput(record.name, position, record.config(), record.refusal(name)))
+            records[position] = record
+        if not held:
+            self._warn_unheld()
+        elif weights and _torch.inside_ddp():
+            raise ConfigError(
+                f"{weights[0].name}: the model runs inside DistributedDataParallel, which is not supported yet: the ranks would "
+                "drift apart without a word. Train on one device, or use another backend."
+            )
+        return tuple(weights), records
+
+    def _warn_unheld(self) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "no grass optimizer holds the parameters of this model, so it is compiled like Inductor does. Write: "
+                "opt = grass_compile.AdamW(model.named_parameters(), lr=..., rank=...) before the first backward.",
+                GrassWarning,
+                stacklevel=2,
+            )
+
+    # ---------------------------------------------------------------------------------------------------- the plans
+
+    def plan(
+        self, weights: tuple[WeightInput, ...], records: Mapping[int, Record], refresh_all: bool = False
+    ) -> Plan | None:
+        """The plan for a call, or None if nothing is projected. Assigns compact state to weights that have none.
+
+        Raises:
+            GraphError: ``strict``, and a weight that should be projected is not.
+        """
+        if not weights:
+            return None
+        analysis = self.analyse(weights)
+        if self.options.strict:
+            _check_strict(analysis)
+        if not analysis.projections:
+            return None
+        for projection in analysis.projections:
+            record = records[projection.position]
+            record.assign(Assigned(projection.axis, projection.dim, projection.rank))
+        held = [records[projection.position] for projection in analysis.projections]
+        return Plan(
+            weights=weights,
+            projections=analysis.projections,
+            refresh=tuple(refresh_all or record.due for record in held),
+            hyper=_numbered([(id(record.group), record.parameter.dtype, record.parameter.device) for record in held]),
+            disabled=self.options.disable_passes,
+        )
+
+    def analyse(self, weights: tuple[WeightInput, ...]) -> Analysis:
+        """Which of ``weights`` can be projected in this graph; traced once per set of requests."""
+        if weights not in self._analyses:
+            found = self._trace(weights)
+            if any(weight.config.axis == "auto" for weight in weights):
+                # Weights whose axis is settled are asked for by it from now on; that is the same analysis.
+                settled = tuple(_settled(weight, found) for weight in weights)
+                self._analyses[settled] = _renamed(found, settled)
+            self._analyses[weights] = self._analyses.get(weights, found)
+        return self._analyses[weights]
+
+    def _trace(self, weights: tuple[WeightInput, ...]) -> Analysis:
+        def only_look(gm: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **kwargs: Any) -> Any:
+            disabled = self.options.disable_passes
+            _, analysis = pipeline.find(gm, weights=weights, num_fwd_outputs=num_fwd_outputs, disabled=disabled)
+            raise PlanMismatch(analysis)
+
+        gm = _torch.with_inputs(self.captured, (), ())
+        try:
+            self._compile(gm, self.captured.example_inputs, only_look, key="analysis")
+        except PlanMismatch as found:
+            return found.analysis
+        return Analysis((), ())  # the graph needs no backward
+
+    # ------------------------------------------------------------------------------------------------- the variants
+
+    def variant(self, plan: Plan | None) -> Callable[..., Any]:
+        """The compiled variant for ``plan``; None stands for the graph as any compiler would have it."""
+        if plan not in self._variants:
+            self._variants[plan] = self._compile_plain() if plan is None else self._compile_plan(plan)
+        return self._variants[plan]
+
+    def _compile_plain(self) -> Callable[..., Any]:
+        gm = _torch.with_inputs(self.captured, (), ())
+        return self._compile(gm, self.captured.example_inputs, None, key="plain")
+
+    def _compile_plan(self, plan: Plan) -> Callable[..., Any]:
+        kind = "refresh" if all(plan.refresh) else "mixed" if any(plan.refresh) else "regular"
+        log.info("compiling the %s variant: %d weights projected", kind, len(plan.projections))
+        names = plan.input_names
+        gm = _torch.with_inputs(self.captured, names, ["hyper" not in name for name in names])
+        inputs = (*self.captured.example_inputs, *_fake_state(_torch.fake_mode(self.captured), self.captured, plan))
+        partition = functools.partial(
+            pipeline.transform, plan=plan, partition=_torch.min_cut_rematerialization_partition
+        )
+        try:
+            return self._compile(gm, inputs, partition, key=f"{source_hash()}:{plan}")
+        except PlanMismatch as found:
+            raise GraphError(
+                f"the graph of {plan.projections[0].name} changed between two traces: {found.analysis}; please report this."
+            ) from found
+
+    def _compile(self, gm: fx.GraphModule, inputs: Sequence[Any], partition: Any, key: str) -> Callable[..., Any]:
+        return _torch.compile_graph(
+            self.captured,
+            gm,
+            inputs,
+            compiler=self.options.compiler,
+            mode=self.options.mode,
+            patches=dict(self.options.inductor),
+            partition=partition,
+            key=key,
+        )
+
+
+def _settled(weight: WeightInput, analysis: Analysis) -> WeightInput:
+    """The request for a weight once its axis is known."""
+    for projection in analysis.projections:
+        if projection.position == weight.position:
+            return dataclasses.replace(weight, config=dataclasses.replace(weight.config, axis=projection.axis))
+    return weight
+
+
+def _renamed(analysis: Analysis, weights: tuple[WeightInput, ...]) -> Analysis:
+    """The same analysis with the configurations of ``weights``."""
+    configs = {weight.position: weight.config for weight in weights}
+    projections = tuple(dataclasses.replace(p, config=configs[p.position]) for p in analysis.projections)
+    return dataclasses.replace(analysis, projections=projections)
+
+
+def _numbered(keys: Sequence[Any]) -> tuple[int, ...]:
+    """Equal keys get equal numbers, in the order of first appearance."""
+    numbers: dict[Any, int] = {}
+    return tuple(numbers.setdefault(key, len(numbers)) for key in keys)
+
+
+def _hyper(plan: Plan, records: Sequence[Record]) -> list[Tensor]:
+    """One tensor of hyper-parameters per distinct group, in the order of the plan's numbers."""
+    tensors: dict[int, Tensor] = {}
+    for slot, record in zip(plan.hyper, records, strict=True):
+        if slot not in tensors:
+            assert record.optimizer is not None
+            tensors[slot] = record.optimizer.hyper(record.group, record.parameter)
+    return list(tensors.values())
+
+
+def _fake_state(mode: Any, captured: _torch.Captured, plan: Plan) -> list[Tensor]:
+    """Fake tensors of static shape for the inputs that `Plan.input_names` names."""
+    tensors: list[Tensor] = []
+    hyper: dict[int, Tensor] = {}
+    with mode:
+        for projection, slot in zip(plan.projections, plan.hyper, strict=True):
+            weight = captured.example_inputs[projection.position]
+            tensors += _fake_weight_state(weight, projection)
+            if slot not in hyper:
+                count = len(projection.config.rule.hyper_names) + 1
+                hyper[slot] = torch.empty(count, dtype=_state_dtype(weight), device=weight.device)
+    return tensors + list(hyper.values())
+
+
+def _fake_weight_state(weight: Tensor, projection: Projection) -> list[Tensor]:
+    assigned = Assigned(projection.axis, projection.dim, projection.rank)
+    state = registry.initial_state(weight, assigned, projection.config.on_refresh, projection.config.rule)
+    return [state[name] for name in state_names(projection.config.rule)]
+
+
+def _state_dtype(weight: Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def _check_strict(analysis: Analysis) -> None:
+    """Raise if a weight stays dense for another reason than that the user excluded it."""
+    dense = [refusal for refusal in analysis.refusals if "exclude=" not in refusal.reason]
+    if dense:
+        lines = "\n".join(f"  {refusal.weight.name}: {refusal.reason}" for refusal in dense)
+        raise GraphError(f"strict: {len(dense)} weights stay dense. Exclude them by name or drop options['strict'].\n{lines}")
+
+
+@functools.cache
+def source_hash() -> str:
+    """A hash over the source of this package, so that no cache serves a graph that other passes made."""
+    digest = hashlib.sha256()
+    for path in sorted(pathlib.Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,175 @@
+"""Validated settings: what one weight is asked to do (`SiteConfig`) and what one compilation is asked to do (`BackendOptions`).
+
+Nothing here looks at a tensor's values. Both are frozen and hashable, because compiled variants are keyed by them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import numbers
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from .errors import ConfigError
+
+Axis = Literal["rows", "columns"]
+AxisChoice = Literal["rows", "columns", "auto"]
+OnRefresh = Literal["reset", "carry"]
+
+SELECTIONS = ("top", "norm", "norm2", "uniform")
+AXES = ("rows", "columns", "auto")
+ON_REFRESH = ("reset", "carry", "keep")
+COMPILERS = ("inductor", "aot_eager")
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteConfig:
+    """What the optimizer asks of one weight. Hashable: part of the key of a compiled variant.
+
+    Attributes:
+        rank: number of rows (columns) that move at a time.
+        axis: ``rows`` are out-features, ``columns`` are in-features, ``auto`` lets the cost model decide.
+        on_refresh: what happens to the moments when new rows are chosen.
+        decays: whether the decoupled weight decay touches the whole weight on every step.
+        scale: the paper's alpha, a factor on the update.
+        rule: the update rule; a frozen, hashable object.
+    """
+
+    rank: int
+    axis: AxisChoice
+    on_refresh: OnRefresh
+    decays: bool
+    scale: float
+    rule: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupOptions:
+    """The keywords of a parameter group that are ours rather than torch's, after validation."""
+
+    rank: int | None
+    update_proj_gap: int
+    axis: AxisChoice
+    on_refresh: OnRefresh
+    scale: float
+    exclude: tuple[str, ...]
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """A "did you mean" for messages: `` Did you mean 'x'?`` or the full list when nothing is near."""
+    words = list(words)
+    close = difflib.get_close_matches(str(word), words, n=1)
+    return f" Did you mean {close[0]!r}?" if close else f" Valid: {', '.join(map(repr, words))}."
+
+
+def one_of(what: str, value: object, valid: tuple[str, ...]) -> Any:
+    """Return ``value`` if it is one of ``valid``, else raise `ConfigError` naming the nearest valid one."""
+    if not isinstance(value, str) or value not in valid:
+        raise ConfigError(f"{what}={value!r} is not known.{nearest(str(value), valid)}")
+    return value
+
+
+def positive_int(what: str, value: object) -> int:
+    """Return ``value`` as an int if it is a whole number of at least 1 (``True`` is not a number here)."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < 1:
+        raise ConfigError(f"{what} must be a whole number of at least 1, got {value!r}.")
+    return int(value)
+
+
+def finite(what: str, value: object) -> float:
+    """Return ``value`` as a float if it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(float(value)):
+        raise ConfigError(f"{what} must be a finite number, got {value!r}.")
+    return float(value)
+
+
+def parse_group(group: Mapping[str, Any]) -> GroupOptions:
+    """Validate our keywords of one parameter group.
+
+    Raises:
+        ConfigError: a value is out of range, unknown, or belongs to a feature that this version does not have.
+    """
+    rank = None if group["rank"] is None else positive_int("rank", group["rank"])
+    one_of("selection", group["selection"], SELECTIONS)
+    on_refresh = one_of("on_refresh", group["on_refresh"], ON_REFRESH)
+    unavailable = {
+        f"selection={group['selection']!r}": group["selection"] != "top",
+        "replacement=True": bool(group["replacement"]),
+        "on_refresh='keep'": on_refresh == "keep",
+        "step_in_backward=False": not group["step_in_backward"],
+        "max_grad_norm": group["max_grad_norm"] is not None,
+    }
+    for what, asked in unavailable.items():
+        if asked:
+            raise ConfigError(
+                f"{what} is not available in this version of grass_compile; it has selection='top' without replacement, "
+                "on_refresh='reset' or 'carry', and the fused step (step_in_backward=True) without gradient clipping."
+            )
+    exclude = group["exclude"]
+    if isinstance(exclude, str) or not all(isinstance(pattern, str) for pattern in exclude):
+        raise ConfigError(f"exclude must be a list of name patterns such as ['*lm_head*'], got {exclude!r}.")
+    return GroupOptions(
+        rank=rank,
+        update_proj_gap=positive_int("update_proj_gap", group["update_proj_gap"]),
+        axis=one_of("axis", group["axis"], AXES),
+        on_refresh=on_refresh,
+        scale=finite("scale", group["scale"]),
+        exclude=tuple(exclude),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class BackendOptions:
+    """``options={...}`` of ``torch.compile(model, backend="grass", options={...})``.
+
+    Attributes:
+        compiler: ``inductor`` generates code; ``aot_eager`` runs the rewritten graphs op by op, for debugging.
+        disable_passes: exact names of passes to leave out (see `grass_compile.passes.pipeline.PASSES`).
+        strict: raise `GraphError` when a weight that the optimizer wants projected is not.
+        mode: as ``torch.compile(mode=...)``.
+        inductor: Inductor config patches, handed through; a sorted tuple of items so that it can be hashed.
+    """
+
+    compiler: Literal["inductor", "aot_eager"] = "inductor"
+    disable_passes: tuple[str, ...] = ()
+    strict: bool = False
+    mode: str = "default"
+    inductor: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any] | None, mode: str | None, passes: Iterable[str]) -> BackendOptions:
+        """Validate the options that reached the backend.
+
+        Args:
+            options: the user's mapping, or None.
+            mode: the ``mode`` that ``torch.compile`` was given, or None.
+            passes: the names that ``disable_passes`` may hold.
+
+        Raises:
+            ConfigError: an unknown key, compiler, mode or pass name; the nearest valid one is named.
+        """
+        given = dict(options or {})
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in given:
+            if key not in known:
+                raise ConfigError(f"options[{key!r}] is not known.{nearest(str(key), known)}")
+        disabled = given.get("disable_passes", ())
+        disabled = (disabled,) if isinstance(disabled, str) else tuple(disabled)
+        for name in disabled:
+            one_of("options['disable_passes']", name, tuple(passes))
+        patches = given.get("inductor") or {}
+        if not isinstance(patches, Mapping):
+            raise ConfigError(f"options['inductor'] must be a dict of Inductor config values, got {patches!r}.")
+        strict = given.get("strict", False)
+        if not isinstance(strict, bool):
+            raise ConfigError(f"options['strict'] must be True or False, got {strict!r}.")
+        return cls(
+            compiler=one_of("options['compiler']", given.get("compiler", "inductor"), COMPILERS),
+            disable_passes=disabled,
+            strict=strict,
+            mode=one_of("mode", given.get("mode") or mode or "default", MODES),
+            inductor=tuple(sorted(patches.items())),
+        )

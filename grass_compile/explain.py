@@ -1,0 +1,131 @@
+"""``grass_compile.explain``: what the backend would do to a model, without training it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from . import _torch
+from .backend import Region
+from .config import BackendOptions
+from .errors import ConfigError, GrassError
+from .passes.records import Projection
+from .report import Report, Row
+from .runtime import state as registry
+from .runtime.optimizer import GrassOptimizer
+
+
+class Findings:
+    """What the regions of a model say about its parameters, collected while the model runs once."""
+
+    def __init__(self) -> None:
+        self.projections: dict[Tensor, Projection] = {}
+        self.reasons: dict[Tensor, str] = {}
+        self.error: GrassError | None = None
+
+    def backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Analyse a Dynamo graph for the parameters that come in; run it eagerly."""
+        region = Region(gm, example_inputs, BackendOptions(compiler="aot_eager"), compile_now=False)
+
+        def run(*args: Any) -> Any:
+            if region.trains:
+                try:
+                    self._look(region, args)
+                except GrassError as error:
+                    self.error = error
+            return gm.forward(*args)
+
+        return _torch.outside_dynamo(run)
+
+    def _look(self, region: Region, args: Sequence[Any]) -> None:
+        parameters = {position: args[position] for position, _ in region.captured.parameters}
+        weights, _ = region.ask(list(parameters.values()))
+        if not weights:
+            return
+        analysis = region.analyse(weights)
+        for projection in analysis.projections:
+            self.projections[parameters[projection.position]] = projection
+        for refusal in analysis.refusals:
+            self.reasons[parameters[refusal.weight.position]] = refusal.reason
+
+
+def explain(model: nn.Module, *args: Any, optimizer: GrassOptimizer | None = None, **kwargs: Any) -> Report:
+    """Say for each parameter whether it is projected, how, and why.
+
+    The model runs forward once, eagerly, on ``args`` and ``kwargs``, with its random state restored afterwards. Nothing is
+    trained, and no state is created in the optimizer.
+
+    Args:
+        model: the model, compiled or not.
+        *args: its inputs.
+        optimizer: a grass optimizer that holds its parameters.
+        **kwargs: its keyword inputs.
+
+    Returns:
+        A `Report`; ``str()`` of it is a table.
+
+    Raises:
+        ConfigError: the optimizer holds none of the model's parameters, or the model itself is refused.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if optimizer is not None:
+        _check_held(model, optimizer)
+    findings = Findings()
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with _uncompiled(model), torch.random.fork_rng(devices=devices), torch.enable_grad():
+        torch.compile(model, backend=findings.backend)(*args, **kwargs)
+    if findings.error is not None:
+        raise findings.error
+    return Report(tuple(_row(name, parameter, findings) for name, parameter in model.named_parameters()))
+
+
+def _check_held(model: nn.Module, optimizer: GrassOptimizer) -> None:
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not any(id(parameter) in held for parameter in model.parameters()):
+        raise ConfigError(
+            "the optimizer holds none of this model's parameters; make it from model.named_parameters() of this very model."
+        )
+
+
+@contextlib.contextmanager
+def _uncompiled(model: nn.Module) -> Any:
+    """Submodules compiled one by one run as they were written."""
+    compiled = {module: module._compiled_call_impl for module in model.modules() if module._compiled_call_impl}
+    for module in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, implementation in compiled.items():
+            module._compiled_call_impl = implementation
+
+
+def _row(name: str, parameter: Tensor, findings: Findings) -> Row:
+    shape, dtype = tuple(parameter.shape), parameter.dtype
+    projection = findings.projections.get(parameter)
+    if projection is None:
+        reason = findings.reasons.get(parameter) or _why_dense(parameter)
+        return Row(name, shape, dtype, False, None, None, reason)
+    reason = projection.why
+    if projection.rank < projection.config.rank:
+        reason += f"; rank {projection.config.rank} clamped to {projection.rank}"
+    axis, rank, dim = projection.axis, projection.rank, projection.dim
+    return Row(name, shape, dtype, True, axis, rank, reason, dim, projection.tokens)
+
+
+def _why_dense(parameter: Tensor) -> str:
+    """The reason for a parameter that no region was asked about."""
+    record = registry.lookup(parameter)
+    if not parameter.requires_grad:
+        return "it needs no gradient"
+    if record is None:
+        return "no grass optimizer holds it"
+    if record.options.rank is None:
+        return "its group has rank=None"
+    if parameter.dim() != 2:
+        return f"it has {parameter.dim()} dimension{'s' * (parameter.dim() != 1)}; only matrices can be projected"
+    return "no compiled region reads it"

@@ -1,0 +1,367 @@
+"""Find the weight gradients of linear layers in a joint graph. Pure analysis: the graph is not touched.
+
+From each weight's gradient slot the pass walks back to the products of ``dY`` and ``X`` that make it::
+
+    permute_9: f32[n, b]  = permute(view_3, [1, 0])
+    mm_4:      f32[n, m]  = mm(permute_9, grad_out)           Site(gradient=Product(left=grad_out, right=view_3),
+    permute:   f32[m, n]  = permute(mm_4, [1, 0])       ->         slot=convert, out_dim=0, ...)
+    convert:   f32[m, n]  = convert_element_type(permute)
+    return (loss, ..., convert)
+
+Contract: every weight asked for comes back either as a `Site` or as a `Refusal` with a reason; the expression of a site
+equals its slot for all inputs; each dense product is needed by projected weights alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import costs
+from .fx_utils import depends_on, is_tangent, outputs, placeholders, shape_of
+from .records import Cast, Concat, Gradient, Operand, Product, Refusal, Site, Sum, WeightInput, products_of
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+PERMUTES = (aten.permute.default, aten.t.default, aten.transpose.int)
+RESHAPES = (
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default,
+    aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
+)  # fmt: skip
+ALIASES = (aten.alias.default, aten.clone.default, aten.detach.default)
+CASTS = (prims.convert_element_type.default, aten._to_copy.default)
+SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
+
+EMBEDDING = "it is an embedding table: its gradient is a scatter over tokens, not a matrix product"
+TIED = "it is also used as an embedding table (tied weights), so its gradient is not a matrix product alone"
+REASONS: dict[str, str] = {
+    "embedding_dense_backward": EMBEDDING,
+    "index_put": EMBEDDING,
+    "_unsafe_index_put": EMBEDDING,
+    "_unsafe_masked_index_put_accumulate": EMBEDDING,
+    "convolution_backward": "it is the weight of a convolution; only matrix products can be projected",
+    "slice_scatter": "only a slice of it is used, so its gradient is padded with zeros",
+    "constant_pad_nd": "only a slice of it is used, so its gradient is padded with zeros",
+}
+
+
+class Refused(Exception):
+    """Raised inside the walk with the reason why a gradient is not understood; never leaves this module."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """Where the stored dimensions 0 and 1 of the weight lie in a node's value: dimension, first index, length."""
+
+    dims: tuple[int, int]
+    starts: tuple[int, int]
+    lengths: tuple[int, int]
+
+    def at(self, dims: Sequence[int]) -> Frame:
+        """The same window, with the stored dimensions at ``dims``."""
+        return dataclasses.replace(self, dims=(dims[0], dims[1]))
+
+    def shifted(self, dim: int, start: int) -> Frame:
+        """The window in a tensor of which the present one is a slice along ``dim`` from ``start``."""
+        starts = tuple(s + start if d == dim else s for d, s in zip(self.dims, self.starts, strict=True))
+        return dataclasses.replace(self, starts=(starts[0], starts[1]))
+
+
+def detect(
+    gm: fx.GraphModule, *, weights: Sequence[WeightInput], num_fwd_outputs: int
+) -> tuple[tuple[Site, ...], tuple[Refusal, ...]]:
+    """Find the sites of ``weights`` in a joint graph.
+
+    Args:
+        gm: the joint graph; returns forward outputs, then one gradient slot per primal.
+        weights: what the optimizer wants projected.
+        num_fwd_outputs: how many of the outputs belong to the forward.
+
+    Returns:
+        The sites in the order of ``weights``, and a refusal for every weight without one.
+    """
+    slots = dict(zip(input_positions(gm), outputs(gm)[num_fwd_outputs:], strict=True))
+    inputs = {position: node for position, node in zip(input_positions(gm), primal_nodes(gm), strict=True)}
+    in_backward = depends_on(gm, is_tangent)
+    found: dict[int, Site] = {}
+    reasons: dict[int, str] = {}
+    for weight in weights:
+        try:
+            found[weight.position] = _site(weight, inputs[weight.position], slots[weight.position], in_backward)
+        except Refused as refused:
+            reasons[weight.position] = str(refused)
+    found = _drop_shared(found, reasons)
+    sites = costs.choose_axes(tuple(found.values()), selectable)
+    for site in sites:
+        if not selectable(site.gradient, site.dim):
+            reasons[site.weight.position] = (
+                f"it is split into parts that read different activations, so axis={site.choice.axis!r} is not possible"
+            )
+    sites = tuple(site for site in sites if site.weight.position not in reasons)
+    refusals = tuple(Refusal(w, reasons[w.position]) for w in weights if w.position in reasons)
+    return sites, refusals
+
+
+def primal_nodes(gm: fx.GraphModule) -> list[fx.Node]:
+    """The primals of a joint graph."""
+    return [node for node in placeholders(gm) if not is_tangent(node)]
+
+
+def input_positions(gm: fx.GraphModule) -> list[int]:
+    """For each primal, its position among the inputs of the Dynamo graph (-1 for inputs that AOTAutograd added)."""
+    nodes = primal_nodes(gm)
+    described = [node.meta.get("desc") for node in nodes]
+    if all(desc is None for desc in described):
+        return list(range(len(nodes)))
+    added = iter(range(-1, -len(nodes) - 1, -1))
+    return [desc.idx if type(desc).__name__ == "PlainAOTInput" else next(added) for desc in described]
+
+
+def _site(weight: WeightInput, node: fx.Node, slot: Any, in_backward: set[fx.Node]) -> Site:
+    """The site of one weight.
+
+    Raises:
+        Refused: with the reason why it stays dense.
+    """
+    if weight.refusal is not None:
+        raise Refused(weight.refusal)
+    shape = shape_of(node)
+    if len(shape) != 2 or not all(isinstance(size, int) for size in shape):
+        raise Refused(f"it has {len(shape)} dimensions; only matrices of fixed size can be projected")
+    if max(shape) < weight.config.rank or min(shape) < 2:
+        raise Refused(f"it is smaller than the rank: {shape[0]}x{shape[1]} against rank {weight.config.rank}")
+    if not isinstance(slot, fx.Node):
+        raise Refused("no gradient reaches it in this graph")
+    if shape_of(slot) != shape:
+        raise Refused("its gradient has another shape than the weight")
+    walk = Walk(in_backward)
+    gradient = walk.parse(slot, Frame((0, 1), (0, 0), shape))
+    for product in products_of(gradient):
+        if product.left.is_grad_out == product.right.is_grad_out:
+            raise Refused("both factors of its gradient depend on the backward pass (a gradient of a gradient)")
+    out_dim = 0 if products_of(gradient)[0].left.is_grad_out else 1
+    undecided = costs.UNDECIDED
+    return Site(weight, slot, gradient, frozenset(walk.chain), shape, out_dim, undecided, weight.config.rank)
+
+
+def _drop_shared(found: dict[int, Site], reasons: dict[int, str]) -> dict[int, Site]:
+    """Refuse sites whose dense product is needed by somebody else, until none is left."""
+    while True:
+        owned = {node for site in found.values() for node in site.chain}
+        shared = {
+            position: next(user for node in site.chain for user in node.users if not _own(user, owned, site, node))
+            for position, site in found.items()
+            if any(not _own(user, owned, site, node) for node in site.chain for user in node.users)
+        }
+        if not shared:
+            return found
+        for position, user in shared.items():
+            what = "an output of the graph" if user.op == "output" else f"node {user.name} ({user.target})"
+            reasons[position] = f"its gradient is also used elsewhere, by {what}"
+        found = {position: site for position, site in found.items() if position not in shared}
+
+
+def _own(user: fx.Node, owned: set[fx.Node], site: Site, node: fx.Node) -> bool:
+    """Whether a user of a chain node is part of a projected gradient itself, or the gradient slot of that site."""
+    if user.op == "output":
+        returned = user.args[0] if isinstance(user.args[0], (list, tuple)) else [user.args[0]]
+        return node is site.slot and sum(value is node for value in returned) == 1
+    return user in owned
+
+
+def selectable(gradient: Gradient, dim: int) -> bool:
+    """Whether rows along stored dimension ``dim`` can be computed without the others."""
+    if isinstance(gradient, Product):
+        return True
+    if isinstance(gradient, Cast):
+        return selectable(gradient.inner, dim)
+    if isinstance(gradient, Sum):
+        return all(selectable(term, dim) for term in gradient.terms)
+    if gradient.dim != dim:
+        return all(selectable(part, dim) for part in gradient.parts)
+    products = [part for part in gradient.parts if isinstance(part, Product)]
+    return len(products) == len(gradient.parts) and len({p.operand(1 - dim) for p in products}) == 1
+
+
+class Walk:
+    """One walk from a gradient slot back to its matrix products; ``chain`` collects the nodes on the way."""
+
+    def __init__(self, in_backward: set[fx.Node]) -> None:
+        self.in_backward = in_backward
+        self.chain: set[fx.Node] = set()
+
+    def parse(self, node: Any, frame: Frame) -> Gradient:
+        """The gradient expression that ``node`` computes inside ``frame``.
+
+        Raises:
+            Refused: the node is not a structural operation or a matrix product.
+        """
+        if not isinstance(node, fx.Node) or node.op != "call_function":
+            raise Refused("its gradient is an input of the graph or a constant")
+        handler = self._handler(node.target)
+        if handler is None:
+            raise Refused(_reason(node))
+        self.chain.add(node)
+        return handler(node, frame)
+
+    def _handler(self, target: Any) -> Callable[[fx.Node, Frame], Gradient] | None:
+        for targets, handler in (
+            (PERMUTES, self._permute),
+            (RESHAPES, self._reshape),
+            (ALIASES, lambda node, frame: self.parse(node.args[0], frame)),
+            (CASTS, self._cast),
+            ((aten.slice.Tensor,), self._slice),
+            ((operator.getitem,), self._split_part),
+            ((aten.cat.default,), self._concat),
+            ((aten.add.Tensor,), self._add),
+            ((aten.mm.default, aten.bmm.default), self._product),
+            ((aten.addmm.default,), self._addmm),
+            ((aten.sum.dim_IntList,), self._sum_over_batch),
+        ):
+            if target in targets:
+                return handler
+        return None
+
+    def _permute(self, node: fx.Node, frame: Frame) -> Gradient:
+        order = permutation(node)
+        return self.parse(node.args[0], frame.at([order[dim] for dim in frame.dims]))
+
+    def _reshape(self, node: fx.Node, frame: Frame) -> Gradient:
+        """Only dimensions of size 1 may come and go."""
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        kept = [dim for dim, size in enumerate(shape_of(node)) if not _is_one(size)]
+        origin = [dim for dim, size in enumerate(shape_of(source)) if not _is_one(size)]
+        if sorted(frame.dims) != kept or [shape_of(source)[d] for d in origin] != [shape_of(node)[d] for d in kept]:
+            raise Refused("its gradient is reshaped in a way that mixes rows and columns")
+        return self.parse(source, frame.at([origin[kept.index(dim)] for dim in frame.dims]))
+
+    def _cast(self, node: fx.Node, frame: Frame) -> Gradient:
+        return Cast(self.parse(node.args[0], frame), node.meta["val"].dtype)
+
+    def _slice(self, node: fx.Node, frame: Frame) -> Gradient:
+        source, dim, start, _, step = (list(node.args) + [None] * 5)[:5]
+        assert isinstance(source, fx.Node)
+        dim, start = int(dim or 0), start or 0
+        if step not in (None, 1) or not isinstance(start, int):
+            raise Refused("its gradient is a slice with a step or with a symbolic start")
+        start = start + shape_of(source)[dim] if start < 0 else start
+        return self.parse(source, frame.shifted(dim % len(shape_of(source)), start))
+
+    def _split_part(self, node: fx.Node, frame: Frame) -> Gradient:
+        split, part = node.args
+        if not isinstance(split, fx.Node) or split.target not in SPLITS:
+            raise Refused(_reason(split if isinstance(split, fx.Node) else node))
+        source, sizes, dim = (list(split.args) + [0])[:3]
+        assert isinstance(source, fx.Node) and isinstance(part, int)
+        start = part * sizes if isinstance(sizes, int) else sum(sizes[:part])  # type: ignore[arg-type, index]
+        if not isinstance(start, int):
+            raise Refused("its gradient is a split of symbolic sizes")
+        self.chain.add(split)
+        return self.parse(source, frame.shifted(int(dim) % len(shape_of(source)), start))  # type: ignore[arg-type]
+
+    def _concat(self, node: fx.Node, frame: Frame) -> Gradient:
+        parts, dim = (list(node.args) + [0])[:2]
+        dim = int(dim) % len(shape_of(node))  # type: ignore[arg-type]
+        if dim not in frame.dims:
+            raise Refused("its gradient is concatenated across a batch")
+        stored = frame.dims.index(dim)
+        if frame.starts[stored] != 0 or frame.lengths[stored] != shape_of(node)[dim]:
+            raise Refused("its gradient is a part of a concatenation")
+        found = []
+        for part in parts:  # type: ignore[union-attr]
+            lengths = list(frame.lengths)
+            lengths[stored] = shape_of(part)[dim]
+            found.append(self.parse(part, dataclasses.replace(frame, lengths=(lengths[0], lengths[1]))))
+        return Concat(tuple(found), stored)
+
+    def _add(self, node: fx.Node, frame: Frame) -> Gradient:
+        if node.kwargs.get("alpha", 1) != 1:
+            raise Refused("its gradient is a weighted sum")
+        terms, reasons = [], []
+        for term in node.args:
+            if isinstance(term, fx.Node) and shape_of(term) != shape_of(node):
+                raise Refused("its gradient is a sum of tensors of different shapes")
+            try:
+                terms.append(self.parse(term, frame))
+            except Refused as refused:
+                reasons.append(str(refused))
+        if reasons:
+            raise Refused(TIED if terms and EMBEDDING in reasons else reasons[0])
+        return Sum(tuple(terms))
+
+    def _addmm(self, node: fx.Node, frame: Frame) -> Gradient:
+        added, left, right = node.args
+        if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
+            raise Refused("its gradient is a weighted sum")
+        if not isinstance(added, fx.Node) or shape_of(added) != shape_of(node):
+            raise Refused("its gradient is a sum of tensors of different shapes")
+        return Sum((self.parse(added, frame), self._operands(node, left, right, frame)))
+
+    def _sum_over_batch(self, node: fx.Node, frame: Frame) -> Gradient:
+        """``sum(bmm(dY^T, X), 0)``: one product over all tokens of all batches."""
+        source, dims, keepdim = (list(node.args) + [False])[:3]
+        if not isinstance(source, fx.Node) or source.target is not aten.bmm.default or list(dims) != [0]:  # type: ignore[call-overload]
+            raise Refused("its gradient is a sum that is not over the batch of a bmm")
+        self.chain.add(source)
+        inner = frame if keepdim else frame.at([dim + 1 for dim in frame.dims])
+        return self._operands(source, source.args[0], source.args[1], inner)
+
+    def _product(self, node: fx.Node, frame: Frame) -> Gradient:
+        if node.target is aten.bmm.default and not _is_one(shape_of(node)[0]):
+            raise Refused("its gradient is a batch of products (one matrix per batch entry)")
+        return self._operands(node, node.args[0], node.args[1], frame)
+
+    def _operands(self, matmul: fx.Node, left: Any, right: Any, frame: Frame) -> Product:
+        """Assign the two factors of ``matmul`` to the stored dimensions."""
+        rank = len(shape_of(matmul))
+        if set(frame.dims) != {rank - 2, rank - 1}:
+            raise Refused("its gradient mixes a batch with rows or columns")
+        factors = {rank - 2: (left, rank - 2), rank - 1: (right, rank - 1)}
+        operands = []
+        for stored in (0, 1):
+            node, features = factors[frame.dims[stored]]
+            tokens = tuple(dim for dim in range(rank) if dim != features)
+            node, dims = _peel(node, (*tokens, features))
+            start, length = frame.starts[stored], frame.lengths[stored]
+            operands.append(Operand(node, dims, start, length, node in self.in_backward))
+        return Product(matmul, operands[0], operands[1])
+
+
+def _peel(node: fx.Node, dims: tuple[int, ...]) -> tuple[fx.Node, tuple[int, ...]]:
+    """Look through permutations, so that ``dims`` orders the source's dimensions as tokens, then features."""
+    while node.op == "call_function" and node.target in PERMUTES:
+        order = permutation(node)
+        node, dims = node.args[0], tuple(order[dim] for dim in dims)  # type: ignore[assignment]
+    return node, dims
+
+
+def permutation(node: fx.Node) -> list[int]:
+    """The order of source dimensions that a permute, t or transpose node gives."""
+    rank = len(shape_of(node))
+    if node.target is aten.permute.default:
+        return [int(dim) % rank for dim in node.args[1]]  # type: ignore[union-attr, arg-type]
+    order = list(range(rank))
+    first, second = (0, rank - 1) if node.target is aten.t.default else (int(dim) % rank for dim in node.args[1:3])  # type: ignore[arg-type]
+    order[first], order[second] = order[second], order[first]
+    return order
+
+
+def _is_one(size: Any) -> bool:
+    """Whether a size is 1, without a guard on symbolic sizes (a symbolic size is taken as not 1)."""
+    return isinstance(size, int) and size == 1
+
+
+def _reason(node: fx.Node) -> str:
+    """The sentence for an operator that ends the walk."""
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        return _reason(node.args[0])
+    name = getattr(node.target, "overloadpacket", node.target)
+    name = getattr(name, "__name__", str(name))
+    return REASONS.get(name, f"its gradient is computed by {node.target}, not by a matrix product")

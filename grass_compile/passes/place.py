@@ -1,0 +1,99 @@
+"""Turn new values into writes and give every node of ours its place in the backward graph.
+
+Before::
+
+    row_update: f32[m, n] = grass_compile.row_update(weight, 0, idx, update)
+    ...
+    return (row_update, exp_avg_new, ..., grad_bias)
+
+After::
+
+    row_update_:           grass_compile.row_update_(weight, 0, idx, update)      <- after the last reader of weight
+    copy_:      f32[r, n] = copy_(exp_avg, exp_avg_new)
+    ...
+    return (None, None, ..., grad_bias)
+
+Contract: a write stands after every other reader of the tensor that it writes, and otherwise as early as its inputs allow,
+so that a layer's compact step can run (and ``dY``, ``X`` and ``G`` be freed) as soon as its gradient exists. Autograd sees
+None in the slots: ``.grad`` stays None.
+
+Raises:
+    GraphError: the partitioner did not hand a tensor to the backward that has to be written there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import fx
+
+from ..errors import GraphError
+from ..runtime import ops
+from .fx_utils import PROVENANCE, call, outputs, placeholders, provenance, set_outputs
+
+aten = torch.ops.aten
+
+
+def place(gm: fx.GraphModule, *, written: Mapping[int, str], names: Mapping[int, str]) -> None:
+    """Finish a backward graph in place.
+
+    Args:
+        gm: the backward graph.
+        written: for each output position that holds a new value, the name of the placeholder that it belongs to.
+        names: for each of these positions, the weight's name, for messages and provenance.
+    """
+    inputs = {node.name: node for node in placeholders(gm)}
+    values = outputs(gm)
+    for position, name in written.items():
+        if name not in inputs:
+            raise GraphError(f"{names[position]}: its tensor {name} does not reach the backward graph; please report this.")
+        with provenance(gm, "place", names[position], values[position]):
+            _write(gm, inputs[name], values[position])
+        values[position] = None
+    set_outputs(gm, values)
+    gm.graph.eliminate_dead_code()
+    _hoist(gm)
+    gm.recompile()
+
+
+def _write(gm: fx.GraphModule, target: fx.Node, value: fx.Node) -> None:
+    """Insert the write of ``value`` into ``target`` at the end of the graph; `_hoist` moves it up later."""
+    with gm.graph.inserting_before(next(iter(gm.graph.find_nodes(op="output")))):
+        if value.target is ops.row_update:
+            base, dim, index, update = value.args
+            if base is not target:  # weight decay: the whole weight first
+                call(gm.graph, aten.copy_.default, target, base)
+            call(gm.graph, ops.row_update_, target, dim, index, update)
+        else:
+            call(gm.graph, aten.copy_.default, target, value.args[1])
+
+
+def is_write(node: fx.Node) -> bool:
+    """Whether a node writes its first argument."""
+    return node.target in (aten.copy_.default, ops.row_update_)
+
+
+def _hoist(gm: fx.GraphModule) -> None:
+    """Move every node of ours up to just behind the last node that it has to follow.
+
+    Nodes that were moved count as standing at their anchor, the node that was not moved and that they stand behind; a node
+    is put behind the last one with the same anchor, so ties keep the topological order in which the walk visits them.
+    """
+    inputs = placeholders(gm)
+    readers = {node: [user for user in node.users if not is_write(user)] for node in inputs}
+    order = {node: place for place, node in enumerate(gm.graph.nodes)}
+    anchors: dict[fx.Node, fx.Node] = dict.fromkeys(inputs, inputs[-1])
+    last: dict[fx.Node, fx.Node] = {}
+    writes: dict[fx.Node, fx.Node] = {}
+    for node in list(gm.graph.nodes):
+        if PROVENANCE not in node.meta or node.op != "call_function":
+            continue
+        before = list(node.all_input_nodes) or inputs[-1:]
+        if is_write(node):
+            target = before[0]
+            before += readers[target] + ([writes[target]] if target in writes else [])
+            writes[target] = node
+        anchor = max((anchors.get(source, source) for source in before), key=lambda source: order[source])
+        last.get(anchor, anchor).append(node)
+        anchors[node], last[anchor] = anchor, node

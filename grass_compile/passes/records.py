@@ -1,0 +1,175 @@
+"""The frozen records that passes hand to one another: what was found (`Site`) and what was not (`Refusal`).
+
+Terms. A weight is stored as a matrix; its *stored dimensions* are 0 and 1. Its gradient is a small expression over
+matrix products, and each product has one operand that supplies stored dimension 0 and one that supplies stored
+dimension 1. To compute only some rows (or columns) of the gradient is to gather features of one operand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, TypeAlias
+
+import torch
+from torch import fx
+
+from ..config import Axis, SiteConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """One side of a weight-gradient product, seen as ``[tokens, features]``.
+
+    Attributes:
+        node: the operand as it stands in the graph.
+        dims: the dimensions of ``node``, tokens first and features last.
+        start: first feature that belongs to this weight (a weight may be a slice of a larger product).
+        length: number of features that belong to this weight.
+        is_grad_out: whether it depends on the tangents, i.e. is ``dY`` and supplies the out-features.
+    """
+
+    node: fx.Node
+    dims: tuple[int, ...]
+    start: int
+    length: int
+    is_grad_out: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """``G = left^T right``, summed over tokens; ``left`` supplies stored dimension 0, ``right`` stored dimension 1."""
+
+    matmul: fx.Node
+    left: Operand
+    right: Operand
+
+    def operand(self, dim: int) -> Operand:
+        """The operand that supplies stored dimension ``dim``."""
+        return self.right if dim else self.left
+
+
+@dataclasses.dataclass(frozen=True)
+class Cast:
+    """``G = inner.to(dtype)`` (autocast, fp32 logits)."""
+
+    inner: Gradient
+    dtype: torch.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Sum:
+    """``G = a + b``: the weight is used more than once in the graph."""
+
+    terms: tuple[Gradient, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Concat:
+    """``G = cat(parts, dim)``: the weight was split into parts that were used separately."""
+
+    parts: tuple[Gradient, ...]
+    dim: int
+
+
+Gradient: TypeAlias = "Product | Cast | Sum | Concat"
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightInput:
+    """A weight that the optimizer wants projected, as an input of the joint graph.
+
+    Attributes:
+        name: the parameter's qualified name, for people.
+        position: its position among the inputs of the Dynamo graph.
+        config: what the optimizer asks for.
+        refusal: a reason known before the graph was looked at (excluded name, tensor hook), or None.
+    """
+
+    name: str = dataclasses.field(compare=False)
+    position: int
+    config: SiteConfig
+    refusal: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The axis of one site, with the reasons: cost in bytes for each axis and the formulas they come from."""
+
+    axis: Axis
+    why: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One weight gradient found in a joint graph.
+
+    Attributes:
+        weight: which weight, and what is asked of it.
+        slot: the node that the joint graph returns as the weight's gradient, ``[dim0, dim1]`` as stored.
+        gradient: the expression over matrix products that ``slot`` computes.
+        chain: every node between the products and the slot, both included.
+        shape: the weight's stored shape.
+        out_dim: the stored dimension that holds out-features (0 for ``nn.Linear``, 1 for GPT-2's ``Conv1D``).
+        choice: the axis taken, and why.
+        rank: the rank after clamping to the axis' length.
+    """
+
+    weight: WeightInput
+    slot: fx.Node
+    gradient: Gradient
+    chain: frozenset[fx.Node]
+    shape: tuple[int, int]
+    out_dim: int
+    choice: Choice
+    rank: int
+
+    @property
+    def dim(self) -> int:
+        """The stored dimension that is indexed."""
+        return self.out_dim if self.choice.axis == "rows" else 1 - self.out_dim
+
+    @property
+    def products(self) -> tuple[Product, ...]:
+        """Every matrix product of the gradient."""
+        return tuple(products_of(self.gradient))
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """Why a weight stays dense, in a sentence that a user understands."""
+
+    weight: WeightInput
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """What the runtime needs to know of a site; free of graph nodes, hashable, part of a variant's key."""
+
+    name: str = dataclasses.field(compare=False)
+    position: int
+    config: SiteConfig
+    axis: Axis
+    dim: int
+    rank: int
+    shape: tuple[int, int]
+    why: str = dataclasses.field(compare=False)
+    tokens: int = dataclasses.field(compare=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Analysis:
+    """The outcome of detection over one joint graph, free of graph nodes: what is projected, and what is not and why."""
+
+    projections: tuple[Projection, ...]
+    refusals: tuple[Refusal, ...]
+
+
+def products_of(gradient: Gradient) -> list[Product]:
+    """Every `Product` in a gradient expression, in order."""
+    if isinstance(gradient, Product):
+        return [gradient]
+    if isinstance(gradient, Cast):
+        return products_of(gradient.inner)
+    parts: tuple[Any, ...] = gradient.terms if isinstance(gradient, Sum) else gradient.parts
+    return [product for part in parts for product in products_of(part)]

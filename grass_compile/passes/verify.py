@@ -1,0 +1,48 @@
+"""Check a finished backward graph: what a silent wrong number would need, cannot be there.
+
+Contract: pure analysis.
+
+Raises:
+    GraphError: a rule is broken; the message names the weight and the node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import fx
+
+from ..errors import GraphError
+from ..runtime import ops
+from .fx_utils import placeholders
+from .place import is_write
+
+aten = torch.ops.aten
+
+
+def verify(gm: fx.GraphModule, *, weights: Mapping[str, str]) -> None:
+    """Check the writes of a backward graph.
+
+    Each projected weight gets exactly one row update; nothing reads a tensor after it was written (apart from the next write
+    to it); nothing functional is left of the update.
+
+    Args:
+        gm: the backward graph after `place`.
+        weights: the qualified name of each projected weight by the name of its placeholder.
+    """
+    order = {node: place for place, node in enumerate(gm.graph.nodes)}
+    for node in placeholders(gm):
+        writes = [user for user in node.users if is_write(user) and user.args[0] is node]
+        if node.name in weights:
+            updates = [write for write in writes if write.target is ops.row_update_]
+            if len(updates) != 1:
+                raise GraphError(f"{weights[node.name]}: {len(updates)} row updates in one backward graph, not one.")
+        if not writes:
+            continue
+        first = min(order[write] for write in writes)
+        for user in node.users:
+            if user not in writes and order[user] > first:
+                raise GraphError(f"{weights.get(node.name, node.name)}: {user.name} reads it after it was written.")
+    if gm.graph.find_nodes(op="call_function", target=ops.row_update):
+        raise GraphError("a functional row update is left in the backward graph, which would copy the whole weight.")

@@ -1,0 +1,143 @@
+"""What was projected and what was not, for people (`Report`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One parameter.
+
+    Attributes:
+        name: qualified name.
+        shape: stored shape.
+        dtype: of the parameter.
+        projected: whether only ``rank`` rows or columns of its gradient are computed.
+        axis: ``rows``, ``columns`` or None.
+        rank: after clamping to the axis' length, or None.
+        reason: why it is projected this way, or why it stays dense.
+        dim: the stored dimension that is indexed, or None.
+        tokens: tokens per step in its products, 0 if unknown.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    projected: bool
+    axis: str | None
+    rank: int | None
+    reason: str
+    dim: int | None = None
+    tokens: int = 0
+
+    @property
+    def dense_elements(self) -> int:
+        """Elements of the full gradient."""
+        return int(torch.Size(self.shape).numel())
+
+    @property
+    def compact_elements(self) -> int:
+        """Elements of the gradient that is really computed."""
+        if not self.projected or self.rank is None or self.dim is None:
+            return self.dense_elements
+        return self.dense_elements // self.shape[self.dim] * self.rank
+
+
+@dataclasses.dataclass(frozen=True)
+class Totals:
+    """A quantity summed over all parameters, for dense training and for ours."""
+
+    dense: float
+    compact: float
+
+    @property
+    def ratio(self) -> float:
+        """Compact over dense."""
+        return self.compact / self.dense if self.dense else 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """A row per parameter, and totals. ``str(report)`` is a table.
+
+    Attributes:
+        rows: in the order of the model's parameters.
+    """
+
+    rows: tuple[Row, ...]
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, name: str) -> Row:
+        """The row of a parameter.
+
+        Raises:
+            KeyError: there is no such parameter.
+        """
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(name)
+
+    @property
+    def projected(self) -> tuple[Row, ...]:
+        """The rows of projected weights."""
+        return tuple(row for row in self.rows if row.projected)
+
+    @property
+    def weight_grad_flops(self) -> Totals:
+        """Flops of the weight gradients that are matrix products found in the graph, per regular step."""
+        return Totals(
+            sum(2.0 * row.dense_elements * row.tokens for row in self.rows),
+            sum(2.0 * row.compact_elements * row.tokens for row in self.rows),
+        )
+
+    @property
+    def gradient_bytes(self) -> Totals:
+        """Bytes of all gradients; ours are never all alive at once."""
+        return Totals(
+            sum(row.dense_elements * row.dtype.itemsize for row in self.rows),
+            sum(row.compact_elements * row.dtype.itemsize for row in self.rows),
+        )
+
+    @property
+    def state_bytes(self) -> Totals:
+        """Bytes of both moments: torch keeps them in the weight's dtype, ours are at least fp32."""
+        dense = sum(2 * row.dense_elements * row.dtype.itemsize for row in self.rows)
+        compact = 0
+        for row in self.rows:
+            wide = max(4, row.dtype.itemsize) if row.projected else row.dtype.itemsize
+            compact += 2 * row.compact_elements * wide
+        return Totals(dense, compact)
+
+    def __str__(self) -> str:
+        header = ("name", "shape", "dtype", "projected", "axis", "rank", "reason")
+        lines = [header] + [
+            (
+                row.name, "x".join(map(str, row.shape)), str(row.dtype).removeprefix("torch."),
+                "yes" if row.projected else "no", row.axis or "-", str(row.rank or "-"), row.reason,
+            )  # fmt: skip
+            for row in self.rows
+        ]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(header) - 1)]
+        table = [
+            "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[-1]]) for line in lines
+        ]
+        return "\n".join([table[0], "-" * min(120, len(table[0]) + 40), *table[1:], "", *self._summary()])
+
+    def _summary(self) -> list[str]:
+        flops, gradients, state = self.weight_grad_flops, self.gradient_bytes, self.state_bytes
+        return [
+            f"{len(self.projected)} of {len(self.rows)} parameters projected",
+            f"weight-gradient flops  {flops.dense / 1e9:10.2f} G  -> {flops.compact / 1e9:10.2f} G   ({flops.ratio:.3f})",
+            f"gradient bytes         {gradients.dense / 2**20:8.2f} MiB -> {gradients.compact / 2**20:8.2f} MiB ({gradients.ratio:.3f})",
+            f"optimizer state bytes  {state.dense / 2**20:8.2f} MiB -> {state.compact / 2**20:8.2f} MiB ({state.ratio:.3f})",
+        ]
