@@ -60,6 +60,7 @@ def _grass(axis: Literal["rows", "columns", "auto"]) -> Callable[[Stack, Setting
             rank=settings.rank,
             update_proj_gap=settings.update_proj_gap,
             axis=axis,
+            on_refresh="reset",  # so that `refreshed` can tell a refresh by the restarted count
         )
         return optimizer
 
@@ -142,6 +143,14 @@ def _witness_grass(optimizer: Optimizer, weight: nn.Parameter, settings: Setting
     compact = {(min(settings.rank, rows), columns): "rows", (rows, min(settings.rank, columns)): "columns"}
     _check(tuple(moment.shape) in compact, f"the moments are {tuple(moment.shape)}, the weight {tuple(weight.shape)}")
     return {"exp_avg": list(moment.shape), "axis": compact[tuple(moment.shape)]}
+
+
+def refreshed(method: Method, optimizer: Optimizer, model: Stack) -> bool | None:
+    """Whether the step just taken was a refresh; None where the optimizer's state does not tell."""
+    if method.backend != "grass":
+        return None
+    weight = next(iter(model.linear_weights().values()))
+    return bool(optimizer.state[weight]["step"].max() == 1)
 
 
 def _witness_projector(optimizer: Optimizer, weight: nn.Parameter, settings: Settings) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from benchmarks import measure
-from benchmarks.methods import METHODS, Fingerprint, Method, import_all, participation
+from benchmarks.methods import METHODS, Fingerprint, Method, import_all, participation, refreshed
 from benchmarks.model import DTYPES, Settings, Stack, build
 
 
@@ -69,6 +69,8 @@ class Trainer:
         end = time.perf_counter()
         self.index += 1
         self.losses.append(loss.item())
+        if refreshed(self.method, self.optimizer, self.model) not in (None, refresh):
+            raise RuntimeError(f"step {index} was to be a {'refresh' if refresh else 'regular step'} and was not")
         return StepSample(index, refresh, computed - start, end - computed)
 
 
@@ -103,7 +105,7 @@ def timed_steps(trainer: Trainer) -> list[StepSample]:
 
 
 def memory_of_steps(trainer: Trainer) -> dict[str, int | None]:
-    """Resident peaks of regular steps and of the next refresh, every large buffer mapped by itself.
+    """Resident peaks of regular steps and of the next refresh (if it is near), every large buffer mapped by itself.
 
     Each peak comes with what was resident right before, so that `peak - before` is what a step needs beyond what
     stays: weights, optimizer state, and the interpreter with all that compiling left behind.
@@ -113,7 +115,7 @@ def memory_of_steps(trainer: Trainer) -> dict[str, int | None]:
     measure.release_freed()
     before = measure.resident_bytes()
     measure.reset_peak()
-    for _ in range(3 if not trainer.method.refreshes else trainer.settings.update_proj_gap):
+    for _ in range(trainer.settings.warmup + trainer.settings.steps if trainer.method.refreshes else 3):
         if trainer.next_is_refresh():
             break
         trainer.step()

@@ -61,7 +61,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=TrainConfig.seed)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.steps < 1:
+        parser.error("--steps (DEMO_STEPS) must be at least 1")
+    return options
 
 
 def run_program(arguments: list[str] | None = None) -> None:

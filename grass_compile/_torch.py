@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from torch._dynamo import disable as dynamo_disable
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch import config as functorch_config
+from torch._functorch.compile_utils import fx_graph_cse
 from torch._guards import CompileContext, TracingContext, compile_context, tracing
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
@@ -206,6 +207,12 @@ def _mode_options(mode: str) -> dict[str, Any]:
 def decompositions() -> dict[Any, Any]:
     """Inductor's decomposition table."""
     return dict(select_decomp_table())
+
+
+def common_subexpressions(graph: fx.Graph) -> fx.Graph:
+    """A copy of ``graph`` in which equal expressions are computed once, as the partitioner makes it."""
+    simplified: fx.Graph = fx_graph_cse(graph)  # type: ignore[no-untyped-call]
+    return simplified
 
 
 def outside_dynamo(function: Compiled) -> Compiled:

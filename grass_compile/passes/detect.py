@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx
@@ -55,21 +55,41 @@ class Refused(Exception):
     """Raised inside the walk with the reason why a gradient is not understood; never leaves this module."""
 
 
+Dims: TypeAlias = "tuple[int, ...]"
+
+
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """Where the stored dimensions 0 and 1 of the weight lie in a node's value: dimension, first index, length."""
+    """Where the stored dimensions 0 and 1 of the weight lie in a node's value.
 
-    dims: tuple[int, int]
+    Attributes:
+        dims: for each stored dimension, the node's dimensions that make it up in row-major order (heads, head_dim).
+        starts: first index of the weight in it; 0 unless it is a single dimension.
+        lengths: the number of the weight's indices in it.
+    """
+
+    dims: tuple[Dims, Dims]
     starts: tuple[int, int]
     lengths: tuple[int, int]
 
-    def at(self, dims: Sequence[int]) -> Frame:
-        """The same window, with the stored dimensions at ``dims``."""
-        return dataclasses.replace(self, dims=(dims[0], dims[1]))
+    def moved(self, where: Callable[[Dims], Dims]) -> Frame:
+        """The same window, each group of dimensions mapped by ``where``."""
+        return dataclasses.replace(self, dims=(where(self.dims[0]), where(self.dims[1])))
+
+    def stored(self, dim: int) -> int:
+        """Which stored dimension the node's dimension ``dim`` is.
+
+        Raises:
+            Refused: it is neither, or only a part of one.
+        """
+        if (dim,) not in self.dims:
+            raise Refused("a part of a head or of a batch of it is cut out or joined")
+        return self.dims.index((dim,))
 
     def shifted(self, dim: int, start: int) -> Frame:
         """The window in a tensor of which the present one is a slice along ``dim`` from ``start``."""
-        starts = tuple(s + start if d == dim else s for d, s in zip(self.dims, self.starts, strict=True))
+        starts = list(self.starts)
+        starts[self.stored(dim)] += start
         return dataclasses.replace(self, starts=(starts[0], starts[1]))
 
 
@@ -141,7 +161,7 @@ def _site(weight: WeightInput, node: fx.Node, slot: Any, in_backward: set[fx.Nod
     if shape_of(slot) != shape:
         raise Refused("its gradient has another shape than the weight")
     walk = Walk(in_backward)
-    gradient = walk.parse(slot, Frame((0, 1), (0, 0), shape))
+    gradient = walk.parse(slot, Frame(((0,), (1,)), (0, 0), shape))
     for product in products_of(gradient):
         if product.left.is_grad_out == product.right.is_grad_out:
             raise Refused("both factors of its gradient depend on the backward pass (a gradient of a gradient)")
@@ -230,17 +250,21 @@ class Walk:
 
     def _permute(self, node: fx.Node, frame: Frame) -> Gradient:
         order = permutation(node)
-        return self.parse(node.args[0], frame.at([order[dim] for dim in frame.dims]))
+        return self.parse(node.args[0], frame.moved(lambda dims: tuple(order[dim] for dim in dims)))
 
     def _reshape(self, node: fx.Node, frame: Frame) -> Gradient:
-        """Only dimensions of size 1 may come and go."""
+        """Dimensions may be split and merged, as long as rows stay rows and columns stay columns."""
         source = node.args[0]
         assert isinstance(source, fx.Node)
-        kept = [dim for dim, size in enumerate(shape_of(node)) if not _is_one(size)]
-        origin = [dim for dim, size in enumerate(shape_of(source)) if not _is_one(size)]
-        if sorted(frame.dims) != kept or [shape_of(source)[d] for d in origin] != [shape_of(node)[d] for d in kept]:
-            raise Refused("its gradient is reshaped in a way that mixes rows and columns")
-        return self.parse(source, frame.at([origin[kept.index(dim)] for dim in frame.dims]))
+        blocks = aligned(shape_of(node), shape_of(source))
+
+        def where(dims: Dims) -> Dims:
+            mine = [(new, old) for new, old in blocks if set(new) <= set(dims)]
+            if tuple(dim for new, _ in mine for dim in new) != tuple(d for d in dims if not _is_one(shape_of(node)[d])):
+                raise Refused("its gradient is reshaped in a way that mixes rows and columns")
+            return tuple(dim for _, old in mine for dim in old)
+
+        return self.parse(source, frame.moved(where))
 
     def _cast(self, node: fx.Node, frame: Frame) -> Gradient:
         return Cast(self.parse(node.args[0], frame), node.meta["val"].dtype)
@@ -269,9 +293,7 @@ class Walk:
     def _concat(self, node: fx.Node, frame: Frame) -> Gradient:
         parts, dim = (list(node.args) + [0])[:2]
         dim = int(dim) % len(shape_of(node))  # type: ignore[arg-type]
-        if dim not in frame.dims:
-            raise Refused("its gradient is concatenated across a batch")
-        stored = frame.dims.index(dim)
+        stored = frame.stored(dim)
         if frame.starts[stored] != 0 or frame.lengths[stored] != shape_of(node)[dim]:
             raise Refused("its gradient is a part of a concatenation")
         found = []
@@ -310,7 +332,7 @@ class Walk:
         if not isinstance(source, fx.Node) or source.target is not aten.bmm.default or list(dims) != [0]:  # type: ignore[call-overload]
             raise Refused("its gradient is a sum that is not over the batch of a bmm")
         self.chain.add(source)
-        inner = frame if keepdim else frame.at([dim + 1 for dim in frame.dims])
+        inner = frame if keepdim else frame.moved(lambda dims: tuple(dim + 1 for dim in dims))
         return self._operands(source, source.args[0], source.args[1], inner)
 
     def _product(self, node: fx.Node, frame: Frame) -> Gradient:
@@ -321,9 +343,9 @@ class Walk:
     def _operands(self, matmul: fx.Node, left: Any, right: Any, frame: Frame) -> Product:
         """Assign the two factors of ``matmul`` to the stored dimensions."""
         rank = len(shape_of(matmul))
-        if set(frame.dims) != {rank - 2, rank - 1}:
-            raise Refused("its gradient mixes a batch with rows or columns")
-        factors = {rank - 2: (left, rank - 2), rank - 1: (right, rank - 1)}
+        if sorted(frame.dims) != [(rank - 2,), (rank - 1,)]:
+            raise Refused("its gradient mixes a batch, rows and columns")
+        factors = {(rank - 2,): (left, rank - 2), (rank - 1,): (right, rank - 1)}
         operands = []
         for stored in (0, 1):
             node, features = factors[frame.dims[stored]]
@@ -332,6 +354,35 @@ class Walk:
             start, length = frame.starts[stored], frame.lengths[stored]
             operands.append(Operand(node, dims, start, length, node in self.in_backward))
         return Product(matmul, operands[0], operands[1])
+
+
+def aligned(new: Sequence[Any], old: Sequence[Any]) -> list[tuple[Dims, Dims]]:
+    """Split two shapes of one reshape into the smallest blocks of consecutive dimensions with equal products.
+
+    Dimensions of size 1 belong to no block. Symbolic sizes match only themselves.
+
+    Raises:
+        Refused: the shapes do not align.
+    """
+    left, right = ([dim for dim, size in enumerate(shape) if not _is_one(size)] for shape in (new, old))
+    blocks: list[tuple[Dims, Dims]] = []
+    while left or right:
+        mine, theirs = left[:1], right[:1]
+        a, b = (shape[dims[0]] if dims else 1 for shape, dims in ((new, mine), (old, theirs)))
+        while a is not b and not (isinstance(a, int) and isinstance(b, int) and a == b):
+            if not (isinstance(a, int) and isinstance(b, int)) or max(len(mine), len(theirs)) > len(new) + len(old):
+                raise Refused("its gradient is reshaped along a dynamic dimension")
+            if a < b and len(mine) < len(left):
+                mine = left[: len(mine) + 1]
+                a *= new[mine[-1]]
+            elif b < a and len(theirs) < len(right):
+                theirs = right[: len(theirs) + 1]
+                b *= old[theirs[-1]]
+            else:
+                raise Refused("its gradient is reshaped in a way that mixes rows and columns")
+        blocks.append((tuple(mine), tuple(theirs)))
+        left, right = left[len(mine) :], right[len(theirs) :]
+    return blocks
 
 
 def _peel(node: fx.Node, dims: tuple[int, ...]) -> tuple[fx.Node, tuple[int, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -53,6 +54,22 @@ def depends_on(gm: fx.GraphModule, is_root: Callable[[fx.Node], bool]) -> set[fx
         if is_root(node) or any(source in reached for source in node.all_input_nodes):
             reached.add(node)
     return reached
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether a node's value may share memory with an input, by the operator's schema."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(result.alias_info is not None for result in schema.returns)
+
+
+def readers(node: fx.Node) -> list[fx.Node]:
+    """Every node that reads the memory of ``node``, be it through views."""
+    found = []
+    for user in node.users:
+        found.append(user)
+        if user.op == "call_function" and (is_view(user) or user.target is operator.getitem):
+            found += readers(user)
+    return found
 
 
 def shape_of(node: fx.Node) -> tuple[Any, ...]:

@@ -85,9 +85,8 @@ def find(
     missing = [name for name in ESSENTIAL if name in disabled]
     if missing:
         return (), Analysis((), tuple(Refusal(weight, f"pass {missing[0]!r} is disabled") for weight in weights))
-    gm.graph.eliminate_dead_code()  # or a dead reader of a gradient would pass for a use of it
-    if "normalize" not in disabled and normalize(gm, num_fwd_outputs=num_fwd_outputs):
-        log.info("normalize: folded chains of reshapes and permutes")
+    if "normalize" not in disabled and (dropped := normalize(gm)):
+        log.info("normalize: dropped %d nodes", dropped)
     sites, refusals = detect(gm, weights=weights, num_fwd_outputs=num_fwd_outputs)
     log.info("detect: %d weights projected, %d dense", len(sites), len(refusals))
     for site in sites:

@@ -13,7 +13,7 @@ After::
     ...
     return (None, None, ..., grad_bias)
 
-Contract: a write stands after every other reader of the tensor that it writes, and otherwise as early as its inputs allow,
+Contract: a write stands after every other reader of the tensor that it writes (be it through a view), and otherwise as early as its inputs allow,
 so that a layer's compact step can run (and ``dY``, ``X`` and ``G`` be freed) as soon as its gradient exists. Autograd sees
 None in the slots: ``.grad`` stays None.
 
@@ -30,7 +30,7 @@ from torch import fx
 
 from ..errors import GraphError
 from ..runtime import ops
-from .fx_utils import PROVENANCE, call, outputs, placeholders, provenance, set_outputs
+from .fx_utils import PROVENANCE, call, outputs, placeholders, provenance, readers, set_outputs
 
 aten = torch.ops.aten
 
@@ -81,7 +81,7 @@ def _hoist(gm: fx.GraphModule) -> None:
     is put behind the last one with the same anchor, so ties keep the topological order in which the walk visits them.
     """
     inputs = placeholders(gm)
-    readers = {node: [user for user in node.users if not is_write(user)] for node in inputs}
+    reading = {node: [user for user in readers(node) if not is_write(user) and user.op != "output"] for node in inputs}
     order = {node: place for place, node in enumerate(gm.graph.nodes)}
     anchors: dict[fx.Node, fx.Node] = dict.fromkeys(inputs, inputs[-1])
     last: dict[fx.Node, fx.Node] = {}
@@ -92,7 +92,7 @@ def _hoist(gm: fx.GraphModule) -> None:
         before = list(node.all_input_nodes) or inputs[-1:]
         if is_write(node):
             target = before[0]
-            before += readers[target] + ([writes[target]] if target in writes else [])
+            before += reading[target] + ([writes[target]] if target in writes else [])
             writes[target] = node
         anchor = max((anchors.get(source, source) for source in before), key=lambda source: order[source])
         last.get(anchor, anchor).append(node)

@@ -15,7 +15,7 @@ from torch import fx
 
 from ..errors import GraphError
 from ..runtime import ops
-from .fx_utils import placeholders
+from .fx_utils import placeholders, readers
 from .place import is_write
 
 aten = torch.ops.aten
@@ -41,7 +41,7 @@ def verify(gm: fx.GraphModule, *, weights: Mapping[str, str]) -> None:
         if not writes:
             continue
         first = min(order[write] for write in writes)
-        for user in node.users:
+        for user in readers(node):
             if user not in writes and order[user] > first:
                 raise GraphError(f"{weights.get(node.name, node.name)}: {user.name} reads it after it was written.")
     if gm.graph.find_nodes(op="call_function", target=ops.row_update):

@@ -103,7 +103,8 @@ def _apply(
     numbers = dict(zip((*rule.hyper_names, DECAY), hyper.unbind(), strict=True))
     step = step + 1
     state = dict(zip(rule.state_names, moments, strict=True))
-    state["step"] = step.unsqueeze(1 - dim) if step.dim() else step
+    counted = step.to(moments[0].dtype)
+    state["step"] = counted.unsqueeze(1 - dim) if step.dim() else counted
     update, new_state = rule.update(compact_grad.to(moments[0].dtype), state, numbers)
     if config.scale != 1.0:
         update = update * config.scale
