@@ -1,0 +1,263 @@
+"""Generate code for a GPU that is not there: Inductor's Triton for a *described* sm_90 device, compiled to PTX and assembled.
+
+A model trains on the CPU through ``torch.compile(backend="grass")``: Dynamo, AOTAutograd, our passes and the partitioner see
+what they always see. Only the last stage differs. Each forward and backward graph that reaches ``compile_fx_inner`` has its
+fake values moved to ``cuda:0`` (`retarget`); Inductor generates code for the device that `described_device` makes up, and
+Triton compiles its kernels. In place of the graph, zeros are returned. (The graphs cannot be traced on CUDA tensors: without
+CUDA, torch has no autograd for them, not even for fake ones.)
+
+All of this patches ``torch.cuda``, Triton's driver and Inductor, and fills caches that outlive the patches. So it is used
+through `generate` alone, which does it in a process of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_map_only
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+TIMEOUT = 300
+"""Seconds after which a child process is given up. A graph takes it about two seconds on one core of a Xeon."""
+
+H200 = types.SimpleNamespace(
+    name="NVIDIA H200",
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    regs_per_multiprocessor=65536,
+    max_threads_per_multi_processor=2048,
+    max_threads_per_block=1024,
+    shared_memory_per_block_optin=232448,
+    warp_size=32,
+    total_memory=141 << 30,
+    L2_cache_size=50 << 20,
+    gcnArchName="",
+)
+"""The described device, in the words of ``torch.cuda.get_device_properties``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """What Inductor made of one graph.
+
+    Attributes:
+        is_backward: whether it is a backward graph.
+        code: the generated module: Triton kernels in source form, and ``call``, which allocates buffers and launches them.
+        ptx: the PTX of every kernel by name. It was assembled too: a kernel that is not valid for the device raises.
+        inputs: dtype and shape of each input of ``call`` by name.
+    """
+
+    is_backward: bool
+    code: str
+    ptx: dict[str, str]
+    inputs: dict[str, tuple[str, tuple[int, ...]]]
+
+
+# -------------------------------------------------------------------------------------------------- in the test's process
+
+
+def generate(train: Callable[..., None], *args: str) -> list[Generated]:
+    """Run ``train`` for the described device, in a new process.
+
+    Args:
+        train: a function at the top level of a module; trains a model compiled with ``backend="grass"`` on the CPU.
+        *args: its arguments.
+
+    Returns:
+        What was generated, in the order of compilation.
+
+    Raises:
+        RuntimeError: the child failed; the message ends with what it wrote to stderr.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        found = pathlib.Path(folder) / "generated.json"
+        command = [sys.executable, "-m", __name__, str(found), train.__module__, train.__qualname__, *args]
+        caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
+        # With one thread Inductor compiles kernels in its own process, where the patches are.
+        environment = {**os.environ, **caches, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        child = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False
+        )
+        if child.returncode:
+            raise RuntimeError(f"{train.__qualname__}{args} failed in the child process:\n{child.stderr[-4000:]}")
+        return [Generated(**graph) for graph in json.loads(found.read_text())]
+
+
+# -------------------------------------------------------------------------------------------------- in the child process
+
+
+def main(found: str, module: str, function: str, *args: str) -> None:
+    """Run a function for the described device and write what was generated as JSON.
+
+    Args:
+        found: the file to write.
+        module: where the function lives.
+        function: its name.
+        *args: its arguments.
+    """
+    train = getattr(importlib.import_module(module), function)
+    with recorded() as graphs:
+        train(*args)
+    pathlib.Path(found).write_text(json.dumps([dataclasses.asdict(graph) for graph in graphs]))
+
+
+class Driver:
+    """What Triton asks of a driver before it launches anything."""
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", H200.major * 10 + H200.minor, H200.warp_size)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cuda", 0)
+
+    def get_current_device(self) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def described_device() -> Iterator[None]:
+    """Make torch, Inductor and Triton believe in one `H200`, as far as generating code goes. Nothing can be launched."""
+    from torch._dynamo.device_interface import CudaInterface
+    from torch._inductor.runtime import triton_helpers, triton_heuristics
+    from torch.utils._triton import has_triton
+    from triton.runtime import driver
+
+    answers = {
+        "is_available": True,
+        "device_count": 1,
+        "current_device": 0,
+        "get_device_properties": H200,
+        "get_device_capability": (H200.major, H200.minor),
+        "get_rng_state": torch.zeros(0, dtype=torch.uint8),
+        "set_rng_state": None,
+        "_exchange_device": 0,
+        "_maybe_exchange_device": 0,
+    }
+    with contextlib.ExitStack() as stack:
+        for name, answer in answers.items():
+            replacement = mock.Mock(return_value=answer)
+            stack.enter_context(mock.patch.object(torch.cuda, name, replacement))
+            if name in vars(CudaInterface):
+                stack.enter_context(mock.patch.object(CudaInterface, name, replacement))
+        # Generated modules import it by this name.
+        stack.enter_context(mock.patch.object(torch._C, "_cuda_getCurrentRawStream", mock.Mock(), create=True))
+        stack.enter_context(mock.patch.object(triton_helpers, "set_driver_to_gpu"))
+        stack.enter_context(mock.patch.object(triton_heuristics.CachingAutotuner, "_make_launchers"))
+        stack.enter_context(mock.patch.object(driver, "_active", Driver()))
+        has_triton.cache_clear()  # Dynamo has asked before
+        yield
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Generated]]:
+    """Compile every graph of the grass backend for the described device and keep what was generated; run none of them."""
+    from grass_compile import _torch
+    from torch._inductor.compile_fx import compile_fx
+
+    graphs: list[Generated] = []
+    inner = functools.partial(_compile_inner, graphs=graphs)
+    with mock.patch.object(_torch, "compile_fx", functools.partial(compile_fx, inner_compile=inner)):
+        yield graphs
+
+
+def _compile_inner(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, graphs: list[Generated], **keywords: Any
+) -> Callable[..., Any]:
+    """Take the place of Inductor's ``compile_fx_inner``."""
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.graph import GraphLowering
+
+    results = [node.meta["val"] if isinstance(node, fx.Node) else node for node in _returned(gm)]
+    code: list[str] = []
+    with (
+        described_device(),
+        mock.patch.object(GraphLowering, "save_output_code", code.append),
+        config.patch(force_disable_caches=True),
+        _recorded_ptx() as ptx,
+    ):
+        compile_fx_inner(gm, retarget(gm), **keywords)
+    inputs = {node.name: node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")}
+    described = {name: (str(value.dtype).removeprefix("torch."), tuple(value.shape)) for name, value in inputs.items()}
+    graphs.append(Generated(keywords.get("is_backward", False), code[0], ptx, described))
+    return _zeros(results)
+
+
+def retarget(gm: fx.GraphModule) -> list[Any]:
+    """Move the fake values of a graph to ``cuda:0``, and with them every ``device=`` argument.
+
+    Args:
+        gm: a forward or backward graph made by AOTAutograd, changed in place.
+
+    Returns:
+        The fake inputs.
+    """
+    device = torch.device("cuda", 0)
+
+    def moved(value: FakeTensor) -> torch.Tensor:
+        with value.fake_mode:
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+
+    for node in gm.graph.nodes:
+        if "val" in node.meta:
+            node.meta["val"] = tree_map_only(FakeTensor, moved, node.meta["val"])
+        node.kwargs = tree_map_only(torch.device, lambda _: device, node.kwargs)
+    gm.recompile()
+    return [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
+
+
+@contextlib.contextmanager
+def _recorded_ptx() -> Iterator[dict[str, str]]:
+    """Keep the PTX of every kernel that Triton compiles."""
+    import triton
+    from triton.compiler import compile as compile_kernel
+
+    ptx: dict[str, str] = {}
+
+    def compile_and_keep(source: Any, *args: Any, **keywords: Any) -> Any:
+        kernel = compile_kernel(source, *args, **keywords)
+        assert kernel.asm["cubin"], f"{source.name} was not assembled"
+        ptx[source.name] = kernel.asm["ptx"]
+        return kernel
+
+    with mock.patch.object(triton, "compile", compile_and_keep):
+        yield ptx
+
+
+def _returned(gm: fx.GraphModule) -> Sequence[Any]:
+    return next(iter(gm.graph.find_nodes(op="output"))).args[0]
+
+
+def _zeros(results: Sequence[Any]) -> Callable[..., Any]:
+    """A compiled graph in the boxed convention that returns zeros of the right shape on the CPU."""
+
+    def run(args: list[Any]) -> list[Any]:
+        args.clear()
+        return [torch.zeros(r.shape, dtype=r.dtype) if isinstance(r, torch.Tensor) else r for r in results]
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
