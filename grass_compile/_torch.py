@@ -320,7 +320,7 @@ def register_row_update_lowering(op: Any) -> None:
         wide, narrow = update.get_dtype(), weight.get_dtype()
 
         def target(position: Sequence[Any]) -> list[Any]:
-            row = ops.indirect_indexing(load_index([position[dim]]), length, check=False)
+            row = ops.indirect_indexing(load_index([position[dim]]), length, check=False, wrap_neg=False)
             return [row, position[1]] if dim == 0 else [position[0], row]
 
         def value(position: Sequence[Any]) -> Any:

@@ -20,11 +20,11 @@ from . import _torch
 from .config import BackendOptions
 from .errors import ConfigError, GrassError, GrassWarning, GraphError
 from .passes import pipeline
-from .passes.fuse import state_names
 from .passes.pipeline import PASSES, Plan, PlanMismatch
 from .passes.records import Analysis, Projection, WeightInput
 from .runtime import state as registry
 from .runtime.state import Assigned, Call, Record
+from .runtime.step import SHARED_HYPER, graph_state
 
 log = logging.getLogger(__name__)
 
@@ -175,7 +175,7 @@ class Region:
             weights=weights,
             projections=analysis.projections,
             refresh=tuple(refresh_all or record.due for record in held),
-            hyper=_numbered([(id(record.group), record.parameter.dtype, record.parameter.device) for record in held]),
+            hyper=_numbered([record.hyper_key for record in held]),
             disabled=self.options.disable_passes,
         )
 
@@ -271,7 +271,7 @@ def _hyper(plan: Plan, records: Sequence[Record]) -> list[Tensor]:
     for slot, record in zip(plan.hyper, records, strict=True):
         if slot not in tensors:
             assert record.optimizer is not None
-            tensors[slot] = record.optimizer.hyper(record.group, record.parameter)
+            tensors[slot] = record.optimizer.hyper(record)
     return list(tensors.values())
 
 
@@ -284,7 +284,7 @@ def _fake_state(mode: Any, captured: _torch.Captured, plan: Plan) -> list[Tensor
             weight = captured.example_inputs[projection.position]
             tensors += _fake_weight_state(weight, projection)
             if slot not in hyper:
-                count = len(projection.config.rule.hyper_names) + 1
+                count = len(projection.config.rule.hyper_names) + len(SHARED_HYPER)
                 hyper[slot] = torch.empty(count, dtype=_state_dtype(weight), device=weight.device)
     return tensors + list(hyper.values())
 
@@ -292,7 +292,7 @@ def _fake_state(mode: Any, captured: _torch.Captured, plan: Plan) -> list[Tensor
 def _fake_weight_state(weight: Tensor, projection: Projection) -> list[Tensor]:
     assigned = Assigned(projection.axis, projection.dim, projection.rank)
     state = registry.initial_state(weight, assigned, projection.config.on_refresh, projection.config.rule)
-    return [state[name] for name in state_names(projection.config.rule)]
+    return [state[name] for name in graph_state(projection.config)]
 
 
 def _state_dtype(weight: Tensor) -> torch.dtype:

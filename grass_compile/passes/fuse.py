@@ -32,17 +32,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .. import _torch
-from ..runtime.rules import Rule
-from ..runtime.step import refresh_step, regular_step
+from ..runtime.step import graph_state, refresh_step, regular_step
 from .fx_utils import PROVENANCE, call, inline, outputs, provenance, set_outputs
 from .records import Site
 
 aten = torch.ops.aten
-
-
-def state_names(rule: Rule) -> tuple[str, ...]:
-    """The state tensors of one weight that are inputs of the graph, in their order there."""
-    return ("index", "step", *rule.state_names)
 
 
 def fuse(
@@ -93,7 +87,7 @@ def _inline_step(
 ) -> dict[str, fx.Node]:
     """Inline the step of one site; returns the new values by name."""
     config = site.weight.config
-    names = state_names(config.rule)
+    names = graph_state(config)
     gradient = site.slot if compact is None else compact
     args = [gradient, weight, state["hyper"], *(state[name] for name in names)]
     specs = tuple(_spec(node.meta["val"]) for node in args)

@@ -16,9 +16,10 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import fx
 
 from .. import _torch
+from ..runtime.step import graph_state
 from . import costs
 from .detect import detect, input_positions
-from .fuse import fuse, state_names
+from .fuse import fuse
 from .fx_utils import op_counts, primals
 from .normalize import normalize
 from .place import place
@@ -64,7 +65,7 @@ class Plan:
     @property
     def input_names(self) -> tuple[str, ...]:
         """Names of the inputs that follow the inputs of the Dynamo graph: state tensors, then hyper-parameters."""
-        state = [f"grass_{name}_{p.position}" for p in self.projections for name in state_names(p.config.rule)]
+        state = [f"grass_{name}_{p.position}" for p in self.projections for name in graph_state(p.config)]
         return (*state, *(f"grass_hyper_{slot}" for slot in range(1 + max(self.hyper, default=-1))))
 
 
@@ -169,7 +170,7 @@ def _inputs(gm: fx.GraphModule, plan: Plan) -> tuple[dict[int, fx.Node], dict[in
     weights = {p.position: nodes[p.position] for p in plan.projections}
     state = {}
     for projection, slot in zip(plan.projections, plan.hyper, strict=True):
-        names = state_names(projection.config.rule)
+        names = graph_state(projection.config)
         state[projection.position] = {name: added[f"grass_{name}_{projection.position}"] for name in names}
         state[projection.position]["hyper"] = added[f"grass_hyper_{slot}"]
     return weights, state

@@ -13,6 +13,9 @@ After::
     ...
     return (None, None, ..., grad_bias)
 
+The state of a weight is written after the weight: Inductor computes what reads a tensor before it lowers a write to it, so in
+the other order the update would be stored to memory first, and moments and weight would take two kernels instead of one.
+
 Contract: a write stands after every other reader of the tensor that it writes (be it through a view), and otherwise as early as its inputs allow,
 so that a layer's compact step can run (and ``dY``, ``X`` and ``G`` be freed) as soon as its gradient exists. Autograd sees
 None in the slots: ``.grad`` stays None.
@@ -24,6 +27,7 @@ Raises:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import fx
@@ -85,15 +89,17 @@ def _hoist(gm: fx.GraphModule) -> None:
     order = {node: place for place, node in enumerate(gm.graph.nodes)}
     anchors: dict[fx.Node, fx.Node] = dict.fromkeys(inputs, inputs[-1])
     last: dict[fx.Node, fx.Node] = {}
-    writes: dict[fx.Node, fx.Node] = {}
+    writes: dict[Any, fx.Node] = {}  # the last write to a tensor, and the row update of a weight by its provenance
     for node in list(gm.graph.nodes):
         if PROVENANCE not in node.meta or node.op != "call_function":
             continue
         before = list(node.all_input_nodes) or inputs[-1:]
         if is_write(node):
             target = before[0]
-            before += reading[target] + ([writes[target]] if target in writes else [])
+            before += reading[target] + [writes[key] for key in (target, node.meta[PROVENANCE]) if key in writes]
             writes[target] = node
+            if node.target is ops.row_update_:
+                writes[node.meta[PROVENANCE]] = node
         anchor = max((anchors.get(source, source) for source in before), key=lambda source: order[source])
         last.get(anchor, anchor).append(node)
         anchors[node], last[anchor] = anchor, node

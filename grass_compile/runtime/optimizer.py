@@ -91,15 +91,20 @@ class GrassOptimizer(torch.optim.AdamW):
 
     # --------------------------------------------------------------------------------------------- the compiled side
 
-    def hyper(self, group: dict[str, Any], parameter: Tensor) -> Tensor:
-        """The numbers of a group as one tensor on the parameter's device; rebuilt only when one of them has changed."""
-        dtype = torch.promote_types(parameter.dtype, torch.float32)
-        key = (id(group), parameter.device, dtype)
-        values = (*self.rule.hyper(group), 1.0 - float(group["lr"]) * float(group["weight_decay"]))
-        cached = self._hyper_cache.get(key)
+    def hyper(self, record: Record) -> Tensor:
+        """The numbers for a weight's next step as one tensor on its device; rebuilt only when one of them has changed.
+
+        Weights with equal `Record.hyper_key` get the same tensor.
+        """
+        group, parameter = record.group, record.parameter
+        decay = 1.0 - float(group["lr"]) * float(group["weight_decay"])
+        values = (*self.rule.hyper(group), decay, float(record.next_step))
+        cached = self._hyper_cache.get(record.hyper_key)
         if cached is None or cached[0] != values:
+            dtype = torch.promote_types(parameter.dtype, torch.float32)
             cached = (values, torch.tensor(values, dtype=dtype, device=parameter.device))
-            self._hyper_cache[key] = cached
+            self._hyper_cache = {key: entry for key, entry in self._hyper_cache.items() if entry[0][-1] >= values[-1] - 1}
+            self._hyper_cache[record.hyper_key] = cached
         return cached[1]
 
     # --------------------------------------------------------------------------------------------------------- step

@@ -20,6 +20,7 @@ from .. import _torch
 from ..config import Axis, GroupOptions, SiteConfig
 from ..errors import StateError
 from .rules import Rule
+from .step import graph_state
 
 if TYPE_CHECKING:
     from .optimizer import GrassOptimizer
@@ -133,17 +134,35 @@ class Record:
         """Whether the next backward has to choose new rows."""
         return bool(self.state["updates"] % self.options.update_proj_gap == 0)
 
+    @property
+    def next_step(self) -> int:
+        """Updates since the moments were last zero, the next one included; 0 where that is counted per row."""
+        return 0 if self.options.on_refresh == "carry" else self.state["updates"] % self.options.update_proj_gap + 1
+
+    @property
+    def hyper_key(self) -> tuple[Any, ...]:
+        """Weights for which this is equal may share one tensor of hyper-parameters."""
+        return id(self.group), self.parameter.dtype, self.parameter.device, self.next_step
+
     def tensors(self) -> list[Tensor]:
         """The state tensors that are inputs of the graph, in their order there."""
         state = self.state
-        return [state["index"], state["step"], *(state[name] for name in self.rule.state_names)]
+        return [state[name] for name in graph_state(self.config())]
+
+    def count(self) -> None:
+        """Note that a backward has updated this weight."""
+        if self.options.on_refresh != "carry":
+            self.state["step"].fill_(self.next_step)
+        self.state["updates"] += 1
+        self.moved = True
 
 
 def initial_state(parameter: Tensor, assigned: Assigned, on_refresh: str, rule: Rule) -> dict[str, Any]:
     """The compact state of a weight before its first refresh.
 
     Returns:
-        ``index`` ``int64[r]``, ``row_scale`` ``[r]``, ``step`` (0-d, or ``[r]`` if it is kept per row), ``updates`` (int: how
+        ``index`` ``int64[r]``, ``row_scale`` ``[r]``, ``step`` (0-d on the CPU, as torch keeps it; ``[r]`` beside the moments if
+        it is counted per row), ``updates`` (int: how
         many updates the weight has had in all), and the rule's state, each ``[r, n]`` or ``[m, r]``, in at least fp32.
     """
     dtype, device = torch.promote_types(parameter.dtype, torch.float32), parameter.device
@@ -152,7 +171,7 @@ def initial_state(parameter: Tensor, assigned: Assigned, on_refresh: str, rule: 
     state: dict[str, Any] = {
         "index": torch.arange(assigned.rank, device=device),
         "row_scale": torch.ones(assigned.rank, dtype=dtype, device=device),
-        "step": torch.zeros(assigned.rank if on_refresh == "carry" else (), dtype=torch.float32, device=device),
+        "step": torch.zeros(assigned.rank, device=device) if on_refresh == "carry" else torch.zeros(()),
         "updates": 0,
     }
     return state | {name: torch.zeros(shape, dtype=dtype, device=device) for name in rule.state_names}
@@ -218,8 +237,7 @@ class Call:
         self._done = True
         for record in self._records:
             record.outstanding.discard(self)
-            record.state["updates"] += 1
-            record.moved = True
+            record.count()
         _torch.mark_written([record.parameter for record in self._records])
 
     @property

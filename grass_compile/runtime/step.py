@@ -20,8 +20,9 @@ from .ops import row_update
 if TYPE_CHECKING:
     from ..config import SiteConfig
 
-DECAY = "decay"
-"""The last element of ``hyper``: ``1 - lr * weight_decay``, the factor on the whole weight."""
+SHARED_HYPER = ("decay", "step")
+"""The last elements of ``hyper``: ``1 - lr * weight_decay``, the factor on the whole weight; and, where all rows of a weight
+have had equally many updates, their number, this one included. Weights that share it share all that follows from it."""
 
 
 def regular_step(
@@ -35,14 +36,14 @@ def regular_step(
         rank: r.
         compact_grad: ``[r, n]`` or ``[m, r]``.
         weight: ``[m, n]``.
-        hyper: ``[len(rule.hyper_names) + 1]``.
-        *state: ``index`` ``int64[r]``, ``step`` (0-d, or ``[r]`` with ``on_refresh="carry"``), the rule's state.
+        hyper: ``[len(rule.hyper_names) + len(SHARED_HYPER)]``.
+        *state: as named by `graph_state`.
 
     Returns:
-        weight, step, and the rule's state, all new.
+        weight, and what is left of the state after ``index``, all new.
     """
-    index, step, *moments = state
-    return _apply(config, dim, compact_grad, weight, hyper, index, step, moments)
+    index, *rest = state
+    return _apply(config, dim, compact_grad, weight, hyper, index, rest)
 
 
 def refresh_step(
@@ -54,21 +55,27 @@ def refresh_step(
         gradient: ``[m, n]``, full; everything else as in `regular_step`.
 
     Returns:
-        weight, index, step, and the rule's state, all new.
+        weight, and the state as named by `graph_state`, all new.
     """
-    old_index, step, *moments = state
+    old_index, *rest = state
     index = selection.top(selection.scores(gradient, dim), rank)
     if config.on_refresh == "carry":
-        step, moments = carried(gradient.shape[dim], dim, old_index, index, step, moments)
+        rest = carried(gradient.shape[dim], dim, old_index, index, rest)
     else:
-        step, moments = torch.zeros_like(step), [torch.zeros_like(moment) for moment in moments]
-    new_weight, *rest = _apply(config, dim, gradient.index_select(dim, index), weight, hyper, index, step, moments)
+        rest = [torch.zeros_like(moment) for moment in rest]
+    new_weight, *rest = _apply(config, dim, gradient.index_select(dim, index), weight, hyper, index, rest)
     return (new_weight, index, *rest)
 
 
-def carried(
-    length: int, dim: int, old_index: Tensor, index: Tensor, step: Tensor, moments: list[Tensor]
-) -> tuple[Tensor, list[Tensor]]:
+def graph_state(config: SiteConfig) -> tuple[str, ...]:
+    """The state tensors of one weight that are inputs of the graph, in their order there.
+
+    ``step`` is among them only where it is kept per row; otherwise it comes with ``hyper``.
+    """
+    return ("index", *(("step",) if config.on_refresh == "carry" else ()), *config.rule.state_names)
+
+
+def carried(length: int, dim: int, old_index: Tensor, index: Tensor, state: list[Tensor]) -> list[Tensor]:
     """The state of the rows ``index``: rows that ``old_index`` already held keep theirs, the others start from zero.
 
     Args:
@@ -76,38 +83,35 @@ def carried(
         dim: the stored dimension that is indexed.
         old_index: ``int64[r]``, before the refresh.
         index: ``int64[r]``, after it.
-        step: ``[r]``, updates that each row has had.
-        moments: each ``[r, n]`` or ``[m, r]``.
+        state: ``step`` ``[r]``, then tensors ``[r, n]`` or ``[m, r]``.
     """
-    rank = old_index.shape[0]
-    slots = torch.arange(rank, device=index.device)
+    slots = torch.arange(old_index.shape[0], device=index.device)
     slot_of = torch.full((length,), -1, dtype=torch.int64, device=index.device).index_put([old_index], slots)
     slot = slot_of.index_select(0, index)
     kept, slot = slot >= 0, slot.clamp(min=0)
+    step, *moments = state
     mask = kept.unsqueeze(1 - dim)
-    moved = [torch.where(mask, moment.index_select(dim, slot), 0.0) for moment in moments]
-    return torch.where(kept, step.index_select(0, slot), 0.0), moved
+    return [
+        torch.where(kept, step.index_select(0, slot), 0.0),
+        *(torch.where(mask, moment.index_select(dim, slot), 0.0) for moment in moments),
+    ]
 
 
 def _apply(
-    config: SiteConfig,
-    dim: int,
-    compact_grad: Tensor,
-    weight: Tensor,
-    hyper: Tensor,
-    index: Tensor,
-    step: Tensor,
-    moments: list[Tensor],
+    config: SiteConfig, dim: int, compact_grad: Tensor, weight: Tensor, hyper: Tensor, index: Tensor, state: list[Tensor]
 ) -> tuple[Tensor, ...]:
     rule = config.rule
-    numbers = dict(zip((*rule.hyper_names, DECAY), hyper.unbind(), strict=True))
-    step = step + 1
-    state = dict(zip(rule.state_names, moments, strict=True))
-    counted = step.to(moments[0].dtype)
-    state["step"] = counted.unsqueeze(1 - dim) if step.dim() else counted
-    update, new_state = rule.update(compact_grad.to(moments[0].dtype), state, numbers)
+    numbers = dict(zip((*rule.hyper_names, *SHARED_HYPER), hyper.unbind(), strict=True))
+    written = []
+    step = numbers["step"]
+    if config.on_refresh == "carry":
+        counted, *state = state
+        written = [counted + 1]
+        step = written[0].to(hyper.dtype).unsqueeze(1 - dim)
+    named = dict(zip(rule.state_names, state, strict=True))
+    update, new = rule.update(compact_grad.to(state[0].dtype), {**named, "step": step}, numbers)
     if config.scale != 1.0:
         update = update * config.scale
     if config.decays:
-        weight = (weight * numbers[DECAY]).to(weight.dtype)
-    return (row_update(weight, dim, index, -update), step, *(new_state[name] for name in rule.state_names))
+        weight = (weight * numbers["decay"]).to(weight.dtype)
+    return (row_update(weight, dim, index, -update), *written, *(new[name] for name in rule.state_names))

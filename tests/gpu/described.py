@@ -1,10 +1,11 @@
-"""Generate code for a GPU that is not there: Inductor's Triton for a *described* sm_90 device, compiled to PTX and assembled.
+"""Generate code for a GPU that is not there: Inductor's Triton for a *described* sm_90 device, compiled and assembled.
 
-A model trains on the CPU through ``torch.compile(backend="grass")``: Dynamo, AOTAutograd, our passes and the partitioner see
-what they always see. Only the last stage differs. Each forward and backward graph that reaches ``compile_fx_inner`` has its
-fake values moved to ``cuda:0`` (`retarget`); Inductor generates code for the device that `described_device` makes up, and
-Triton compiles its kernels. In place of the graph, zeros are returned. (The graphs cannot be traced on CUDA tensors: without
-CUDA, torch has no autograd for them, not even for fake ones.)
+A model trains on the CPU through ``torch.compile(backend="grass")``: Dynamo, AOTAutograd, our passes and the partitioner
+see what they always see. Only the last stage differs. Each forward and backward graph that reaches Inductor's
+``compile_fx_inner`` has its fake values moved to ``cuda:0`` (`retarget`); Inductor generates code for the device that
+`described_device` makes up, and Triton compiles the kernels to PTX and assembles them. When the graph is called, it
+returns zeros. (The graphs cannot be traced on CUDA tensors: a CPU build of torch has no autograd for them, not even for
+fake ones. So what Inductor does to a *joint* graph only for a GPU, padding of products for example, is not seen here.)
 
 All of this patches ``torch.cuda``, Triton's driver and Inductor, and fills caches that outlive the patches. So it is used
 through `generate` alone, which does it in a process of its own.
@@ -55,23 +56,36 @@ H200 = types.SimpleNamespace(
 
 
 @dataclasses.dataclass(frozen=True)
+class Input:
+    """An input of a generated module; ``dtype`` as ``torch.bfloat16``."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def layout(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return self.shape, self.stride
+
+
+@dataclasses.dataclass(frozen=True)
 class Generated:
     """What Inductor made of one graph.
 
     Attributes:
         is_backward: whether it is a backward graph.
-        code: the generated module: Triton kernels in source form, and ``call``, which allocates buffers and launches them.
+        code: the generated module: Triton kernels as source, and ``call``, which allocates buffers and launches them.
         ptx: the PTX of every kernel by name. It was assembled too: a kernel that is not valid for the device raises.
-        inputs: dtype and shape of each input of ``call`` by name.
+        inputs: what ``call`` takes, by name and in order; all are tensors.
     """
 
     is_backward: bool
     code: str
     ptx: dict[str, str]
-    inputs: dict[str, tuple[str, tuple[int, ...]]]
+    inputs: dict[str, Input]
 
 
-# -------------------------------------------------------------------------------------------------- in the test's process
+# ------------------------------------------------------------------------------------------ in the test's process
 
 
 def generate(train: Callable[..., None], *args: str) -> list[Generated]:
@@ -98,10 +112,18 @@ def generate(train: Callable[..., None], *args: str) -> list[Generated]:
         )
         if child.returncode:
             raise RuntimeError(f"{train.__qualname__}{args} failed in the child process:\n{child.stderr[-4000:]}")
-        return [Generated(**graph) for graph in json.loads(found.read_text())]
+        return [_from_json(graph) for graph in json.loads(found.read_text())]
 
 
-# -------------------------------------------------------------------------------------------------- in the child process
+def _from_json(graph: dict[str, Any]) -> Generated:
+    inputs = {
+        name: Input(found["dtype"], tuple(found["shape"]), tuple(found["stride"]))
+        for name, found in graph.pop("inputs").items()
+    }
+    return Generated(**graph, inputs=inputs)
+
+
+# ------------------------------------------------------------------------------------------ in the child process
 
 
 def main(found: str, module: str, function: str, *args: str) -> None:
@@ -136,7 +158,7 @@ class Driver:
 
 @contextlib.contextmanager
 def described_device() -> Iterator[None]:
-    """Make torch, Inductor and Triton believe in one `H200`, as far as generating code goes. Nothing can be launched."""
+    """Make torch, Inductor and Triton believe in one `H200`, as far as generating code goes; nothing can be launched."""
     from torch._dynamo.device_interface import CudaInterface
     from torch._inductor.runtime import triton_helpers, triton_heuristics
     from torch.utils._triton import has_triton
@@ -147,9 +169,7 @@ def described_device() -> Iterator[None]:
         "device_count": 1,
         "current_device": 0,
         "get_device_properties": H200,
-        "get_device_capability": (H200.major, H200.minor),
         "get_rng_state": torch.zeros(0, dtype=torch.uint8),
-        "set_rng_state": None,
         "_exchange_device": 0,
         "_maybe_exchange_device": 0,
     }
@@ -170,12 +190,13 @@ def described_device() -> Iterator[None]:
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Generated]]:
-    """Compile every graph of the grass backend for the described device and keep what was generated; run none of them."""
-    from grass_compile import _torch
+    """Compile every graph of the grass backend for the described device, keep what was generated, and run none."""
     from torch._inductor.compile_fx import compile_fx
 
+    from grass_compile import _torch
+
     graphs: list[Generated] = []
-    inner = functools.partial(_compile_inner, graphs=graphs)
+    inner: Any = functools.partial(_compile_inner, graphs=graphs)
     with mock.patch.object(_torch, "compile_fx", functools.partial(compile_fx, inner_compile=inner)):
         yield graphs
 
@@ -197,9 +218,9 @@ def _compile_inner(
         _recorded_ptx() as ptx,
     ):
         compile_fx_inner(gm, retarget(gm), **keywords)
-    inputs = {node.name: node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")}
-    described = {name: (str(value.dtype).removeprefix("torch."), tuple(value.shape)) for name, value in inputs.items()}
-    graphs.append(Generated(keywords.get("is_backward", False), code[0], ptx, described))
+    values = {node.name: node.meta["val"] for node in _placeholders(gm)}
+    inputs = {name: Input(str(value.dtype), tuple(value.shape), value.stride()) for name, value in values.items()}
+    graphs.append(Generated(keywords.get("is_backward", False), code[0], ptx, inputs))
     return _zeros(results)
 
 
@@ -223,7 +244,7 @@ def retarget(gm: fx.GraphModule) -> list[Any]:
             node.meta["val"] = tree_map_only(FakeTensor, moved, node.meta["val"])
         node.kwargs = tree_map_only(torch.device, lambda _: device, node.kwargs)
     gm.recompile()
-    return [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
+    return [node.meta["val"] for node in _placeholders(gm)]
 
 
 @contextlib.contextmanager
@@ -244,8 +265,13 @@ def _recorded_ptx() -> Iterator[dict[str, str]]:
         yield ptx
 
 
-def _returned(gm: fx.GraphModule) -> Sequence[Any]:
-    return next(iter(gm.graph.find_nodes(op="output"))).args[0]
+def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:
+    return list(gm.graph.find_nodes(op="placeholder"))
+
+
+def _returned(gm: fx.GraphModule) -> list[Any]:
+    (results,) = next(iter(gm.graph.find_nodes(op="output"))).args
+    return list(results)
 
 
 def _zeros(results: Sequence[Any]) -> Callable[..., Any]:

@@ -1,0 +1,164 @@
+"""The Triton that Inductor generates for an H200 from the graphs that our passes make, with no GPU present.
+
+Two gated MLPs of a transformer train for two steps: the first chooses rows (columns), the second uses them. So there are
+four graphs for each axis, in the order refresh forward, refresh backward, regular forward, regular backward.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import itertools
+import math
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import grass_compile
+from grass_compile.config import Axis
+
+from .described import Generated, generate
+from .parsed import parse
+
+pytestmark = [
+    pytest.mark.inductor,
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, to generate code for a GPU"),
+]
+
+# No activation has as many elements as a weight, so that a buffer's size tells what it is for.
+TOKENS, WIDTH, HIDDEN, RANK = 3072, 1024, 2048, 128
+LAYERS = 2
+WEIGHTS = 3 * LAYERS
+WEIGHT_NUMEL = WIDTH * HIDDEN
+
+ATOMIC = re.compile(r"^\s*(@!?%p\d+ )?(atom|red)\.", re.MULTILINE)
+"""A PTX instruction that reads and writes memory in one."""
+
+
+class GatedMLP(nn.Module):
+    """The feed-forward half of a LLaMA layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, HIDDEN, bias=False)
+        self.up = nn.Linear(WIDTH, HIDDEN, bias=False)
+        self.down = nn.Linear(HIDDEN, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+def train(axis: Axis) -> None:
+    """Two steps in bf16; runs in a child process, where nothing of what is generated is launched."""
+    model = nn.Sequential(*(GatedMLP() for _ in range(LAYERS))).to(torch.bfloat16)
+    optimizer = grass_compile.AdamW(model.named_parameters(), rank=RANK, axis=axis)
+    compiled = torch.compile(model, backend="grass", options={"strict": True})
+    x = torch.zeros(TOKENS, WIDTH, dtype=torch.bfloat16, requires_grad=True)
+    for _ in range(2):
+        compiled(x).float().square().mean().backward()
+        optimizer.step()
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The graphs of one axis."""
+
+    axis: str
+    graphs: list[Generated]
+
+    @property
+    def refresh(self) -> Generated:
+        return self.graphs[1]
+
+    @property
+    def regular(self) -> Generated:
+        return self.graphs[3]
+
+
+@pytest.fixture(scope="module", params=["rows", "columns"])
+def run(request: pytest.FixtureRequest) -> Run:
+    graphs = generate(train, request.param)
+    assert [graph.is_backward for graph in graphs] == [False, True, False, True]
+    return Run(request.param, graphs)
+
+
+def sites(backward: Generated, axis: str) -> dict[str, tuple[str, str]]:
+    """The inputs that hold ``exp_avg`` and ``exp_avg_sq``, by the input that holds their weight."""
+    dim = 0 if axis == "rows" else 1
+    matrices = {name: value for name, value in backward.inputs.items() if len(value.shape) == 2}
+    weights = [name for name, value in matrices.items() if math.prod(value.shape) == WEIGHT_NUMEL]
+    moments = [name for name, value in matrices.items() if value.dtype == "torch.float32" and value.shape[dim] == RANK]
+    assert len(weights) == WEIGHTS and len(moments) == 2 * WEIGHTS
+    found = dict(zip(weights, zip(moments[::2], moments[1::2], strict=True), strict=True))
+    for weight, pair in found.items():
+        assert {matrices[moment].shape[1 - dim] for moment in pair} == {matrices[weight].shape[1 - dim]}
+    return found
+
+
+def test_every_kernel_compiles_for_the_described_device(run: Run) -> None:
+    for graph in run.graphs:
+        assert set(graph.ptx) == set(parse(graph.code).kernels) != set()
+        for name, ptx in graph.ptx.items():
+            assert re.search(r"^\.target sm_90a?$", ptx, re.MULTILINE), name
+
+
+def test_compact_product_reads_a_gathered_buffer_of_tokens_by_rank(run: Run) -> None:
+    module = parse(run.regular.code)
+    compact = [p for numel in {RANK * WIDTH, RANK * HIDDEN} for p in module.products(numel)]
+    assert len(compact) == WEIGHTS
+    for product in compact:
+        left, right = product.arguments
+        if run.axis == "rows":
+            match = re.fullmatch(rf"reinterpret_tensor\((\w+), \({RANK}, {TOKENS}\), \(1, {RANK}\), 0\)", left)
+            assert match, f"the gathered grad_out is not read transposed: {left}"
+            gathered = match[1]
+        else:
+            gathered = right
+        found = module.layouts.get(gathered) or run.regular.inputs[gathered].layout
+        assert found == ((TOKENS, RANK), (RANK, 1))
+
+
+def test_columns_save_the_gathered_input_instead_of_the_input(run: Run) -> None:
+    saved = [value.shape for value in run.regular.inputs.values()]
+    inputs = saved.count((TOKENS, WIDTH)) - 1  # the gradient of the output has this shape too
+    if run.axis == "rows":
+        assert (TOKENS, RANK) not in saved and inputs == LAYERS
+    else:
+        # The input of `down` may be gathered in the forward, or in the backward, which has what it is made of.
+        assert saved.count((TOKENS, RANK)) in (2 * LAYERS, WEIGHTS) and inputs == 0
+
+
+def test_regular_step_allocates_nothing_as_large_as_a_weight(run: Run) -> None:
+    module = parse(run.regular.code)
+    called = {launch.function for launch in module.launches} - set(module.kernels)
+    assert called <= {"extern_kernels.mm", "extern_kernels.addmm"}  # a copy could hide in another
+    assert [name for name in module.layouts if module.numel(name) == WEIGHT_NUMEL] == []
+
+
+@pytest.mark.parametrize("kind", ["regular", "refresh"])
+def test_one_kernel_writes_a_weight_and_its_moments(run: Run, kind: str) -> None:
+    backward = getattr(run, kind)
+    module = parse(backward.code)
+    for weight, moments in sites(backward, run.axis).items():
+        (step,) = module.writers(weight)
+        assert step.function in module.kernels
+        for moment in moments:
+            assert module.writers(moment) == [step]
+
+
+def test_no_kernel_uses_atomics(run: Run) -> None:
+    for graph in run.graphs:
+        assert [name for name, kernel in parse(graph.code).kernels.items() if kernel.atomic] == []
+        assert [name for name, ptx in graph.ptx.items() if ATOMIC.search(ptx)] == []
+
+
+def test_refresh_needs_one_full_gradient_at_a_time(run: Run) -> None:
+    module = parse(run.refresh.code)
+    gradients = [name for product in module.products(WEIGHT_NUMEL) for name in product.written]
+    assert len(gradients) == WEIGHTS
+    spans = sorted((module.needed(name) for name in gradients), key=lambda span: span.start)
+    for before, after in itertools.pairwise(spans):
+        assert before.stop <= after.start, "a full gradient is still needed when the next is formed"
