@@ -60,9 +60,7 @@ def collect(arguments: argparse.Namespace, caches: Path) -> tuple[list[Sample], 
     todo = [(turn, case) for turn in range(arguments.rounds) for case in cases(arguments)]
     with tqdm(total=len(todo) * len(STARTS), unit="run", file=sys.stderr) as bar:
         for turn, case in todo:
-            settings = record.settings_of(
-                arguments, case.method, layers=case.layers, blockwise=case.blockwise, memory=False
-            )
+            settings = record.settings_of(arguments, case.method, layers=case.layers, blockwise=case.blockwise, memory=False)
             with tempfile.TemporaryDirectory(dir=caches) as cache:
                 for start in STARTS:
                     bar.set_postfix_str(f"round {turn + 1}, {case.name}, {start}")
@@ -94,9 +92,7 @@ def summarise(arguments: argparse.Namespace, samples: list[Sample]) -> dict[str,
         cold = {"case": case.name, "start": "cold"}
         dense = {**cold, "case": Case("dense", case.layers, case.blockwise).name}
         shallow = {**cold, "case": Case(case.method, depths[0], True).name} if depths else cold
-        summary[case.name] = {
-            start: spread(s["compile_seconds"] for s in own if s["start"] == start) for start in STARTS
-        }
+        summary[case.name] = {start: spread(s["compile_seconds"] for s in own if s["start"] == start) for start in STARTS}
         summary[case.name] |= {
             "cold_to_dense": _ratio(samples, cold, dense),
             "second_to_cold": _ratio(samples, {**cold, "start": "second"}, cold),

@@ -205,9 +205,7 @@ class Fingerprint:
         return {n for n, p in model.named_parameters() if not torch.equal(self._before[n], self._sample(p))}
 
 
-def participation(
-    method: Method, model: Stack, optimizer: Optimizer, settings: Settings, before: Fingerprint
-) -> dict[str, Any]:
+def participation(method: Method, model: Stack, optimizer: Optimizer, settings: Settings, before: Fingerprint) -> dict[str, Any]:
     """Facts that show the method at work on every linear weight.
 
     Raises:

@@ -125,9 +125,7 @@ def circumstances() -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "--verify", "HEAD"),
-        "uncommitted_changes": bool(
-            _git("status", "--porcelain", "--", "grass_compile", "benchmarks", ":!benchmarks/results")
-        ),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--", "grass_compile", "benchmarks", ":!benchmarks/results")),
         "machine": {
             "processor": _processor(),
             "cores": len(os.sched_getaffinity(0)),

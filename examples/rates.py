@@ -16,21 +16,19 @@ RECORDED_SWEEP = Path(__file__).resolve().parent.parent / "benchmarks" / "result
 FALLBACK_DENSE_LR = 3e-3
 FALLBACK_GRASS_LR = 6e-3
 
-# A shorter run, other text or another device keeps the learning rates found for the full run.
+# A run of another length, other text or another device keeps the learning rates found.
 _NOT_COMPARED = {"lr", "dense_lr", "steps", "validations", "validation_windows", "text", "device", "seed"}
 _GRASS_ONLY = {"axis", "update_proj_gap", "on_refresh"}
 
 
 def with_best_rates(config: TrainConfig, sweep: Path = RECORDED_SWEEP) -> tuple[TrainConfig, bool]:
-    """`config` with the learning rates of the full run that ended lowest in `sweep`, and True.
+    """`config` with the learning rates of the run that ended lowest in `sweep`, among the longest there, and True.
 
-    With fallback rates, and False, where no full run in `sweep` has this model, batch and method.
+    With fallback rates, and False, where no run in `sweep` has this model, batch and method.
     """
-    alike = [
-        record
-        for record in read_sweep(sweep)
-        if record["config"]["steps"] == TrainConfig.steps and _compared(record["config"]) == _compared(asdict(config))
-    ]
+    alike = [record for record in read_sweep(sweep) if _compared(record["config"]) == _compared(asdict(config))]
+    longest = max((record["config"]["steps"] for record in alike), default=0)
+    alike = [record for record in alike if record["config"]["steps"] == longest]
     if alike:
         best = min(alike, key=lambda record: record["val_loss"])["config"]
         return replace(config, lr=best["lr"], dense_lr=best["dense_lr"]), True

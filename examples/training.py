@@ -34,9 +34,9 @@ class TrainConfig:
 
     lr: float
     rank: int | None = None
-    axis: str = "auto"
+    axis: str = "columns"
     update_proj_gap: int = 50
-    on_refresh: str = "reset"
+    on_refresh: str = "carry"
     dense_lr: float | None = None  # for what grass leaves dense; None: `lr`
 
     hidden_size: int = 256
@@ -175,18 +175,14 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(value.nbytes for value in values if isinstance(value, Tensor))
 
 
-def describe(
-    model: nn.Module, optimizer: torch.optim.Optimizer, corpus: Corpus, validation: Tensor, ids: Tensor
-) -> Event:
+def describe(model: nn.Module, optimizer: torch.optim.Optimizer, corpus: Corpus, validation: Tensor, ids: Tensor) -> Event:
     """What was trained on what, and what grass made of it (`projection`; None for a dense run)."""
     grass = isinstance(optimizer, grass_compile.AdamW)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "corpus": str(corpus),
         "bigram_loss": bigram_loss(corpus.train, validation),
-        "projection": str(grass_compile.explain(model, input_ids=ids, labels=ids, optimizer=optimizer))
-        if grass
-        else None,
+        "projection": str(grass_compile.explain(model, input_ids=ids, labels=ids, optimizer=optimizer)) if grass else None,
     }
 
 

@@ -1,9 +1,9 @@
 """Structured sparse gradients (Grass) as a graph rewrite: ``torch.compile(model, backend="grass")``."""
 
 from .errors import ConfigError as ConfigError
+from .errors import GraphError as GraphError
 from .errors import GrassError as GrassError
 from .errors import GrassWarning as GrassWarning
-from .errors import GraphError as GraphError
 from .errors import StateError as StateError
 from .explain import explain as explain
 from .report import Report as Report

@@ -10,10 +10,10 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
-from functorch.compile import min_cut_rematerialization_partition
+from functorch.compile import min_cut_rematerialization_partition  # type: ignore[import-untyped]
 from torch import Tensor, fx
 from torch._dynamo import disable as dynamo_disable
 from torch._dynamo.backends.common import aot_autograd
@@ -23,7 +23,7 @@ from torch._guards import CompileContext, TracingContext, compile_context, traci
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.decomposition import select_decomp_table
-from torch._logging import trace_structured
+from torch._logging._internal import trace_structured
 
 Compiled = Callable[..., Any]
 Partition = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
@@ -67,9 +67,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[Captured
         if isinstance(example, torch.nn.Parameter):
             parameters.append((position, _qualified_name(node, names)))
             real.append(example)
-    captured = Captured(
-        _copy(gm), tuple(fakes), TracingContext.try_get(), CompileContext.try_get(), tuple(parameters)
-    )
+    captured = Captured(_copy(gm), tuple(fakes), TracingContext.try_get(), CompileContext.try_get(), tuple(parameters))
     return captured, tuple(real)
 
 
@@ -91,7 +89,7 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
     graph.output(graph.graph_copy(gm.graph, mapping))
     for old, new in mapping.items():
         if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+            new._dynamo_source = old._dynamo_source
     copied = fx.GraphModule(gm, graph)
     copied.meta.update(gm.meta)
     for attribute in ("_param_name_to_source", "_source_to_user_stacks"):
@@ -113,7 +111,7 @@ def with_inputs(captured: Captured, names: Sequence[str], static: Sequence[bool]
     for name, is_static in zip(names, static, strict=True):
         with gm.graph.inserting_after(last):
             last = gm.graph.placeholder(name)
-        last._dynamo_source = None  # type: ignore[attr-defined]
+        last._dynamo_source = None
         last.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"} if is_static else {}
         last.meta["example_value"] = None
     gm.recompile()
@@ -128,7 +126,7 @@ def fake_mode(captured: Captured) -> Any:
 # ------------------------------------------------------------------------------------------------------ compilation
 
 
-class Partitioner(CustomPartitionerFn):  # type: ignore[misc]
+class Partitioner(CustomPartitionerFn):
     """Hands the joint graph to ``function``. Pickles as its key alone, which must cover everything that shapes the result."""
 
     def __init__(self, function: Partition, key: str) -> None:
@@ -181,8 +179,8 @@ def compile_graph(
         config = {**_mode_options(mode), **patches}
         if partition is not None:
             config["custom_partitioner_fn"] = Partitioner(partition, key)
-        compiled: Compiled = compile_fx(gm, list(inputs), config_patches=config)
-        return compiled
+        compiled: Any = compile_fx(gm, list(inputs), config_patches=config)
+        return cast(Compiled, compiled)
 
 
 def _compile_eager(gm: fx.GraphModule, inputs: Sequence[Any], partition: Partition | None) -> Compiled:
@@ -211,7 +209,7 @@ def decompositions() -> dict[Any, Any]:
 
 def common_subexpressions(graph: fx.Graph) -> fx.Graph:
     """A copy of ``graph`` in which equal expressions are computed once, as the partitioner makes it."""
-    simplified: fx.Graph = fx_graph_cse(graph)  # type: ignore[no-untyped-call]
+    simplified: fx.Graph = fx_graph_cse(graph)
     return simplified
 
 
@@ -240,7 +238,7 @@ def backward_node(values: Iterable[Any], since: int) -> Any:
     Outputs that are views stand behind view nodes of their own, so the search goes up a few steps; outputs that alias an
     input lead to older nodes, which are passed over.
     """
-    pending = [value.grad_fn for value in values if isinstance(value, Tensor) and value.grad_fn is not None]
+    pending: list[Any] = [value.grad_fn for value in values if isinstance(value, Tensor)]
     while pending:
         node = pending.pop()
         if node is None or node._sequence_nr() < since:
@@ -312,7 +310,7 @@ def register_row_update_lowering(op: Any) -> None:
     from torch._inductor.lowering import register_lowering
     from torch._inductor.virtualized import V, ops
 
-    @register_lowering(op, type_promotion_kind=None)  # type: ignore[untyped-decorator]
+    @register_lowering(op, type_promotion_kind=None)
     def lower(weight: Any, dim: int, index: Any, update: Any) -> None:
         weight.realize()
         length = weight.get_size()[dim]

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from . import _torch
 from .config import BackendOptions
-from .errors import ConfigError, GrassError, GrassWarning, GraphError
+from .errors import ConfigError, GraphError, GrassError, GrassWarning
 from .passes import pipeline
 from .passes.pipeline import PASSES, Plan, PlanMismatch
 from .passes.records import Analysis, Projection, WeightInput
@@ -60,6 +60,11 @@ def _raising(error: GrassError) -> Callable[..., Any]:
         raise error
 
     return raise_error
+
+
+REFRESH_PATCHES = {"score_fusion_memory_threshold": 256}
+"""The compact steps share ``hyper``, a few dozen bytes: enough for Inductor to fuse the steps of different weights, which on a
+refresh keeps all their full gradients alive until the last. Below this many shared bytes it does not (its default is 10)."""
 
 
 class Region:
@@ -152,9 +157,7 @@ class Region:
 
     # ---------------------------------------------------------------------------------------------------- the plans
 
-    def plan(
-        self, weights: tuple[WeightInput, ...], records: Mapping[int, Record], refresh_all: bool = False
-    ) -> Plan | None:
+    def plan(self, weights: tuple[WeightInput, ...], records: Mapping[int, Record], refresh_all: bool = False) -> Plan | None:
         """The plan for a call, or None if nothing is projected. Assigns compact state to weights that have none.
 
         Raises:
@@ -221,24 +224,30 @@ class Region:
         names = plan.input_names
         gm = _torch.with_inputs(self.captured, names, ["hyper" not in name for name in names])
         inputs = (*self.captured.example_inputs, *_fake_state(_torch.fake_mode(self.captured), self.captured, plan))
-        partition = functools.partial(
-            pipeline.transform, plan=plan, partition=_torch.min_cut_rematerialization_partition
-        )
+        partition = functools.partial(pipeline.transform, plan=plan, partition=_torch.min_cut_rematerialization_partition)
         try:
-            return self._compile(gm, inputs, partition, key=f"{source_hash()}:{plan}")
+            patches = REFRESH_PATCHES if any(plan.refresh) else {}
+            return self._compile(gm, inputs, partition, key=f"{source_hash()}:{plan}", patches=patches)
         except PlanMismatch as found:
             raise GraphError(
                 f"the graph of {plan.projections[0].name} changed between two traces: {found.analysis}; please report this."
             ) from found
 
-    def _compile(self, gm: fx.GraphModule, inputs: Sequence[Any], partition: Any, key: str) -> Callable[..., Any]:
+    def _compile(
+        self,
+        gm: fx.GraphModule,
+        inputs: Sequence[Any],
+        partition: Any,
+        key: str,
+        patches: Mapping[str, Any] | None = None,
+    ) -> Callable[..., Any]:
         return _torch.compile_graph(
             self.captured,
             gm,
             inputs,
             compiler=self.options.compiler,
             mode=self.options.mode,
-            patches=dict(self.options.inductor),
+            patches={**(patches or {}), **dict(self.options.inductor)},
             partition=partition,
             key=key,
         )

@@ -119,25 +119,27 @@ class Report:
         return Totals(dense, compact)
 
     def __str__(self) -> str:
-        header = ("name", "shape", "dtype", "projected", "axis", "rank", "reason")
-        lines = [header] + [
-            (
-                row.name, "x".join(map(str, row.shape)), str(row.dtype).removeprefix("torch."),
-                "yes" if row.projected else "no", row.axis or "-", str(row.rank or "-"), row.reason,
-            )  # fmt: skip
-            for row in self.rows
-        ]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(header) - 1)]
-        table = [
-            "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[-1]]) for line in lines
-        ]
+        lines = [("name", "shape", "dtype", "projected", "axis", "rank", "reason"), *(_cells(row) for row in self.rows)]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]) - 1)]
+        table = ["  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[-1]]) for line in lines]
         return "\n".join([table[0], "-" * min(120, len(table[0]) + 40), *table[1:], "", *self._summary()])
 
     def _summary(self) -> list[str]:
-        flops, gradients, state = self.weight_grad_flops, self.gradient_bytes, self.state_bytes
+        quantities = (
+            ("weight-gradient flops", self.weight_grad_flops, 1e9, "G"),
+            ("gradient bytes", self.gradient_bytes, 2**20, "MiB"),
+            ("optimizer state bytes", self.state_bytes, 2**20, "MiB"),
+        )
         return [
             f"{len(self.projected)} of {len(self.rows)} parameters projected",
-            f"weight-gradient flops  {flops.dense / 1e9:10.2f} G  -> {flops.compact / 1e9:10.2f} G   ({flops.ratio:.3f})",
-            f"gradient bytes         {gradients.dense / 2**20:8.2f} MiB -> {gradients.compact / 2**20:8.2f} MiB ({gradients.ratio:.3f})",
-            f"optimizer state bytes  {state.dense / 2**20:8.2f} MiB -> {state.compact / 2**20:8.2f} MiB ({state.ratio:.3f})",
+            *(
+                f"{name:22} {total.dense / unit:9.2f} {symbol} -> {total.compact / unit:9.2f} {symbol}  ({total.ratio:.3f})"
+                for name, total, unit, symbol in quantities
+            ),
         ]
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    shape, dtype = "x".join(map(str, row.shape)), str(row.dtype).removeprefix("torch.")
+    projected = "yes" if row.projected else "no"
+    return row.name, shape, dtype, projected, row.axis or "-", str(row.rank or "-"), row.reason

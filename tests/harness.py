@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -49,7 +50,13 @@ class Pair:
 
 
 def pair(
-    model: nn.Module, inputs: Sequence[Any], *, compiler: str = "aot_eager", rank: int, axis: str = "auto", **keywords: Any
+    model: nn.Module,
+    inputs: Sequence[Any],
+    *,
+    compiler: str = "aot_eager",
+    rank: int,
+    axis: str = "auto",
+    **keywords: Any,
 ) -> Pair:
     """Set up both sides; the oracle projects what `grass_compile.explain` says."""
     twin = copy.deepcopy(model)
@@ -96,13 +103,11 @@ def joint_graph(model: Callable[..., Any], *inputs: Any, dynamic: bool | None = 
             found.append(Joint(joint, num_fwd_outputs, dict(captured.parameters)))
             raise _GotIt
 
-        try:
+        with contextlib.suppress(_GotIt):
             _torch.compile_graph(
                 captured, _torch.with_inputs(captured, (), ()), captured.example_inputs,
                 compiler="aot_eager", mode="default", patches={}, partition=partition, key="test",
             )  # fmt: skip
-        except _GotIt:
-            pass
         return gm.forward
 
     torch.compile(model, backend=backend, dynamic=dynamic)(*inputs)

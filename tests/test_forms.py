@@ -81,7 +81,12 @@ def test_only_selected_rows_move(name: str, axis: str) -> None:
 
 
 def test_moments_have_the_compact_shape() -> None:
-    shapes = {("Linear", "rows"): (6, 24), ("Linear", "columns"): (32, 6), ("InOut", "rows"): (24, 6), ("InOut", "columns"): (6, 32)}
+    shapes = {
+        ("Linear", "rows"): (6, 24),
+        ("Linear", "columns"): (32, 6),
+        ("InOut", "rows"): (24, 6),
+        ("InOut", "columns"): (6, 32),
+    }
     for (name, axis), shape in shapes.items():
         run = pair(forms.FORMS[name](), [forms.batch(torch.float32)], rank=forms.RANK, axis=axis)
         run.step(forms.loss_of, forms.batch(torch.float32))

@@ -59,9 +59,7 @@ def choose_axes(sites: tuple[Site, ...], selectable: Callable[[Any, int], bool])
 def _settle(site: Site, sharers: int, selectable: Callable[[Any, int], bool]) -> Site:
     asked = site.weight.config.axis
     possible: list[Axis] = [
-        axis
-        for axis in ("rows", "columns")
-        if selectable(site.gradient, site.out_dim if axis == "rows" else 1 - site.out_dim)
+        axis for axis in ("rows", "columns") if selectable(site.gradient, site.out_dim if axis == "rows" else 1 - site.out_dim)
     ]
     if asked != "auto":
         choice = Choice(asked, "asked for")

@@ -23,7 +23,7 @@ import torch
 from torch import fx
 
 from . import costs
-from .fx_utils import depends_on, is_tangent, outputs, placeholders, shape_of
+from .fx_utils import depends_on, is_tangent, outputs, primals, shape_of
 from .records import Cast, Concat, Gradient, Operand, Product, Refusal, Site, Sum, WeightInput, products_of
 
 aten = torch.ops.aten
@@ -107,7 +107,7 @@ def detect(
         The sites in the order of ``weights``, and a refusal for every weight without one.
     """
     slots = dict(zip(input_positions(gm), outputs(gm)[num_fwd_outputs:], strict=True))
-    inputs = {position: node for position, node in zip(input_positions(gm), primal_nodes(gm), strict=True)}
+    inputs = dict(zip(input_positions(gm), primals(gm), strict=True))
     in_backward = depends_on(gm, is_tangent)
     found: dict[int, Site] = {}
     reasons: dict[int, str] = {}
@@ -128,15 +128,10 @@ def detect(
     return sites, refusals
 
 
-def primal_nodes(gm: fx.GraphModule) -> list[fx.Node]:
-    """The primals of a joint graph."""
-    return [node for node in placeholders(gm) if not is_tangent(node)]
-
-
 def input_positions(gm: fx.GraphModule) -> list[int]:
     """For each primal, its position among the inputs of the Dynamo graph (-1 for inputs that AOTAutograd added)."""
-    nodes = primal_nodes(gm)
-    described = [node.meta.get("desc") for node in nodes]
+    nodes = primals(gm)
+    described: list[Any] = [node.meta.get("desc") for node in nodes]
     if all(desc is None for desc in described):
         return list(range(len(nodes)))
     added = iter(range(-1, -len(nodes) - 1, -1))
@@ -270,7 +265,7 @@ class Walk:
         return Cast(self.parse(node.args[0], frame), node.meta["val"].dtype)
 
     def _slice(self, node: fx.Node, frame: Frame) -> Gradient:
-        source, dim, start, _, step = (list(node.args) + [None] * 5)[:5]
+        source, dim, start, _, step = (*_arguments(node), None, None, None, None)[:5]
         assert isinstance(source, fx.Node)
         dim, start = int(dim or 0), start or 0
         if step not in (None, 1) or not isinstance(start, int):
@@ -282,22 +277,22 @@ class Walk:
         split, part = node.args
         if not isinstance(split, fx.Node) or split.target not in SPLITS:
             raise Refused(_reason(split if isinstance(split, fx.Node) else node))
-        source, sizes, dim = (list(split.args) + [0])[:3]
+        source, sizes, dim = (*_arguments(split), 0)[:3]
         assert isinstance(source, fx.Node) and isinstance(part, int)
-        start = part * sizes if isinstance(sizes, int) else sum(sizes[:part])  # type: ignore[arg-type, index]
+        start = part * sizes if isinstance(sizes, int) else sum(sizes[:part])
         if not isinstance(start, int):
             raise Refused("its gradient is a split of symbolic sizes")
         self.chain.add(split)
-        return self.parse(source, frame.shifted(int(dim) % len(shape_of(source)), start))  # type: ignore[arg-type]
+        return self.parse(source, frame.shifted(int(dim) % len(shape_of(source)), start))
 
     def _concat(self, node: fx.Node, frame: Frame) -> Gradient:
-        parts, dim = (list(node.args) + [0])[:2]
-        dim = int(dim) % len(shape_of(node))  # type: ignore[arg-type]
+        parts, dim = (*_arguments(node), 0)[:2]
+        dim = int(dim) % len(shape_of(node))
         stored = frame.stored(dim)
         if frame.starts[stored] != 0 or frame.lengths[stored] != shape_of(node)[dim]:
             raise Refused("its gradient is a part of a concatenation")
         found = []
-        for part in parts:  # type: ignore[union-attr]
+        for part in parts:
             lengths = list(frame.lengths)
             lengths[stored] = shape_of(part)[dim]
             found.append(self.parse(part, dataclasses.replace(frame, lengths=(lengths[0], lengths[1]))))
@@ -307,7 +302,7 @@ class Walk:
         if node.kwargs.get("alpha", 1) != 1:
             raise Refused("its gradient is a weighted sum")
         terms, reasons = [], []
-        for term in node.args:
+        for term in _arguments(node):
             if isinstance(term, fx.Node) and shape_of(term) != shape_of(node):
                 raise Refused("its gradient is a sum of tensors of different shapes")
             try:
@@ -328,8 +323,8 @@ class Walk:
 
     def _sum_over_batch(self, node: fx.Node, frame: Frame) -> Gradient:
         """``sum(bmm(dY^T, X), 0)``: one product over all tokens of all batches."""
-        source, dims, keepdim = (list(node.args) + [False])[:3]
-        if not isinstance(source, fx.Node) or source.target is not aten.bmm.default or list(dims) != [0]:  # type: ignore[call-overload]
+        source, dims, keepdim = (*_arguments(node), False)[:3]
+        if not isinstance(source, fx.Node) or source.target is not aten.bmm.default or list(dims) != [0]:
             raise Refused("its gradient is a sum that is not over the batch of a bmm")
         self.chain.add(source)
         inner = frame if keepdim else frame.moved(lambda dims: tuple(dim + 1 for dim in dims))
@@ -345,7 +340,7 @@ class Walk:
         rank = len(shape_of(matmul))
         if sorted(frame.dims) != [(rank - 2,), (rank - 1,)]:
             raise Refused("its gradient mixes a batch, rows and columns")
-        factors = {(rank - 2,): (left, rank - 2), (rank - 1,): (right, rank - 1)}
+        factors: dict[Dims, tuple[Any, int]] = {(rank - 2,): (left, rank - 2), (rank - 1,): (right, rank - 1)}
         operands = []
         for stored in (0, 1):
             node, features = factors[frame.dims[stored]]
@@ -385,23 +380,29 @@ def aligned(new: Sequence[Any], old: Sequence[Any]) -> list[tuple[Dims, Dims]]:
     return blocks
 
 
-def _peel(node: fx.Node, dims: tuple[int, ...]) -> tuple[fx.Node, tuple[int, ...]]:
+def _peel(node: fx.Node, dims: Dims) -> tuple[fx.Node, Dims]:
     """Look through permutations, so that ``dims`` orders the source's dimensions as tokens, then features."""
     while node.op == "call_function" and node.target in PERMUTES:
         order = permutation(node)
-        node, dims = node.args[0], tuple(order[dim] for dim in dims)  # type: ignore[assignment]
+        node, dims = _arguments(node)[0], tuple(order[dim] for dim in dims)
     return node, dims
 
 
 def permutation(node: fx.Node) -> list[int]:
     """The order of source dimensions that a permute, t or transpose node gives."""
     rank = len(shape_of(node))
+    _, *dims = _arguments(node)
     if node.target is aten.permute.default:
-        return [int(dim) % rank for dim in node.args[1]]  # type: ignore[union-attr, arg-type]
+        return [int(dim) % rank for dim in dims[0]]
     order = list(range(rank))
-    first, second = (0, rank - 1) if node.target is aten.t.default else (int(dim) % rank for dim in node.args[1:3])  # type: ignore[arg-type]
+    first, second = (0, rank - 1) if node.target is aten.t.default else (int(dim) % rank for dim in dims)
     order[first], order[second] = order[second], order[first]
     return order
+
+
+def _arguments(node: fx.Node) -> tuple[Any, ...]:
+    """The positional arguments of a node, whose kinds the operator's schema fixes."""
+    return node.args
 
 
 def _is_one(size: Any) -> bool:

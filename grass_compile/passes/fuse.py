@@ -102,9 +102,7 @@ def _spec(value: torch.Tensor) -> tuple[Any, ...]:
 
 
 @functools.lru_cache(maxsize=256)
-def trace_step(
-    step: Callable[..., Any], config: Any, dim: int, rank: int, specs: tuple[tuple[Any, ...], ...]
-) -> fx.GraphModule:
+def trace_step(step: Callable[..., Any], config: Any, dim: int, rank: int, specs: tuple[tuple[Any, ...], ...]) -> fx.GraphModule:
     """Trace a step function with Inductor's decompositions; layers of one shape share the trace.
 
     Args:
@@ -116,7 +114,8 @@ def trace_step(
     """
 
     def function(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return step(config, dim, rank, *tensors)
+        results: tuple[torch.Tensor, ...] = step(config, dim, rank, *tensors)
+        return results
 
     with FakeTensorMode():
         args = [torch.empty_strided(shape, stride, dtype=dtype, device=device) for shape, stride, dtype, device in specs]

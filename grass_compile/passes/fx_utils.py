@@ -33,7 +33,8 @@ def primals(gm: fx.GraphModule) -> list[fx.Node]:
 
 def output_node(gm: fx.GraphModule) -> fx.Node:
     """The single output node of a graph."""
-    return next(iter(gm.graph.find_nodes(op="output")))
+    node: fx.Node = next(iter(gm.graph.find_nodes(op="output")))
+    return node
 
 
 def outputs(gm: fx.GraphModule) -> list[Any]:

@@ -101,7 +101,15 @@ def _projection(site: Site) -> Projection:
     weight = site.weight
     tokens = costs.hint(costs.token_count(site))
     return Projection(
-        weight.name, weight.position, weight.config, site.choice.axis, site.dim, site.rank, site.shape, site.choice.why, tokens
+        weight.name,
+        weight.position,
+        weight.config,
+        site.choice.axis,
+        site.dim,
+        site.rank,
+        site.shape,
+        site.choice.why,
+        tokens,
     )
 
 
@@ -180,4 +188,3 @@ def _difference(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str
     """Operator counts that changed, as after minus before."""
     names = sorted({*before, *after})
     return {name: after.get(name, 0) - before.get(name, 0) for name in names if after.get(name, 0) != before.get(name, 0)}
-

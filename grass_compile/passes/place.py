@@ -16,9 +16,9 @@ After::
 The state of a weight is written after the weight: Inductor computes what reads a tensor before it lowers a write to it, so in
 the other order the update would be stored to memory first, and moments and weight would take two kernels instead of one.
 
-Contract: a write stands after every other reader of the tensor that it writes (be it through a view), and otherwise as early as its inputs allow,
-so that a layer's compact step can run (and ``dY``, ``X`` and ``G`` be freed) as soon as its gradient exists. Autograd sees
-None in the slots: ``.grad`` stays None.
+Contract: a write stands after every other reader of the tensor that it writes (be it through a view), and otherwise as
+early as its inputs allow, so that a layer's compact step can run (and ``dY``, ``X`` and ``G`` be freed) as soon as its
+gradient exists. Autograd sees None in the slots: ``.grad`` stays None.
 
 Raises:
     GraphError: the partitioner did not hand a tensor to the backward that has to be written there.

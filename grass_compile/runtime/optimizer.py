@@ -109,7 +109,7 @@ class GrassOptimizer(torch.optim.AdamW):
 
     # --------------------------------------------------------------------------------------------------------- step
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move the dense parameters (norms, embeddings, biases, refused weights) and close the step.
 
         Args:
@@ -187,23 +187,24 @@ class GrassOptimizer(torch.optim.AdamW):
 
     def _fitting(self, record: Record, entry: Mapping[str, Any]) -> tuple[Assigned, dict[str, Any]]:
         """A copy of a loaded compact state on the weight's device, and how it is projected."""
-        parameter = record.parameter
-        rank = len(entry["index"])
-        wanted = record.options.rank
-        for dim, axis in ((0, "rows"), (1, "columns")) if parameter.dim() == 2 else ():
-            shape = list(parameter.shape)
-            shape[dim] = rank
-            if list(entry["exp_avg"].shape) == shape and wanted is not None and rank == min(wanted, parameter.shape[dim]):
-                stored = entry.get("axis", axis)
-                tensors = {
-                    key: value.detach().clone().to(parameter.device) if isinstance(value, Tensor) else value
-                    for key, value in entry.items()
-                }
-                return Assigned(stored, dim, rank), tensors
+        parameter, rank, wanted = record.parameter, len(entry["index"]), record.options.rank
+        shape = list(parameter.shape)
+        if wanted is not None and parameter.dim() == 2 and rank == min(wanted, shape[entry["dim"]]):
+            shape[entry["dim"]] = rank
+            if list(entry["exp_avg"].shape) == shape:
+                tensors = {key: _copied(value, parameter.device) for key, value in entry.items()}
+                return Assigned(entry["axis"], entry["dim"], rank), tensors
         raise StateError(
             f"{record.name}: the loaded state has rank {rank} and moments of shape {tuple(entry['exp_avg'].shape)}, which does "
             f"not fit a weight of shape {tuple(parameter.shape)} with rank {wanted}. Nothing was changed."
         )
+
+
+def _copied(value: Any, device: torch.device) -> Any:
+    """A copy of a state value; scalars stay on the CPU, where torch keeps step counts."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().clone().to(device if value.dim() else "cpu")
 
 
 class AdamW(GrassOptimizer):

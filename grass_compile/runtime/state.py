@@ -54,7 +54,13 @@ class Record:
     )  # fmt: skip
 
     def __init__(
-        self, parameter: Tensor, name: str, group: dict[str, Any], options: GroupOptions, rule: Rule, owner: GrassOptimizer
+        self,
+        parameter: Tensor,
+        name: str,
+        group: dict[str, Any],
+        options: GroupOptions,
+        rule: Rule,
+        owner: GrassOptimizer,
     ) -> None:
         self._parameter = weakref.ref(parameter)
         self._optimizer = weakref.ref(owner)
@@ -161,9 +167,9 @@ def initial_state(parameter: Tensor, assigned: Assigned, on_refresh: str, rule: 
     """The compact state of a weight before its first refresh.
 
     Returns:
-        ``index`` ``int64[r]``, ``row_scale`` ``[r]``, ``step`` (0-d on the CPU, as torch keeps it; ``[r]`` beside the moments if
-        it is counted per row), ``updates`` (int: how
-        many updates the weight has had in all), and the rule's state, each ``[r, n]`` or ``[m, r]``, in at least fp32.
+        ``index`` ``int64[r]``; ``row_scale`` ``[r]``; ``step`` (0-d on the CPU, as torch keeps it; ``[r]`` beside the moments if
+        it is counted per row); ``updates`` (how many the weight has had in all); ``axis`` and ``dim`` (the stored dimension that
+        is indexed); and the rule's state, each ``[r, n]`` or ``[m, r]``, in at least fp32.
     """
     dtype, device = torch.promote_types(parameter.dtype, torch.float32), parameter.device
     shape = list(parameter.shape)
@@ -173,6 +179,8 @@ def initial_state(parameter: Tensor, assigned: Assigned, on_refresh: str, rule: 
         "row_scale": torch.ones(assigned.rank, dtype=dtype, device=device),
         "step": torch.zeros(assigned.rank, device=device) if on_refresh == "carry" else torch.zeros(()),
         "updates": 0,
+        "axis": assigned.axis,
+        "dim": assigned.dim,
     }
     return state | {name: torch.zeros(shape, dtype=dtype, device=device) for name in rule.state_names}
 

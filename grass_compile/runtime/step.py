@@ -98,7 +98,13 @@ def carried(length: int, dim: int, old_index: Tensor, index: Tensor, state: list
 
 
 def _apply(
-    config: SiteConfig, dim: int, compact_grad: Tensor, weight: Tensor, hyper: Tensor, index: Tensor, state: list[Tensor]
+    config: SiteConfig,
+    dim: int,
+    compact_grad: Tensor,
+    weight: Tensor,
+    hyper: Tensor,
+    index: Tensor,
+    state: list[Tensor],
 ) -> tuple[Tensor, ...]:
     rule = config.rule
     numbers = dict(zip((*rule.hyper_names, *SHARED_HYPER), hyper.unbind(), strict=True))

@@ -1,14 +1,15 @@
 """Generate code for a GPU that is not there: Inductor's Triton for a *described* sm_90 device, compiled and assembled.
 
-A model trains on the CPU through ``torch.compile(backend="grass")``: Dynamo, AOTAutograd, our passes and the partitioner
-see what they always see. Only the last stage differs. Each forward and backward graph that reaches Inductor's
-``compile_fx_inner`` has its fake values moved to ``cuda:0`` (`retarget`); Inductor generates code for the device that
-`described_device` makes up, and Triton compiles the kernels to PTX and assembles them. When the graph is called, it
-returns zeros. (The graphs cannot be traced on CUDA tensors: a CPU build of torch has no autograd for them, not even for
-fake ones. So what Inductor does to a *joint* graph only for a GPU, padding of products for example, is not seen here.)
+A model trains on the CPU through ``torch.compile(backend="grass")``: Dynamo, AOTAutograd, our passes and the
+partitioner see what they always see. Only the last stage differs. Each forward and backward graph that reaches
+Inductor's ``compile_fx_inner`` has its fake values moved to ``cuda:0`` (`retarget`); Inductor generates code for the
+device that `described_device` makes up, and Triton compiles the kernels to PTX and assembles them. When the graph is
+called, it returns zeros. (The graphs cannot be traced on CUDA tensors: a CPU build of torch has no autograd for them,
+not even for fake ones. So what Inductor does to a *joint* graph only for a GPU, padding of products for example, is not
+seen here.)
 
-All of this patches ``torch.cuda``, Triton's driver and Inductor, and fills caches that outlive the patches. So it is used
-through `generate` alone, which does it in a process of its own.
+All of this patches ``torch.cuda``, Triton's driver and Inductor, and fills caches that outlive the patches. So it is
+used through `generate` alone, which does it in a process of its own.
 """
 
 from __future__ import annotations
@@ -107,9 +108,7 @@ def generate(train: Callable[..., None], *args: str) -> list[Generated]:
         caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
         # With one thread Inductor compiles kernels in its own process, where the patches are.
         environment = {**os.environ, **caches, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-        child = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False
-        )
+        child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False)
         if child.returncode:
             raise RuntimeError(f"{train.__qualname__}{args} failed in the child process:\n{child.stderr[-4000:]}")
         return [_from_json(graph) for graph in json.loads(found.read_text())]
@@ -117,8 +116,7 @@ def generate(train: Callable[..., None], *args: str) -> list[Generated]:
 
 def _from_json(graph: dict[str, Any]) -> Generated:
     inputs = {
-        name: Input(found["dtype"], tuple(found["shape"]), tuple(found["stride"]))
-        for name, found in graph.pop("inputs").items()
+        name: Input(found["dtype"], tuple(found["shape"]), tuple(found["stride"])) for name, found in graph.pop("inputs").items()
     }
     return Generated(**graph, inputs=inputs)
 
@@ -158,7 +156,7 @@ class Driver:
 
 @contextlib.contextmanager
 def described_device() -> Iterator[None]:
-    """Make torch, Inductor and Triton believe in one `H200`, as far as generating code goes; nothing can be launched."""
+    """Make torch, Inductor and Triton believe in one `H200`, as far as generating code goes; nothing can run."""
     from torch._dynamo.device_interface import CudaInterface
     from torch._inductor.runtime import triton_helpers, triton_heuristics
     from torch.utils._triton import has_triton

@@ -1,7 +1,7 @@
 """The Triton that Inductor generates for an H200 from the graphs that our passes make, with no GPU present.
 
-Two gated MLPs of a transformer train for two steps: the first chooses rows (columns), the second uses them. So there are
-four graphs for each axis, in the order refresh forward, refresh backward, regular forward, regular backward.
+Two gated MLPs of a transformer train for two steps: the first chooses rows (columns), the second uses them. So there
+are four graphs for each axis, in the order refresh forward, refresh backward, regular forward, regular backward.
 """
 
 from __future__ import annotations

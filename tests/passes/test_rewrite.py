@@ -1,0 +1,185 @@
+"""The rewritten graphs: what is computed, what is saved for the backward, and what is written where."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+
+import grass_compile
+from grass_compile import _torch
+from grass_compile.errors import GraphError
+from grass_compile.passes import pipeline
+from grass_compile.passes.fx_utils import PROVENANCE, op_counts, outputs, placeholders
+from grass_compile.passes.verify import verify
+from grass_compile.runtime import ops
+
+from .. import forms
+from ..harness import products
+
+aten = torch.ops.aten
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[fx.GraphModule, fx.GraphModule]]:
+    """Every (forward, backward) pair that the pipeline makes, in order: refresh, regular."""
+    made: list[tuple[fx.GraphModule, fx.GraphModule]] = []
+    original = pipeline.transform
+
+    def transform(*args: Any, **kwargs: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+        made.append(original(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(pipeline, "transform", transform)
+    return made
+
+
+def train(model: nn.Module, steps: int = 2, options: dict[str, Any] | None = None, **keywords: Any) -> grass_compile.AdamW:
+    """A few steps through the compiled path, op by op."""
+    optimizer = grass_compile.AdamW(model.named_parameters(), **{"rank": forms.RANK, **keywords})
+    compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager", **(options or {})})
+    for step in range(steps):
+        forms.loss_of(compiled(forms.batch(torch.float32, step))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+@pytest.mark.parametrize("name", ["Linear", "LinearBias", "InOut", "Bmm", "EinsumHeads", "SplitWeight", "Twice"])
+def test_no_full_product_on_a_regular_step(name: str, axis: str, graphs: list[Any]) -> None:
+    model = forms.FORMS[name]()
+    train(model, axis=axis)
+    shape = tuple(next(p for p in model.parameters() if p.dim() == 2).shape)
+    (_, refresh), (_, regular) = graphs
+    assert products(refresh, shape) >= 1 or name == "SplitWeight"
+    assert products(regular, shape) == 0
+    part = 16 if name == "SplitWeight" else shape[0]  # along columns, each part has a product of its own
+    assert products(regular, (forms.RANK, shape[1])) + products(regular, (part, forms.RANK)) >= 1
+
+
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+def test_gather_is_tokens_by_rank(axis: str, graphs: list[Any]) -> None:
+    train(forms.Linear(), axis=axis)
+    forward, backward = graphs[1]
+    gathers = [n for gm in (forward, backward) for n in gm.graph.nodes if n.target is aten._unsafe_index.Tensor]
+    assert [tuple(node.meta["val"].shape) for node in gathers] == [(forms.B * forms.S, forms.RANK)]
+    assert gathers[0].args[1][0] is None  # whole rows of dY (X) are walked through
+
+
+def test_columns_save_only_the_gathered_activation(graphs: list[Any]) -> None:
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(24, 48, bias=False), nn.Linear(48, 32, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(self.a(x).cos_())
+
+    saved = {}
+    for axis in ("rows", "columns"):
+        graphs.clear()
+        torch._dynamo.reset()
+        train(Deep(), axis=axis, rank=4)
+        forward, _ = graphs[1]
+        shapes = [tuple(v.meta["val"].shape) for v in outputs(forward)[1:] if isinstance(v, fx.Node)]
+        saved[axis] = [shape for shape in shapes if shape[0] == forms.B * forms.S or len(shape) == 3]
+    tokens = forms.B * forms.S
+    assert (tokens, 4) in saved["columns"] and (tokens, 24) not in saved["columns"]
+    size = {axis: sum(torch.Size(shape).numel() for shape in shapes) for axis, shapes in saved.items()}
+    assert size["columns"] < size["rows"]
+
+
+def test_writes_come_after_every_reader(graphs: list[Any]) -> None:
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(24, 24), nn.Linear(24, 24)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(self.a(x).relu())
+
+    train(Chain(), axis="rows", weight_decay=0.1)
+    for _, backward in graphs:
+        nodes = list(backward.graph.nodes)
+        update = [i for i, node in enumerate(nodes) if node.target is ops.row_update_]
+        decay = [i for i, node in enumerate(nodes) if node.target is aten.copy_.default and node.args[0].name == "primals_4"]
+        reader = max(i for i, n in enumerate(nodes) if n.target is aten.mm.default and tuple(n.meta["val"].shape) == (15, 24))
+        assert len(update) == 2 and min(update) > 0 and decay and reader < max(update)
+        verify(backward, weights={"primals_1": "a.weight", "primals_4": "b.weight"})
+
+
+def test_slots_of_projected_weights_return_none(graphs: list[Any]) -> None:
+    train(forms.LinearBias(), axis="rows")
+    _, backward = graphs[1]
+    assert [value is None for value in outputs(backward)][:2] == [True, False]
+
+
+def test_every_new_node_says_where_it_comes_from(graphs: list[Any]) -> None:
+    train(forms.Linear(), axis="rows")
+    _, backward = graphs[1]
+    for node in backward.graph.nodes:
+        if node.target in (ops.row_update_, aten.copy_.default, aten._unsafe_index.Tensor):
+            assert node.meta[PROVENANCE][1] == "w" and node.meta[PROVENANCE][0] in pipeline.PASSES
+            assert "forms.py" in node.meta["stack_trace"]
+            assert "val" in node.meta
+
+
+def test_without_rewrite_the_rows_come_from_the_full_gradient(graphs: list[Any]) -> None:
+    torch.manual_seed(0)
+    with_pass, without = forms.Linear(), forms.Linear()
+    without.load_state_dict(with_pass.state_dict())
+    train(with_pass, axis="rows", steps=4)
+    graphs.clear()
+    torch._dynamo.reset()
+    train(without, axis="rows", steps=4, options={"disable_passes": ["rewrite"]})
+    assert products(graphs[1][1], (forms.M, forms.N)) == 1
+    torch.testing.assert_close(with_pass.w, without.w)
+
+
+@pytest.mark.parametrize("name", ["detect", "fuse", "place"])
+def test_without_an_essential_pass_everything_is_dense(name: str, graphs: list[Any]) -> None:
+    optimizer = train(forms.Linear(), options={"disable_passes": [name]})
+    assert not graphs
+    assert "index" not in next(iter(optimizer.state.values()))
+
+
+def test_model_without_projected_weights_is_compiled_as_it_is(graphs: list[Any]) -> None:
+    train(forms.Linear(), rank=None)
+    assert not graphs
+
+
+def test_verify_sees_a_read_after_the_write(graphs: list[Any]) -> None:
+    train(forms.Linear(), axis="rows")
+    _, backward = graphs[1]
+    weight = next(n for n in placeholders(backward) if any(u.target is ops.row_update_ for u in n.users))
+    with backward.graph.inserting_before(next(iter(backward.graph.find_nodes(op="output")))):
+        view = backward.graph.call_function(aten.permute.default, (weight, [1, 0]))
+        view.meta["val"] = weight.meta["val"].t()
+        backward.graph.call_function(aten.sum.default, (view,))
+    with pytest.raises(GraphError, match=r"w: .* reads it after it was written"):
+        verify(backward, weights={weight.name: "w"})
+
+
+def test_verify_wants_exactly_one_update(graphs: list[Any]) -> None:
+    train(forms.Linear(), axis="rows")
+    _, backward = graphs[1]
+    node = next(iter(backward.graph.find_nodes(op="call_function", target=ops.row_update_)))
+    name = node.args[0].name  # type: ignore[union-attr]
+    backward.graph.erase_node(node)
+    with pytest.raises(GraphError, match="w: 0 row updates"):
+        verify(backward, weights={name: "w"})
+
+
+def test_partitioner_key_covers_the_plan() -> None:
+    one, other = _torch.Partitioner(lambda *a, **k: None, "x"), _torch.Partitioner(lambda *a, **k: None, "y")  # type: ignore[arg-type, return-value]
+    assert one.uuid() != other.uuid() and one.__getstate__() == {"function": None, "key": "x"}
+
+
+def test_op_counts(graphs: list[Any]) -> None:
+    train(forms.Linear(), axis="rows")
+    counts = op_counts(graphs[1][1])
+    assert counts["grass_compile.row_update_.default"] == 1 and counts["aten.copy_.default"] == 2
+    assert "grass_compile.row_update.default" not in counts

@@ -1,0 +1,1 @@
+"""Tests of grass_compile.runtime."""
