@@ -1,0 +1,87 @@
+"""Bad arguments: a `ConfigError` that says what, where and what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import grass_compile
+from grass_compile import ConfigError
+
+from . import forms
+
+BAD = [
+    ({"rank": 0}, "rank must be a whole number of at least 1, got 0"),
+    ({"rank": -3}, "rank must be a whole number of at least 1, got -3"),
+    ({"rank": 2.5}, r"rank must be a whole number of at least 1, got 2\.5"),
+    ({"rank": True}, "rank must be a whole number"),
+    ({"update_proj_gap": 0}, "update_proj_gap must be a whole number of at least 1"),
+    ({"axis": "row"}, "axis='row' is not known. Did you mean 'rows'"),
+    ({"selection": "tops"}, "selection='tops' is not known. Did you mean 'top'"),
+    ({"on_refresh": "cary"}, "Did you mean 'carry'"),
+    ({"scale": float("nan")}, "scale must be a finite number"),
+    ({"exclude": "*head*"}, "exclude must be a list of name patterns"),
+    ({"selection": "norm"}, "selection='norm' is not available in this version"),
+    ({"replacement": True}, "replacement=True is not available"),
+    ({"on_refresh": "keep"}, "on_refresh='keep' is not available"),
+    ({"step_in_backward": False}, "step_in_backward=False is not available"),
+    ({"max_grad_norm": 1.0}, "max_grad_norm is not available"),
+    ({"lr": -1.0}, "AdamW: Invalid learning rate"),
+    ({"betas": (1.0, 0.9)}, "AdamW: Invalid beta"),
+]
+
+
+@pytest.mark.parametrize(("keywords", "message"), BAD)
+def test_bad_keyword(keywords: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        grass_compile.AdamW(nn.Linear(4, 4).named_parameters(), **keywords)
+
+
+def test_config_error_is_a_value_error() -> None:
+    assert issubclass(ConfigError, ValueError) and issubclass(ConfigError, grass_compile.GrassError)
+
+
+def test_unknown_group_keyword() -> None:
+    with pytest.raises(ConfigError, match="unknown keywords"):
+        grass_compile.AdamW([{"params": list(nn.Linear(4, 4).parameters()), "ranks": 3}])
+
+
+def test_parameter_twice() -> None:
+    layer = nn.Linear(4, 4)
+    with pytest.raises(ConfigError, match="w2: it is in the optimizer twice"):
+        grass_compile.AdamW([("w1", layer.weight), ("w2", layer.weight)])
+    with pytest.raises(ConfigError, match="in the optimizer twice"):
+        grass_compile.AdamW([{"params": [layer.weight]}, {"params": [layer.weight, layer.bias]}])
+
+
+def test_sparse_and_complex_weights() -> None:
+    sparse = nn.Parameter(torch.eye(4).to_sparse())
+    with pytest.raises(ConfigError, match="s: sparse weights are not supported"):
+        grass_compile.AdamW([("s", sparse)])
+    with pytest.raises(ConfigError, match="c: complex weights are not supported"):
+        grass_compile.AdamW([("c", nn.Parameter(torch.ones(4, 4, dtype=torch.complex64)))])
+
+
+def test_accumulate_is_not_there_yet() -> None:
+    with pytest.raises(ConfigError, match="not available"):
+        grass_compile.AdamW(nn.Linear(4, 4).named_parameters()).accumulate()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compilr": "inductor"}, r"options\['compilr'\] is not known. Did you mean 'compiler'"),
+        ({"compiler": "eager"}, r"options\['compiler'\]='eager' is not known"),
+        ({"disable_passes": ["rewrit"]}, "Did you mean 'rewrite'"),
+        ({"strict": "yes"}, "must be True or False"),
+        ({"mode": "fast"}, "mode='fast' is not known"),
+        ({"inductor": 3}, "must be a dict of Inductor config values"),
+    ],
+)
+def test_bad_backend_option(options: dict[str, Any], message: str) -> None:
+    compiled = torch.compile(forms.LinearBias(), backend="grass", options=options)
+    with pytest.raises(ConfigError, match=message):
+        compiled(forms.batch(torch.float32))

@@ -1,0 +1,126 @@
+"""The package itself: its public names, who imports whom, and what a wheel holds."""
+
+from __future__ import annotations
+
+import ast
+import logging
+import os
+import pathlib
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import entry_points
+
+import pytest
+import torch
+
+import grass_compile
+from grass_compile.passes.pipeline import PASSES
+
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGE = ROOT / "grass_compile"
+LEAVES = ("errors", "config", "report", "_torch")
+ALLOWED = {
+    "errors": (), "_torch": (), "config": ("errors",), "report": ("errors",),
+    "runtime": (*LEAVES, "runtime"),
+    "passes": (*LEAVES, "passes", "runtime.ops", "runtime.step"),
+}  # fmt: skip
+
+
+def imports(path: pathlib.Path) -> set[str]:
+    """The modules of ours that a file imports, relative to the package, ``TYPE_CHECKING`` blocks left out."""
+    tree = ast.parse(path.read_text())
+    for node in list(ast.walk(tree)):
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            node.body = [ast.Pass()]
+    here = path.relative_to(PACKAGE).with_suffix("").parts
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = [*here[: len(here) - node.level], *(node.module or "").split(".")]
+            base = [part for part in base if part]
+            for alias in node.names:
+                is_module = (PACKAGE.joinpath(*base) / f"{alias.name}.py").exists()
+                found.add(".".join([*base, alias.name] if is_module or not node.module else base))
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_import_direction(path: pathlib.Path) -> None:
+    part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if part not in ALLOWED:
+        return
+    for module in imports(path):
+        assert any(module == allowed or module.startswith(allowed + ".") for allowed in ALLOWED[part]), (part, module)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_private_torch_names_stay_in_one_file(path: pathlib.Path) -> None:
+    if path.name == "_torch.py":
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        modules += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+        private = [m for m in modules if m.startswith("torch") and any(part.startswith("_") for part in m.split("."))]
+        assert set(private) <= {"torch._subclasses.fake_tensor"}, private
+
+
+def test_nothing_imports_through_the_links() -> None:
+    assert (ROOT / "passes").resolve() == PACKAGE / "passes" and (ROOT / "runtime").resolve() == PACKAGE / "runtime"
+    for folder in ("grass_compile", "tests", "examples", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+                assert not [name for name in names if name.split(".")[0] in ("passes", "runtime")], path
+
+
+def test_public_names() -> None:
+    names = {name for name in vars(grass_compile) if not name.startswith("_")}
+    public = {"AdamW", "ConfigError", "GrassError", "GrassWarning", "GraphError", "Report", "StateError", "explain"}
+    modules = {"backend", "config", "errors", "explain", "passes", "report", "runtime"}
+    assert public <= names and names <= public | modules
+    assert (PACKAGE / "py.typed").exists()
+
+
+def test_backend_is_found_without_an_import() -> None:
+    assert [point.value for point in entry_points(group="torch_dynamo_backends", name="grass")] == ["grass_compile.backend:grass"]
+    code = "import torch; print('grass' in torch.compiler.list_backends())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "True"
+
+
+def test_wheel_holds_nothing_but_the_package(tmp_path: pathlib.Path) -> None:
+    build = pytest.importorskip("hatchling.builders.wheel", reason="hatchling is not installed here")
+    (path,) = build.WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
+    tops = {name.split("/")[0] for name in zipfile.ZipFile(path).namelist()}
+    assert tops == {"grass_compile", f"grass_compile-{grass_compile.__version__}.dist-info"}
+    assert "grass_compile/py.typed" in zipfile.ZipFile(path).namelist()
+
+
+def test_names_of_passes_are_their_modules() -> None:
+    assert all((PACKAGE / "passes" / f"{name}.py").exists() for name in PASSES)
+
+
+def test_logs_and_trace(tmp_path: pathlib.Path) -> None:
+    code = """
+import torch, grass_compile
+model = torch.nn.Linear(16, 16)
+optimizer = grass_compile.AdamW(model.named_parameters(), rank=4)
+torch.compile(model, backend="grass", options={"compiler": "aot_eager"})(torch.randn(3, 16)).sum().backward()
+"""
+    environment = {**os.environ, "TORCH_LOGS": "+grass_compile", "TORCH_TRACE": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    for line in ("detect: 1 weights projected, 0 dense", "fuse: 1 optimizer steps inlined", "place: 4 tensors written"):
+        assert line in run.stderr
+    trace = "".join(path.read_text() for path in tmp_path.iterdir())
+    for name in ("grass_joint_before", "grass_joint_after", "grass_forward", "grass_backward"):
+        assert f'"{name}"' in trace
+
+
+def test_silence_without_logs(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="grass_compile"):
+        model = torch.nn.Linear(16, 16)
+        optimizer = grass_compile.AdamW(model.named_parameters(), rank=4)
+        torch.compile(model, backend="grass", options={"compiler": "aot_eager"})(torch.randn(3, 16)).sum().backward()
+        optimizer.step()
+    assert not caplog.records

@@ -1,0 +1,258 @@
+"""What people do around ``loss.backward()``: right, or refused by name with nothing changed."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import grass_compile
+from grass_compile import ConfigError, GrassWarning, GraphError, StateError
+
+from . import forms
+
+
+def setup(model: nn.Module | None = None, options: dict[str, Any] | None = None, **keywords: Any) -> tuple[Any, Any, Any]:
+    """A model, its optimizer, and the model compiled."""
+    model = forms.LinearBias() if model is None else model
+    optimizer = grass_compile.AdamW(model.named_parameters(), **{"rank": 4, "axis": "rows", **keywords})
+    return model, optimizer, torch.compile(model, backend="grass", options={"compiler": "aot_eager", **(options or {})})
+
+
+def x(seed: int = 0) -> Tensor:
+    return forms.batch(torch.float32, seed)
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def same(model: nn.Module, before: list[Tensor]) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_two_forwards_before_a_backward_are_refused() -> None:
+    model, _, compiled = setup()
+    first, second = forms.loss_of(compiled(x(0))), forms.loss_of(compiled(x(1)))
+    before = weights(model)
+    with pytest.raises(StateError, match=r"layer\.weight: 2 forwards wait for their backward"):
+        (first + second).backward()
+    assert same(model, before)
+
+
+def test_a_dropped_forward_gives_up_its_claim() -> None:
+    model, optimizer, compiled = setup()
+    abandoned = forms.loss_of(compiled(x(0)))
+    del abandoned
+    before = weights(model)
+    forms.loss_of(compiled(x(1))).backward()
+    optimizer.step()
+    assert not same(model, before)
+
+
+def test_two_backwards_before_a_step_are_refused() -> None:
+    model, optimizer, compiled = setup()
+    forms.loss_of(compiled(x(0))).backward()
+    before = weights(model)
+    with pytest.raises(StateError, match=r"layer\.weight: it was already updated .* Call opt\.step\(\)"):
+        forms.loss_of(compiled(x(1))).backward()
+    assert same(model, before)
+    optimizer.step()
+
+
+def test_second_backward_through_one_graph_is_refused() -> None:
+    _, optimizer, compiled = setup()
+    loss = forms.loss_of(compiled(x(0)))
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(StateError, match="second backward through one forward"):
+        loss.backward()
+
+
+def test_weight_in_two_regions_is_refused() -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(24, 24)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.layer(x)
+            torch._dynamo.graph_break()
+            return self.layer(x.tanh())
+
+    model, _, compiled = setup(Broken())
+    before = weights(model)
+    with pytest.raises(StateError, match=r"layer\.weight: 2 forwards wait"):
+        compiled(x()).sum().backward()
+    assert same(model, before)
+
+
+def test_eager_gradient_beside_a_projected_weight_is_refused() -> None:
+    model, optimizer, compiled = setup()
+    forms.loss_of(compiled(x())).backward()
+    optimizer.step()
+    model(x()).sum().backward()
+    with pytest.raises(StateError, match=r"layer\.weight: it is projected, yet a full gradient reached it"):
+        optimizer.step()
+
+
+def test_inference_never_updates() -> None:
+    model, optimizer, compiled = setup()
+    before = weights(model)
+    with torch.no_grad():
+        expected = compiled(x())
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(x()), expected)
+    model.eval()
+    compiled(x())
+    assert same(model, before) and all(state.get("updates", 0) == 0 for state in optimizer.state.values())
+
+
+def test_no_optimizer_warns_once_and_trains_dense() -> None:
+    model = forms.LinearBias()
+    compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for seed in range(3):
+            forms.loss_of(compiled(x(seed))).backward()
+    told = [warning for warning in caught if issubclass(warning.category, GrassWarning)]
+    assert len(told) == 1 and "grass_compile.AdamW(model.named_parameters()" in str(told[0].message)
+    assert model.layer.weight.grad is not None
+
+
+def test_optimizer_made_after_the_first_forward_is_found() -> None:
+    model = forms.LinearBias()
+    compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
+    with pytest.warns(GrassWarning):
+        compiled(x())
+    optimizer = grass_compile.AdamW(model.named_parameters(), rank=4)
+    forms.loss_of(compiled(x())).backward()
+    optimizer.step()
+    assert "index" in optimizer.state[model.layer.weight]
+
+
+def test_forgotten_compile_warns() -> None:
+    model = forms.LinearBias()
+    optimizer = grass_compile.AdamW(model.named_parameters(), rank=4)
+    forms.loss_of(model(x())).backward()
+    with pytest.warns(GrassWarning, match=r'torch\.compile\(model, backend="grass"\)'):
+        optimizer.step()
+
+
+def test_optimizer_of_another_model() -> None:
+    model, other = forms.LinearBias(), forms.LinearBias()
+    optimizer = grass_compile.AdamW(other.named_parameters(), rank=4)
+    with pytest.raises(ConfigError, match="holds none of this model's parameters"):
+        grass_compile.explain(model, x(), optimizer=optimizer)
+    with pytest.warns(GrassWarning, match="no grass optimizer holds"):
+        torch.compile(model, backend="grass", options={"compiler": "aot_eager"})(x())
+
+
+def test_replaced_optimizer_must_not_be_used() -> None:
+    model, old, compiled = setup()
+    new = grass_compile.AdamW(model.named_parameters(), rank=8)
+    forms.loss_of(compiled(x())).backward()
+    new.step()
+    assert len(new.state[model.layer.weight]["index"]) == 8
+    model.layer.bias.grad = torch.ones(forms.M)
+    with pytest.raises(StateError, match="another optimizer has taken it over"):
+        old.step()
+
+
+def test_hook_on_a_parameter_keeps_it_dense() -> None:
+    model = forms.LinearBias()
+    seen: list[torch.Size] = []
+    model.layer.weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.shape))
+    model, optimizer, compiled = setup(model)
+    forms.loss_of(compiled(x())).backward()
+    optimizer.step()
+    assert seen == [(forms.M, forms.N)] and "index" not in optimizer.state[model.layer.weight]
+    report = grass_compile.explain(model, x(), optimizer=optimizer)
+    assert "tensor hook" in report["layer.weight"].reason
+
+
+def test_strict_raises_with_names_and_reasons() -> None:
+    model, _, compiled = setup(options={"strict": True}, rank=64)
+    with pytest.raises(GraphError, match=r"strict: 1 weights stay dense[\s\S]*layer\.weight: it is smaller than the rank"):
+        compiled(x())
+
+
+def test_strict_accepts_what_was_excluded() -> None:
+    _, optimizer, compiled = setup(options={"strict": True}, exclude=["*layer*"])
+    forms.loss_of(compiled(x())).backward()
+    optimizer.step()
+
+
+def test_rank_above_the_dimension_is_clamped_and_reported() -> None:
+    model, optimizer, compiled = setup(rank=30, axis="columns")
+    report = grass_compile.explain(model, x(), optimizer=optimizer)
+    assert report["layer.weight"].rank == forms.N and "rank 30 clamped to 24" in report["layer.weight"].reason
+    forms.loss_of(compiled(x())).backward()
+    assert optimizer.state[model.layer.weight]["index"].tolist() == list(range(forms.N))
+
+
+def test_explain_trains_nothing_and_keeps_the_random_state() -> None:
+    model, optimizer, _ = setup()
+    before, state = weights(model), torch.get_rng_state()
+    grass_compile.explain(model, x(), optimizer=optimizer)
+    assert same(model, before) and not optimizer.state and torch.equal(state, torch.get_rng_state())
+
+
+def test_integer_inputs_need_no_gradient() -> None:
+    class Embedded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.out = nn.Embedding(16, 24), nn.Linear(24, 32)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.out(self.table(ids))
+
+    model, optimizer, compiled = setup(Embedded())
+    compiled(torch.randint(0, 16, (2, 5))).square().sum().backward()
+    optimizer.step()
+    assert "index" in optimizer.state[model.out.weight] and "index" not in optimizer.state[model.table.weight]
+
+
+def test_dynamic_batch_compiles_once_more() -> None:
+    model, optimizer, compiled = setup()
+    twin = forms.LinearBias()
+    twin.load_state_dict(model.state_dict())
+    for size in (3, 5, 2, 7):
+        inputs = torch.randn(size, 5, 24)
+        torch.testing.assert_close(compiled(inputs), model(inputs))
+        loss = compiled(inputs).square().sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+    assert optimizer.state[model.layer.weight]["updates"] == 4
+
+
+def test_distributed_data_parallel_is_refused(tmp_path: Any) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = forms.LinearBias()
+        optimizer = grass_compile.AdamW(model.named_parameters(), rank=4)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        compiled = torch.compile(wrapped, backend="grass", options={"compiler": "aot_eager"})
+        with pytest.raises(ConfigError, match="DistributedDataParallel, which is not supported yet"):
+            compiled(x())
+        assert not optimizer.state
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_fully_shard_is_refused(tmp_path: Any) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        model = fully_shard(forms.LinearBias(), mesh=mesh)
+        with pytest.raises(ConfigError, match=r"layer\.weight: it is sharded by fully_shard"):
+            grass_compile.AdamW(model.named_parameters(), rank=4)
+    finally:
+        torch.distributed.destroy_process_group()
