@@ -52,6 +52,12 @@ class Captured:
     compile: Any
     parameters: tuple[tuple[int, str], ...]
 
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether an input has a symbolic size."""
+        tensors = [value for value in self.example_inputs if isinstance(value, Tensor)]
+        return any(not isinstance(size, int) for tensor in tensors for size in tensor.shape)
+
 
 def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[Captured, tuple[Any, ...]]:
     """Copy a Dynamo graph; Dynamo reads the original again after the backend returns.
@@ -127,7 +133,11 @@ def fake_mode(captured: Captured) -> Any:
 
 
 class Partitioner(CustomPartitionerFn):
-    """Hands the joint graph to ``function``. Pickles as its key alone, which must cover everything that shapes the result."""
+    """Hands the joint graph to ``function``. Pickles as its key alone.
+
+    The graphs that ``function`` makes are part of Inductor's cache key themselves, so the key need only cover how they are
+    lowered: the source of this package.
+    """
 
     def __init__(self, function: Partition, key: str) -> None:
         self.function: Partition | None = function

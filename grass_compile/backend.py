@@ -87,10 +87,17 @@ class Region:
             self._compile_first(real)
 
     def _compile_first(self, parameters: Sequence[Tensor]) -> None:
-        """Compile the variant of the first call now, while Dynamo still collects guards on symbolic shapes."""
+        """Compile the variant of the first call now, while Dynamo still collects guards on symbolic shapes.
+
+        Where there are any, the regular variant is compiled as well: a guard that came later would be lost.
+        """
         try:
-            plan = self.plan(*self.ask(parameters), refresh_all=True) if self.trains else None
-            self.variant(plan)
+            if not self.trains:
+                self.variant(None)
+                return
+            asked = self.ask(parameters)
+            for refresh in (True, False) if self.captured.is_dynamic else (True,):
+                self.variant(self.plan(*asked, refresh=refresh))
         except GrassError as error:
             log.debug("compilation failed and is repeated at the call, to raise outside of Dynamo: %s", error)
 
@@ -172,12 +179,12 @@ class Region:
             return None
         for projection in analysis.projections:
             record = records[projection.position]
-            record.assign(Assigned(projection.axis, projection.dim, projection.rank))
+            record.assign(Assigned(projection.axis, projection.dim, projection.rank, projection.why))
         held = [records[projection.position] for projection in analysis.projections]
         return Plan(
             weights=weights,
             projections=analysis.projections,
-            refresh=tuple(refresh_all or record.due for record in held),
+            refresh=tuple(record.due if refresh is None else refresh for record in held),
             hyper=_numbered([record.hyper_key for record in held]),
             disabled=self.options.disable_passes,
         )
@@ -201,7 +208,7 @@ class Region:
 
         gm = _torch.with_inputs(self.captured, (), ())
         try:
-            self._compile(gm, self.captured.example_inputs, only_look, key="analysis")
+            self._compile(gm, self.captured.example_inputs, only_look)
         except PlanMismatch as found:
             return found.analysis
         return Analysis((), ())  # the graph needs no backward
@@ -216,7 +223,7 @@ class Region:
 
     def _compile_plain(self) -> Callable[..., Any]:
         gm = _torch.with_inputs(self.captured, (), ())
-        return self._compile(gm, self.captured.example_inputs, None, key="plain")
+        return self._compile(gm, self.captured.example_inputs, None)
 
     def _compile_plan(self, plan: Plan) -> Callable[..., Any]:
         kind = "refresh" if all(plan.refresh) else "mixed" if any(plan.refresh) else "regular"
@@ -227,19 +234,14 @@ class Region:
         partition = functools.partial(pipeline.transform, plan=plan, partition=_torch.min_cut_rematerialization_partition)
         try:
             patches = REFRESH_PATCHES if any(plan.refresh) else {}
-            return self._compile(gm, inputs, partition, key=f"{source_hash()}:{plan}", patches=patches)
+            return self._compile(gm, inputs, partition, patches=patches)
         except PlanMismatch as found:
             raise GraphError(
                 f"the graph of {plan.projections[0].name} changed between two traces: {found.analysis}; please report this."
             ) from found
 
     def _compile(
-        self,
-        gm: fx.GraphModule,
-        inputs: Sequence[Any],
-        partition: Any,
-        key: str,
-        patches: Mapping[str, Any] | None = None,
+        self, gm: fx.GraphModule, inputs: Sequence[Any], partition: Any, patches: Mapping[str, Any] | None = None
     ) -> Callable[..., Any]:
         return _torch.compile_graph(
             self.captured,
@@ -249,7 +251,7 @@ class Region:
             mode=self.options.mode,
             patches={**(patches or {}), **dict(self.options.inductor)},
             partition=partition,
-            key=key,
+            key=source_hash(),
         )
 
 

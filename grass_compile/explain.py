@@ -110,7 +110,8 @@ def _row(name: str, parameter: Tensor, findings: Findings) -> Row:
     if projection is None:
         reason = findings.reasons.get(parameter) or _why_dense(parameter)
         return Row(name, shape, dtype, False, None, None, reason)
-    reason = projection.why
+    record = registry.lookup(parameter)
+    reason = (record.assigned.why if record is not None and record.assigned is not None else "") or projection.why
     if projection.rank < projection.config.rank:
         reason += f"; rank {projection.config.rank} clamped to {projection.rank}"
     axis, rank, dim = projection.axis, projection.rank, projection.dim

@@ -130,3 +130,13 @@ def test_blocks_of_different_rank_get_their_own_variants() -> None:
         optimizer.zero_grad()
     assert optimizer.state[layers[0].mlp.up_proj.weight]["exp_avg"].shape == (4, 32)
     assert optimizer.state[layers[1].mlp.up_proj.weight]["exp_avg"].shape == (88, 8)
+
+
+def test_reasons_survive_training() -> None:
+    model = llama()
+    optimizer = grass_compile.AdamW(model.named_parameters(), rank=8)
+    compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
+    compiled(IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    report = grass_compile.explain(compiled, IDS, labels=IDS, optimizer=optimizer)
+    assert all("cost per step" in row.reason for row in report.projected) and len(report.projected) == 14

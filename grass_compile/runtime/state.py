@@ -33,6 +33,7 @@ class Assigned:
     axis: Axis
     dim: int
     rank: int
+    why: str = dataclasses.field(default="", compare=False)
 
 
 class Record:
@@ -131,7 +132,8 @@ class Record:
                 f"{self.name}: one compiled region projects it along {self.assigned.axis} with rank {self.assigned.rank}, "
                 f"another along {assigned.axis} with rank {assigned.rank}. Set axis= for its parameter group."
             )
-        self.assigned = assigned
+        if self.assigned is None:
+            self.assigned = assigned
         if "index" not in self.state:
             self.state.update(initial_state(self.parameter, assigned, self.options.on_refresh, self.rule))
 

@@ -133,7 +133,7 @@ def test_state_dict_resumes_bit_for_bit(tmp_path: Any) -> None:
         return model, optimizer, torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
 
     def steps(run: Any, first: int, last: int) -> None:
-        model, optimizer, compiled = run
+        _, optimizer, compiled = run
         for step in range(first, last):
             loss(compiled(torch.randn(7, 24, generator=torch.Generator().manual_seed(step)))).backward()
             optimizer.step()
