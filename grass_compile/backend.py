@@ -164,8 +164,13 @@ class Region:
 
     # ---------------------------------------------------------------------------------------------------- the plans
 
-    def plan(self, weights: tuple[WeightInput, ...], records: Mapping[int, Record], refresh_all: bool = False) -> Plan | None:
+    def plan(self, weights: tuple[WeightInput, ...], records: Mapping[int, Record], refresh: bool | None = None) -> Plan | None:
         """The plan for a call, or None if nothing is projected. Assigns compact state to weights that have none.
+
+        Args:
+            weights: what the optimizers want.
+            records: by position.
+            refresh: whether all weights choose new rows or none does; None goes by what is due.
 
         Raises:
             GraphError: ``strict``, and a weight that should be projected is not.
