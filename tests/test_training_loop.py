@@ -252,3 +252,16 @@ def test_fully_shard_is_refused(tmp_path: Any) -> None:
             grass_compile.AdamW(model.named_parameters(), rank=4)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_fsdp1_is_refused(tmp_path: Any) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        for original in (False, True):
+            model = FullyShardedDataParallel(forms.LinearBias(), device_id=torch.device("cpu"), use_orig_params=original)
+            with pytest.raises(ConfigError, match=r"FullyShardedDataParallel \(FSDP1\), which is not supported yet"):
+                grass_compile.AdamW(model.named_parameters(), rank=4)
+    finally:
+        torch.distributed.destroy_process_group()
