@@ -44,7 +44,7 @@ class TrainConfig:
     layers: int = 4
     heads: int = 4
 
-    steps: int = 900
+    steps: int = 750
     batch_size: int = 8
     sequence_length: int = 256
     warmup_share: float = 0.05
