@@ -62,11 +62,6 @@ def _raising(error: GrassError) -> Callable[..., Any]:
     return raise_error
 
 
-REFRESH_PATCHES = {"score_fusion_memory_threshold": 256}
-"""The compact steps share ``hyper``, a few dozen bytes: enough for Inductor to fuse the steps of different weights, which on a
-refresh keeps all their full gradients alive until the last. Below this many shared bytes it does not (its default is 10)."""
-
-
 class Region:
     """One Dynamo graph and the variants compiled from it.
 
@@ -238,23 +233,20 @@ class Region:
         inputs = (*self.captured.example_inputs, *_fake_state(_torch.fake_mode(self.captured), self.captured, plan))
         partition = functools.partial(pipeline.transform, plan=plan, partition=_torch.min_cut_rematerialization_partition)
         try:
-            patches = REFRESH_PATCHES if any(plan.refresh) else {}
-            return self._compile(gm, inputs, partition, patches=patches)
+            return self._compile(gm, inputs, partition)
         except PlanMismatch as found:
             raise GraphError(
                 f"the graph of {plan.projections[0].name} changed between two traces: {found.analysis}; please report this."
             ) from found
 
-    def _compile(
-        self, gm: fx.GraphModule, inputs: Sequence[Any], partition: Any, patches: Mapping[str, Any] | None = None
-    ) -> Callable[..., Any]:
+    def _compile(self, gm: fx.GraphModule, inputs: Sequence[Any], partition: Any) -> Callable[..., Any]:
         return _torch.compile_graph(
             self.captured,
             gm,
             inputs,
             compiler=self.options.compiler,
             mode=self.options.mode,
-            patches={**(patches or {}), **dict(self.options.inductor)},
+            patches=dict(self.options.inductor),
             partition=partition,
             key=source_hash(),
         )

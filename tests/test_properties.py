@@ -10,7 +10,7 @@ from torch import nn
 
 from grass_compile.passes import costs
 from grass_compile.runtime import ops, selection
-from grass_compile.runtime.step import carried
+from grass_compile.runtime.refresh import carried
 
 from .harness import pair
 

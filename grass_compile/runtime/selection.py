@@ -7,12 +7,9 @@ from torch import Tensor
 
 
 def scores(gradient: Tensor, dim: int) -> Tensor:
-    """Squared norms of the rows (``dim=0``) or columns (``dim=1``) of a full gradient, in at least fp32.
-
-    Squares sort like norms, and the square root would cost a pass of its own.
-    """
-    wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-    return (wide * wide).sum(1 - dim)
+    """Norms of the rows (``dim=0``) or columns (``dim=1``) of a full gradient, in at least fp32."""
+    norms: Tensor = torch.linalg.vector_norm(gradient, dim=1 - dim, dtype=torch.promote_types(gradient.dtype, torch.float32))
+    return norms
 
 
 def top(scores: Tensor, rank: int) -> Tensor:

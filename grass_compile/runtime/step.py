@@ -11,11 +11,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from . import selection
-from .ops import row_update
+from .ops import refresh, row_update
 
 if TYPE_CHECKING:
     from ..config import SiteConfig
@@ -57,13 +55,9 @@ def refresh_step(
     Returns:
         weight, and the state as named by `graph_state`, all new.
     """
-    old_index, *rest = state
-    index = selection.top(selection.scores(gradient, dim), rank)
-    if config.on_refresh == "carry":
-        rest = carried(gradient.shape[dim], dim, old_index, index, rest)
-    else:
-        rest = [torch.zeros_like(moment) for moment in rest]
-    new_weight, *rest = _apply(config, dim, gradient.index_select(dim, index), weight, hyper, index, rest)
+    index, *rest = state
+    compact_grad, index, *rest = refresh(gradient, index, rest, dim, rank, config.on_refresh)
+    new_weight, *rest = _apply(config, dim, compact_grad, weight, hyper, index, rest)
     return (new_weight, index, *rest)
 
 
@@ -73,28 +67,6 @@ def graph_state(config: SiteConfig) -> tuple[str, ...]:
     ``step`` is among them only where it is kept per row; otherwise it comes with ``hyper``.
     """
     return ("index", *(("step",) if config.on_refresh == "carry" else ()), *config.rule.state_names)
-
-
-def carried(length: int, dim: int, old_index: Tensor, index: Tensor, state: list[Tensor]) -> list[Tensor]:
-    """The state of the rows ``index``: rows that ``old_index`` already held keep theirs, the others start from zero.
-
-    Args:
-        length: number of rows of the weight along ``dim``.
-        dim: the stored dimension that is indexed.
-        old_index: ``int64[r]``, before the refresh.
-        index: ``int64[r]``, after it.
-        state: ``step`` ``[r]``, then tensors ``[r, n]`` or ``[m, r]``.
-    """
-    slots = torch.arange(old_index.shape[0], device=index.device)
-    slot_of = torch.full((length,), -1, dtype=torch.int64, device=index.device).index_put([old_index], slots)
-    slot = slot_of.index_select(0, index)
-    kept, slot = slot >= 0, slot.clamp(min=0)
-    step, *moments = state
-    mask = kept.unsqueeze(1 - dim)
-    return [
-        torch.where(kept, step.index_select(0, slot), 0.0),
-        *(torch.where(mask, moment.index_select(dim, slot), 0.0) for moment in moments),
-    ]
 
 
 def _apply(
