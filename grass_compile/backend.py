@@ -75,7 +75,7 @@ class Region:
         self.options = options
         self.captured, real = _torch.capture(gm, example_inputs)
         self.trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in real)
-        self._analyses: dict[tuple[WeightInput, ...], Analysis] = {}
+        self._analyses: dict[tuple[WeightInput, ...], tuple[tuple[WeightInput, ...], Analysis]] = {}
         self._variants: dict[Plan | None, Callable[..., Any]] = {}
         self._warned = False
         if compile_now:
@@ -172,7 +172,7 @@ class Region:
         """
         if not weights:
             return None
-        analysis = self.analyse(weights)
+        weights, analysis = self.analyse(weights)
         if self.options.strict:
             _check_strict(analysis)
         if not analysis.projections:
@@ -189,15 +189,17 @@ class Region:
             disabled=self.options.disable_passes,
         )
 
-    def analyse(self, weights: tuple[WeightInput, ...]) -> Analysis:
-        """Which of ``weights`` can be projected in this graph; traced once per set of requests."""
+    def analyse(self, weights: tuple[WeightInput, ...]) -> tuple[tuple[WeightInput, ...], Analysis]:
+        """Which of ``weights`` can be projected in this graph; traced once per set of requests.
+
+        Returns:
+            The requests as they stand once every axis is settled (which is how the optimizers ask from now on), and the
+            analysis of these.
+        """
         if weights not in self._analyses:
             found = self._trace(weights)
-            if any(weight.config.axis == "auto" for weight in weights):
-                # Weights whose axis is settled are asked for by it from now on; that is the same analysis.
-                settled = tuple(_settled(weight, found) for weight in weights)
-                self._analyses[settled] = _renamed(found, settled)
-            self._analyses[weights] = self._analyses.get(weights, found)
+            settled = tuple(_settled(weight, found) for weight in weights)
+            self._analyses[weights] = self._analyses[settled] = settled, _renamed(found, settled)
         return self._analyses[weights]
 
     def _trace(self, weights: tuple[WeightInput, ...]) -> Analysis:
