@@ -9,7 +9,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,13 +17,16 @@ from functorch.compile import min_cut_rematerialization_partition  # type: ignor
 from torch import Tensor, fx
 from torch._dynamo import disable as dynamo_disable
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.backends.debugging import boxed_nop
 from torch._functorch import config as functorch_config
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._guards import CompileContext, TracingContext, compile_context, tracing
-from torch._inductor.compile_fx import compile_fx
+from torch._inductor import config as inductor_config
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.decomposition import select_decomp_table
 from torch._logging._internal import trace_structured
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 
 Compiled = Callable[..., Any]
 Partition = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
@@ -51,6 +54,15 @@ class Captured:
     tracing: Any
     compile: Any
     parameters: tuple[tuple[int, str], ...]
+
+    @contextlib.contextmanager
+    def contexts(self) -> Iterator[None]:
+        """Dynamo's contexts as they were when it called the backend."""
+        with contextlib.ExitStack() as stack:
+            if self.tracing is not None and TracingContext.try_get() is not self.tracing:
+                stack.enter_context(tracing(copy.copy(self.tracing)))
+                stack.enter_context(compile_context(self.compile))
+            yield
 
     @property
     def is_dynamic(self) -> bool:
@@ -154,6 +166,39 @@ class Partitioner(CustomPartitionerFn):
         return {"function": None, "key": self.key}
 
 
+class Backwards:
+    """The backward of one compiled pair, compiled for each ``key`` when a backward first runs with it.
+
+    The saved tensors are the same for every key, so the choice can wait until the backward begins.
+
+    Attributes:
+        key: which backward runs next; set by whoever starts it.
+    """
+
+    def __init__(self, finish: Callable[[fx.GraphModule, Any], fx.GraphModule]) -> None:
+        self._boxed_call = True
+        self.key: Any = None
+        self._finish = finish
+        self._contexts: tuple[Any, Any] = (None, None)
+        self._gm: fx.GraphModule | None = None
+        self._compile: Callable[[fx.GraphModule], Compiled] | None = None
+        self._compiled: dict[Any, Compiled] = {}
+
+    def accept(self, gm: fx.GraphModule, compile: Callable[[fx.GraphModule], Compiled]) -> Backwards:
+        """Take what AOTAutograd hands to a backward compiler: the graph, and how it would have been compiled."""
+        self._gm, self._compile = gm, compile
+        self._contexts = copy.copy(TracingContext.try_get()), CompileContext.try_get()
+        return self
+
+    def __call__(self, args: Any) -> Any:
+        if self.key not in self._compiled:
+            assert self._gm is not None and self._compile is not None
+            tracing_context, context = self._contexts
+            with tracing(tracing_context), compile_context(context), torch._C._DisableAutocast(), torch.no_grad():
+                self._compiled[self.key] = self._compile(self._finish(self._gm, self.key))
+        return self._compiled[self.key](args)
+
+
 def compile_graph(
     captured: Captured,
     gm: fx.GraphModule,
@@ -164,6 +209,7 @@ def compile_graph(
     patches: Mapping[str, Any],
     partition: Partition | None,
     key: str,
+    backwards: Backwards | None = None,
 ) -> Compiled:
     """Compile a graph under the contexts that Dynamo had when it called the backend.
 
@@ -176,34 +222,80 @@ def compile_graph(
         patches: Inductor config values.
         partition: splits the joint graph into forward and backward; None for torch's own.
         key: stands for ``partition`` in cache keys.
+        backwards: what compiles the backward; None for a backward that is what it is.
     """
-    with contextlib.ExitStack() as stack:
-        if captured.tracing is not None and TracingContext.try_get() is not captured.tracing:
-            stack.enter_context(tracing(copy.copy(captured.tracing)))
-            stack.enter_context(compile_context(captured.compile))
-        # AOTAutograd's own cache would skip the partitioner, and with it our passes; Inductor's cache, keyed by the
-        # rewritten graphs, still serves a second start.
-        stack.enter_context(functorch_config.patch(enable_autograd_cache=False))
+    # AOTAutograd's own cache would skip the partitioner, and with it our passes; Inductor's cache, keyed by the
+    # rewritten graphs, still serves a second start.
+    with captured.contexts(), functorch_config.patch(enable_autograd_cache=False):
         if compiler == "aot_eager":
-            return _compile_eager(gm, inputs, partition)
+            return _compile_eager(gm, inputs, partition, backwards)
         config = {**_mode_options(mode), **patches}
         if partition is not None:
             config["custom_partitioner_fn"] = Partitioner(partition, key)
-        compiled: Any = compile_fx(gm, list(inputs), config_patches=config)
+
+        def inner_compile(gm: fx.GraphModule, example_inputs: Any, **kwargs: Any) -> Any:
+            if backwards is None or not kwargs.get("is_backward"):
+                return compile_fx_inner(gm, example_inputs, **kwargs)
+            patched = inductor_config.patch(config)(functools.partial(_inner, example_inputs=example_inputs, **kwargs))
+            return backwards.accept(gm, patched)
+
+        compiled: Any = compile_fx(gm, list(inputs), inner_compile=inner_compile, config_patches=config)
         return cast(Compiled, compiled)
 
 
-def _compile_eager(gm: fx.GraphModule, inputs: Sequence[Any], partition: Partition | None) -> Compiled:
-    from torch._dynamo.backends.debugging import boxed_nop
+def _inner(gm: fx.GraphModule, example_inputs: Any, **kwargs: Any) -> Compiled:
+    """Compile one finished backward graph."""
+    output = next(iter(gm.graph.find_nodes(op="output")))
+    visible = output.meta.get("user_visible_output_idxs", ())
+    output.meta["user_visible_output_idxs"] = [i for i in visible if isinstance(output.args[0][i], fx.Node)]
+    with _use_lazy_graph_module(True):
+        compiled: Any = compile_fx_inner(gm, example_inputs, **kwargs)
+    return cast(Compiled, compiled)
+
+
+def _compile_eager(
+    gm: fx.GraphModule, inputs: Sequence[Any], partition: Partition | None, backwards: Backwards | None
+) -> Compiled:
+    def backward(gm: fx.GraphModule, example_inputs: Any) -> Any:
+        return boxed_nop(gm, example_inputs) if backwards is None else backwards.accept(gm, _unversioned)
 
     compiled: Compiled = aot_autograd(
         fw_compiler=boxed_nop,
-        bw_compiler=boxed_nop,
+        bw_compiler=backward,
         partition_fn=functools.partial(partition or min_cut_rematerialization_partition, compiler="inductor"),
         decompositions=select_decomp_table,
         keep_inference_input_mutations=True,
     )(gm, list(inputs))
     return compiled
+
+
+def _unversioned(gm: fx.GraphModule) -> Compiled:
+    """Run a graph op by op without autograd seeing its writes, as it does not see those of generated code."""
+    run = boxed_nop(gm, [])
+
+    def call(args: list[Any]) -> Any:
+        tensors = tuple(value for value in args if isinstance(value, Tensor))
+        with torch.autograd._unsafe_preserve_version_counter(tensors):  # type: ignore[attr-defined]
+            return run(args)
+
+    return call
+
+
+def compile_kernel(gm: fx.GraphModule, *, compiler: str, mode: str, patches: Mapping[str, Any]) -> Compiled:
+    """Compile a flat graph of fake-valued nodes that needs no autograd.
+
+    Returns:
+        A function of the graph's inputs.
+    """
+    nodes = list(gm.graph.find_nodes(op="placeholder"))
+    inputs = [node.meta["val"] for node in nodes]
+    if compiler == "aot_eager":
+        boxed = boxed_nop(gm, inputs)
+    else:
+        config = {**_mode_options(mode), **patches, "triton.cudagraphs": False}
+        with tracing(TracingContext(inputs[0].fake_mode)), inductor_config.patch(config), torch.no_grad():
+            boxed = compile_fx_inner(gm, inputs, static_input_idxs=range(len(inputs)))
+    return lambda *args: boxed(list(args))
 
 
 def _mode_options(mode: str) -> dict[str, Any]:
@@ -311,7 +403,7 @@ def trace_graph(name: str, gm: fx.GraphModule) -> None:
 
 
 def register_row_update_lowering(op: Any) -> None:
-    """Teach Inductor ``row_update_(weight, dim, index, update)``: one loop that loads, adds, rounds and stores.
+    """Teach Inductor ``row_update_(weight, dim, index, update, noise)``: one loop that loads, adds, rounds and stores.
 
     It is a scatter whose value reads the very element that it writes. Inductor's own ``index_put_`` may not do that, since
     it cannot know that the indices are distinct; ours are.
@@ -321,7 +413,7 @@ def register_row_update_lowering(op: Any) -> None:
     from torch._inductor.virtualized import V, ops
 
     @register_lowering(op, type_promotion_kind=None)
-    def lower(weight: Any, dim: int, index: Any, update: Any) -> None:
+    def lower(weight: Any, dim: int, index: Any, update: Any, noise: Any = None) -> None:
         weight.realize()
         length = weight.get_size()[dim]
         load_weight, load_index, load_update = weight.make_loader(), index.make_loader(), update.make_loader()
@@ -333,7 +425,13 @@ def register_row_update_lowering(op: Any) -> None:
 
         def value(position: Sequence[Any]) -> Any:
             old = ops.to_dtype(load_weight(target(position)), wide)
-            return ops.to_dtype(ops.add(old, load_update(position)), narrow)
+            new = ops.add(old, load_update(position))
+            if noise is not None:
+                bits = ops.add(ops.to_dtype_bitcast(new, torch.int32, wide), noise.make_loader()(position))
+                rounded = ops.bitwise_and(bits, ops.constant(-65536, torch.int32))
+                finite = ops.lt(ops.abs(new), ops.constant(float("inf"), wide))
+                new = ops.where(finite, ops.to_dtype_bitcast(rounded, wide, torch.int32), new)
+            return ops.to_dtype(new, narrow)
 
         scatter = ir.Scatter(
             device=weight.get_device(),

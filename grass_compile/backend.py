@@ -17,13 +17,15 @@ import torch
 from torch import Tensor, fx
 
 from . import _torch
-from .config import BackendOptions
+from .config import BackendOptions, SiteConfig
 from .errors import ConfigError, GraphError, GrassError, GrassWarning
 from .passes import pipeline
 from .passes.pipeline import PASSES, Plan, PlanMismatch
-from .passes.records import Analysis, Projection, WeightInput
+from .passes.records import Analysis, WeightInput
+from .runtime import adoption
 from .runtime import state as registry
-from .runtime.state import Assigned, Call, Record
+from .runtime.rules import AdamWRule
+from .runtime.state import Assigned, Call, Record, refusal
 from .runtime.step import SHARED_HYPER, graph_state
 
 log = logging.getLogger(__name__)
@@ -62,6 +64,14 @@ def _raising(error: GrassError) -> Callable[..., Any]:
     return raise_error
 
 
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A compiled forward, and what compiles its backward once it is known what that has to do."""
+
+    call: Callable[..., Any]
+    backwards: _torch.Backwards | None
+
+
 class Region:
     """One Dynamo graph and the variants compiled from it.
 
@@ -76,7 +86,7 @@ class Region:
         self.captured, real = _torch.capture(gm, example_inputs)
         self.trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in real)
         self._analyses: dict[tuple[WeightInput, ...], tuple[tuple[WeightInput, ...], Analysis]] = {}
-        self._variants: dict[Plan | None, Callable[..., Any]] = {}
+        self._variants: dict[Plan | None, Variant] = {}
         self._warned = False
         if compile_now:
             self._compile_first(real)
@@ -100,19 +110,21 @@ class Region:
 
     def __call__(self, *args: Any) -> Any:
         if not self.trains:
-            return self.variant(None)(*args)
+            return self.variant(None).call(*args)
         weights, records = self.ask([args[position] for position, _ in self.captured.parameters])
         plan = self.plan(weights, records)
         if plan is None:
-            return self.variant(None)(*args)
+            return self.variant(None).call(*args)
         held = [records[projection.position] for projection in plan.projections]
         state = [tensor for record in held for tensor in record.tensors()]
-        inputs = (*args, *state, *_hyper(plan, held))
+        inputs = (*args, *state, *(record.leaf for record in held), *_hyper(plan, held))
         since = _torch.sequence_number()
-        results = self.variant(plan)(*inputs)
+        variant = self.variant(plan)
+        results = variant.call(*inputs)
         node = _torch.backward_node(results if isinstance(results, (list, tuple)) else (results,), since)
         if node is not None:
-            call = Call(held)
+            assert variant.backwards is not None
+            call = Call(held, plan.refresh, variant.backwards)
             node.register_prehook(call.before_backward)
             node.register_hook(call.after_backward)
         return results
@@ -129,15 +141,21 @@ class Region:
         Raises:
             ConfigError: the model runs inside a wrapper that would be silently wrong.
         """
-        weights, records, held = [], {}, False
+        weights, records, held, free = [], {}, False, []
         for (position, name), parameter in zip(self.captured.parameters, parameters, strict=True):
             record = registry.lookup(parameter)
             held = held or record is not None
-            if record is None or record.options.rank is None or parameter.dim() != 2 or not parameter.requires_grad:
+            if parameter.dim() != 2 or not parameter.requires_grad:
                 continue
-            record.name = record.name or name
-            weights.append(WeightInput(record.name, position, record.config(), record.refusal(name)))
-            records[position] = record
+            if record is None:
+                free.append((name, position, parameter))
+            elif record.options.rank is not None:
+                record.name = record.name or name
+                weights.append(WeightInput(record.name, position, record.config(), record.refusal(name)))
+                records[position] = record
+        if self.options.project is not None:
+            self._wish(free)
+            held = True
         if not held:
             self._warn_unheld()
         elif weights and _torch.inside_ddp():
@@ -147,12 +165,26 @@ class Region:
             )
         return tuple(weights), records
 
+    def _wish(self, free: Sequence[tuple[str, int, Tensor]]) -> None:
+        """Note which weights could be projected once a known optimizer turns out to hold them."""
+        options = self.options.project
+        assert options is not None and options.rank is not None
+        config = SiteConfig(options.rank, options.axis, options.on_refresh, False, options.scale, AdamWRule())
+        asked = tuple(WeightInput(name, at, config, refusal(name, tensor, options)) for name, at, tensor in free)
+        found = {p.position: p for p in self.analyse(asked)[1].projections} if asked else {}
+        for name, position, parameter in free:
+            if position in found:
+                projection = found[position]
+                assigned = Assigned(projection.axis, projection.dim, projection.rank, projection.why)
+                adoption.wish(parameter, adoption.Wish(name, options, assigned, self._kernel))
+
     def _warn_unheld(self) -> None:
         if not self._warned:
             self._warned = True
             warnings.warn(
                 "no grass optimizer holds the parameters of this model, so it is compiled like Inductor does. Write: "
-                "opt = grass_compile.AdamW(model.named_parameters(), lr=..., rank=...) before the first backward.",
+                "opt = grass_compile.AdamW(model.named_parameters(), lr=..., rank=...) before the first backward, or keep your "
+                "torch.optim.AdamW, Adam or SGD and compile with options={'rank': ...}.",
                 GrassWarning,
                 stacklevel=2,
             )
@@ -179,7 +211,7 @@ class Region:
             return None
         for projection in analysis.projections:
             record = records[projection.position]
-            record.assign(Assigned(projection.axis, projection.dim, projection.rank, projection.why))
+            record.assign(Assigned(projection.axis, projection.dim, projection.rank, projection.why), self._kernel)
         held = [records[projection.position] for projection in analysis.projections]
         return Plan(
             weights=weights,
@@ -217,31 +249,34 @@ class Region:
 
     # ------------------------------------------------------------------------------------------------- the variants
 
-    def variant(self, plan: Plan | None) -> Callable[..., Any]:
+    def variant(self, plan: Plan | None) -> Variant:
         """The compiled variant for ``plan``; None stands for the graph as any compiler would have it."""
         if plan not in self._variants:
             self._variants[plan] = self._compile_plain() if plan is None else self._compile_plan(plan)
         return self._variants[plan]
 
-    def _compile_plain(self) -> Callable[..., Any]:
+    def _compile_plain(self) -> Variant:
         gm = _torch.with_inputs(self.captured, (), ())
-        return self._compile(gm, self.captured.example_inputs, None)
+        return Variant(self._compile(gm, self.captured.example_inputs, None), None)
 
-    def _compile_plan(self, plan: Plan) -> Callable[..., Any]:
+    def _compile_plan(self, plan: Plan) -> Variant:
         kind = "refresh" if all(plan.refresh) else "mixed" if any(plan.refresh) else "regular"
         log.info("compiling the %s variant: %d weights projected", kind, len(plan.projections))
         names = plan.input_names
         gm = _torch.with_inputs(self.captured, names, ["hyper" not in name for name in names])
         inputs = (*self.captured.example_inputs, *_fake_state(_torch.fake_mode(self.captured), self.captured, plan))
         partition = functools.partial(pipeline.transform, plan=plan, partition=_torch.min_cut_rematerialization_partition)
+        backwards = _torch.Backwards(lambda gm, actions: pipeline.finish(gm, plan, actions))
         try:
-            return self._compile(gm, inputs, partition)
+            return Variant(self._compile(gm, inputs, partition, backwards), backwards)
         except PlanMismatch as found:
             raise GraphError(
                 f"the graph of {plan.projections[0].name} changed between two traces: {found.analysis}; please report this."
             ) from found
 
-    def _compile(self, gm: fx.GraphModule, inputs: Sequence[Any], partition: Any) -> Callable[..., Any]:
+    def _compile(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], partition: Any, backwards: _torch.Backwards | None = None
+    ) -> Callable[..., Any]:
         return _torch.compile_graph(
             self.captured,
             gm,
@@ -251,7 +286,20 @@ class Region:
             patches=dict(self.options.inductor),
             partition=partition,
             key=source_hash(),
+            backwards=backwards,
         )
+
+    def _kernel(self, config: SiteConfig, dim: int, rank: int, *tensors: Tensor) -> None:
+        """Run the step of one weight by itself, in place; weights of one shape share the compiled code."""
+        specs = tuple((tuple(t.shape), tuple(t.stride()), t.dtype, t.device) for t in tensors)
+        _compiled_step(self.options, config, dim, rank, specs)(*tensors)
+
+
+@functools.cache
+def _compiled_step(options: BackendOptions, config: SiteConfig, dim: int, rank: int, specs: Any) -> Callable[..., Any]:
+    log.info("compiling a step by itself: rank %d along dimension %d of %s", rank, dim, list(specs[1][0]))
+    gm = pipeline.standalone_step(config, dim, rank, specs)
+    return _torch.compile_kernel(gm, compiler=options.compiler, mode=options.mode, patches=dict(options.inductor))
 
 
 def _settled(weight: WeightInput, analysis: Analysis) -> WeightInput:
@@ -280,29 +328,28 @@ def _hyper(plan: Plan, records: Sequence[Record]) -> list[Tensor]:
     tensors: dict[int, Tensor] = {}
     for slot, record in zip(plan.hyper, records, strict=True):
         if slot not in tensors:
-            assert record.optimizer is not None
-            tensors[slot] = record.optimizer.hyper(record)
+            assert record.holder is not None
+            tensors[slot] = record.holder.hyper(record)
     return list(tensors.values())
 
 
 def _fake_state(mode: Any, captured: _torch.Captured, plan: Plan) -> list[Tensor]:
     """Fake tensors of static shape for the inputs that `Plan.input_names` names."""
-    tensors: list[Tensor] = []
+    state: list[Tensor] = []
+    leaves: list[Tensor] = []
     hyper: dict[int, Tensor] = {}
     with mode:
         for projection, slot in zip(plan.projections, plan.hyper, strict=True):
             weight = captured.example_inputs[projection.position]
-            tensors += _fake_weight_state(weight, projection)
+            assigned = Assigned(projection.axis, projection.dim, projection.rank)
+            config = projection.config
+            made = registry.initial_state(weight, assigned, config.on_refresh, config.rule, config.state_dtype)
+            state += [made[name] for name in graph_state(config)]
+            leaves.append(registry.leaf_like(weight, assigned).requires_grad_())
             if slot not in hyper:
-                count = len(projection.config.rule.hyper_names) + len(SHARED_HYPER)
+                count = len(config.rule.hyper_names) + len(SHARED_HYPER)
                 hyper[slot] = torch.empty(count, dtype=_state_dtype(weight), device=weight.device)
-    return tensors + list(hyper.values())
-
-
-def _fake_weight_state(weight: Tensor, projection: Projection) -> list[Tensor]:
-    assigned = Assigned(projection.axis, projection.dim, projection.rank)
-    state = registry.initial_state(weight, assigned, projection.config.on_refresh, projection.config.rule)
-    return [state[name] for name in graph_state(projection.config)]
+    return [*state, *leaves, *hyper.values()]
 
 
 def _state_dtype(weight: Tensor) -> torch.dtype:

@@ -12,6 +12,8 @@ import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
+import torch
+
 from .errors import ConfigError
 
 Axis = Literal["rows", "columns"]
@@ -22,6 +24,7 @@ SELECTIONS = ("top", "norm", "norm2", "uniform")
 AXES = ("rows", "columns", "auto")
 ON_REFRESH = ("reset", "carry", "keep")
 COMPILERS = ("inductor", "aot_eager")
+STATE_DTYPES = (None, torch.float32, torch.bfloat16, torch.float64)
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -36,6 +39,8 @@ class SiteConfig:
         decays: whether the decoupled weight decay touches the whole weight on every step.
         scale: the paper's alpha, a factor on the update.
         rule: the update rule; a frozen, hashable object.
+        stochastic_rounding: whether bf16 weights and moments are rounded stochastically.
+        state_dtype: dtype of the moments; None for at least fp32.
     """
 
     rank: int
@@ -44,6 +49,8 @@ class SiteConfig:
     decays: bool
     scale: float
     rule: Any
+    stochastic_rounding: bool = False
+    state_dtype: torch.dtype | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +63,10 @@ class GroupOptions:
     on_refresh: OnRefresh
     scale: float
     exclude: tuple[str, ...]
+    refresh_warmup: int = 0
+    stochastic_rounding: bool = False
+    state_dtype: torch.dtype | None = None
+    seed: int = 0
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -99,15 +110,22 @@ def parse_group(group: Mapping[str, Any]) -> GroupOptions:
         f"selection={group['selection']!r}": group["selection"] != "top",
         "replacement=True": bool(group["replacement"]),
         "on_refresh='keep'": on_refresh == "keep",
-        "step_in_backward=False": not group["step_in_backward"],
-        "max_grad_norm": group["max_grad_norm"] is not None,
     }
     for what, asked in unavailable.items():
         if asked:
             raise ConfigError(
-                f"{what} is not available in this version of grass_compile; it has selection='top' without replacement, "
-                "on_refresh='reset' or 'carry', and the fused step (step_in_backward=True) without gradient clipping."
+                f"{what} is not available in this version of grass_compile; it has selection='top' without replacement, and "
+                "on_refresh='reset' or 'carry'."
             )
+    for key in ("step_in_backward", "stochastic_rounding"):
+        if not isinstance(group[key], bool):
+            raise ConfigError(f"{key} must be True or False, got {group[key]!r}.")
+    if group["max_grad_norm"] is not None and finite("max_grad_norm", group["max_grad_norm"]) <= 0:
+        raise ConfigError(f"max_grad_norm must be above 0, got {group['max_grad_norm']!r}.")
+    if group["state_dtype"] not in STATE_DTYPES:
+        raise ConfigError(f"state_dtype must be one of {STATE_DTYPES}, got {group['state_dtype']!r}.")
+    if group["refresh_warmup"] != 0:
+        positive_int("refresh_warmup", group["refresh_warmup"])
     exclude = group["exclude"]
     if isinstance(exclude, str) or not all(isinstance(pattern, str) for pattern in exclude):
         raise ConfigError(f"exclude must be a list of name patterns such as ['*lm_head*'], got {exclude!r}.")
@@ -118,7 +136,21 @@ def parse_group(group: Mapping[str, Any]) -> GroupOptions:
         on_refresh=on_refresh,
         scale=finite("scale", group["scale"]),
         exclude=tuple(exclude),
+        refresh_warmup=group["refresh_warmup"],
+        stochastic_rounding=group["stochastic_rounding"],
+        state_dtype=group["state_dtype"],
+        seed=group["seed"],
     )
+
+
+DEFAULT_EXCLUDE = ("*lm_head*", "*embed*")
+
+PROJECT: dict[str, Any] = dict(
+    rank=None, update_proj_gap=200, selection="top", replacement=False, axis="auto", on_refresh="reset", scale=1.0,
+    exclude=DEFAULT_EXCLUDE, step_in_backward=True, max_grad_norm=None, refresh_warmup=0, stochastic_rounding=False,
+    state_dtype=None, seed=0,
+)  # fmt: skip
+"""The keywords of a grass optimizer that are ours rather than torch's, with their defaults."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +163,8 @@ class BackendOptions:
         strict: raise `GraphError` when a weight that the optimizer wants projected is not.
         mode: as ``torch.compile(mode=...)``.
         inductor: Inductor config patches, handed through; a sorted tuple of items so that it can be hashed.
+        project: for an unmodified script, what to ask of the weights that its own ``torch.optim`` optimizer holds: the keywords
+            `PROJECT` (``rank`` and, beside it, others of a grass optimizer's); None without ``rank``.
     """
 
     compiler: Literal["inductor", "aot_eager"] = "inductor"
@@ -138,6 +172,7 @@ class BackendOptions:
     strict: bool = False
     mode: str = "default"
     inductor: tuple[tuple[str, Any], ...] = ()
+    project: GroupOptions | None = None
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None, mode: str | None, passes: Iterable[str]) -> BackendOptions:
@@ -152,7 +187,7 @@ class BackendOptions:
             ConfigError: an unknown key, compiler, mode or pass name; the nearest valid one is named.
         """
         given = dict(options or {})
-        known = [field.name for field in dataclasses.fields(cls)]
+        known = [*(field.name for field in dataclasses.fields(cls) if field.name != "project"), *PROJECT]
         for key in given:
             if key not in known:
                 raise ConfigError(f"options[{key!r}] is not known.{nearest(str(key), known)}")
@@ -172,4 +207,18 @@ class BackendOptions:
             strict=strict,
             mode=one_of("mode", given.get("mode") or mode or "default", MODES),
             inductor=tuple(sorted(patches.items())),
+            project=_parse_project({key: given[key] for key in PROJECT if key in given}),
         )
+
+
+def _parse_project(given: Mapping[str, Any]) -> GroupOptions | None:
+    """The keywords that the backend takes in place of a grass optimizer.
+
+    Raises:
+        ConfigError: there is no ``rank`` among them, or one is invalid.
+    """
+    if not given:
+        return None
+    if given.get("rank") is None:
+        raise ConfigError(f"options {sorted(given)} say how to project weights, but options['rank'] is missing.")
+    return parse_group({**PROJECT, **given})

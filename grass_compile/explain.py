@@ -46,7 +46,7 @@ class Findings:
         weights, _ = region.ask(list(parameters.values()))
         if not weights:
             return
-        analysis = region.analyse(weights)
+        _, analysis = region.analyse(weights)
         for projection in analysis.projections:
             self.projections[parameters[projection.position]] = projection
         for refusal in analysis.refusals:

@@ -1,29 +1,28 @@
-"""Append the optimizer's compact step to the joint graph, in place of the weight gradients.
+"""Replace each anchor of a backward graph by what this backward does with the gradient: the optimizer's compact step, inlined.
 
 Before (one weight of rank r along its rows)::
 
-    mm:         f32[r, n]                                     <- made by `rewrite` on a regular step; the slot on a refresh
-    return (loss, ..., grad_weight, None, None, ...)          <- one slot per primal
+    mm:     f32[r, n]
+    anchor: f32[r, n] = grass_compile.anchor(mm, weight, hyper, [idx, exp_avg, exp_avg_sq], [r, n], 0)
+    return (..., anchor, ...)
 
-After::
+After, for the action ``step``::
 
     mul, add, ...: f32[r, n]                                  <- the traced update rule: new moments and the update
     row_update: f32[m, n] = grass_compile.row_update(weight, 0, idx, update)
-    copy:       f32[r, n] = copy(exp_avg, add)                <- likewise exp_avg_sq, step and, on a refresh, idx
-    return (loss, ..., row_update, copy, ...)
+    return (..., None, ...)                                   <- and a list of new values for `place` to write
 
-The slot of the weight and of each of its state tensors now holds the *new value* of that input, made by a functional operator
-that names the input which it replaces. So the graph stays functional and the partitioner may treat it like any other, and
-every input that is to be written reaches the backward; `place` turns these operators into writes there.
+For ``keep`` and ``choose`` the compact gradient is returned; the update rule stays out.
 
-Contract: slots of other inputs stay as they are. The rule is traced with Inductor's decompositions and inlined, since
-operators that have one must not be inserted by hand.
+Only what is traced with `make_fx` and Inductor's decomposition table is inlined, since operators that have a decomposition must
+not be inserted by hand.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,69 +31,102 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .. import _torch
-from ..runtime.step import graph_state, refresh_step, regular_step
-from .fx_utils import PROVENANCE, call, inline, outputs, provenance, set_outputs
-from .records import Site
+from ..config import SiteConfig
+from ..errors import GraphError
+from ..runtime.step import Action, apply, backward_step, graph_state, results
+from .anchor import anchors
+from .fx_utils import inline, output_node, outputs, provenance, set_outputs
+from .records import Projection
 
-aten = torch.ops.aten
+
+@dataclasses.dataclass(frozen=True)
+class Write:
+    """A new value for an input of a graph.
+
+    Attributes:
+        target: the placeholder.
+        value: a node; for a weight, a ``row_update``.
+        weight: the name of the weight that it belongs to.
+    """
+
+    target: fx.Node
+    value: fx.Node
+    weight: str
 
 
 def fuse(
-    gm: fx.GraphModule,
-    *,
-    sites: tuple[Site, ...],
-    compact: Mapping[int, fx.Node],
-    state: Mapping[int, Mapping[str, fx.Node]],
-    weights: Mapping[int, fx.Node],
-    slots: Mapping[fx.Node, int],
-) -> dict[int, tuple[int, str]]:
-    """Inline each site's step and put the new values into the gradient slots.
+    gm: fx.GraphModule, *, projections: Sequence[Projection], refresh: Sequence[bool], actions: Sequence[Action]
+) -> list[Write]:
+    """Replace every anchor, in place.
 
     Args:
-        gm: the joint graph, changed in place.
-        sites: every site; those missing from ``compact`` refresh, from the full gradient in their slot.
-        compact: compact gradients by weight position.
-        state: for each weight position, the placeholders of its state tensors and of ``hyper``.
-        weights: for each weight position, the weight's placeholder.
-        slots: for each primal, the position of its gradient slot among all outputs.
+        gm: a backward graph.
+        projections: what the anchors' numbers stand for.
+        refresh: for each projection, whether its anchor holds the full gradient.
+        actions: for each projection, what to do.
 
     Returns:
-        For each output position that now holds a new value, the weight's position and what it is the new value of
-        (``weight`` or the name of a state tensor).
+        What has to be written.
+
+    Raises:
+        GraphError: a tensor that has to be written is not an input of the backward graph.
     """
-    values = outputs(gm)
-    written: dict[int, tuple[int, str]] = {}
-    last = next(iter(gm.graph.find_nodes(op="output")))
-    for site in sites:
-        position = site.weight.position
-        with provenance(gm, "fuse", site.weight.name, site.slot), gm.graph.inserting_before(last):
-            new = _inline_step(gm, site, compact.get(position), weights[position], state[position])
-            for name, value in new.items():
-                primal = weights[position] if name == "weight" else state[position][name]
-                values[slots[primal]] = value if name == "weight" else call(gm.graph, aten.copy.default, primal, value)
-                written[slots[primal]] = (position, name)
-    for node in gm.graph.nodes:
-        if node.meta.get(PROVENANCE, ("",))[0] == "fuse":
-            node.meta["partitioner_tag"] = "must_be_in_backward"
+    values, writes = outputs(gm), []
+    for node in anchors(gm):
+        arguments: Any = node.args
+        gradient, weight, hyper, state, _, number = arguments
+        projection, action = projections[number], actions[number]
+        names = graph_state(projection.config)
+        targets = {"weight": weight, **dict(zip(names, state, strict=True))}
+        args = [gradient, weight, hyper, *state]
+        specs = tuple(_spec(arg.meta["val"]) for arg in args)
+        traced = trace_step(backward_step, (projection.config, projection.dim, projection.rank, refresh[number], action), specs)
+        with provenance(gm, "fuse", projection.name, node), gm.graph.inserting_before(node):
+            new = dict(zip(results(projection.config, refresh[number], action), inline(gm.graph, traced, args), strict=True))
+        slot = values.index(node)
+        values[slot] = new.pop("gradient", None)
+        writes += [Write(_input(targets[name], projection.name), value, projection.name) for name, value in new.items()]
     set_outputs(gm, values)
-    gm.graph.eliminate_dead_code()
-    gm.recompile()
-    return written
+    return writes
 
 
-def _inline_step(
-    gm: fx.GraphModule, site: Site, compact: fx.Node | None, weight: fx.Node, state: Mapping[str, fx.Node]
-) -> dict[str, fx.Node]:
-    """Inline the step of one site; returns the new values by name."""
-    config = site.weight.config
-    names = graph_state(config)
-    gradient = site.slot if compact is None else compact
-    args = [gradient, weight, state["hyper"], *(state[name] for name in names)]
-    specs = tuple(_spec(node.meta["val"]) for node in args)
-    step = refresh_step if compact is None else regular_step
-    traced = trace_step(step, config, site.dim, site.rank, specs)
-    written = ("weight", *names) if compact is None else ("weight", *names[1:])
-    return dict(zip(written, inline(gm.graph, traced, args), strict=True))
+def _input(node: fx.Node, weight: str) -> fx.Node:
+    if node.op != "placeholder":
+        raise GraphError(f"{weight}: its tensor {node.name} does not reach the backward graph; please report this.")
+    return node
+
+
+def standalone(config: SiteConfig, dim: int, rank: int, specs: tuple[tuple[Any, ...], ...]) -> tuple[fx.GraphModule, list[Write]]:
+    """The graph of a step by itself, for a compact gradient that a backward has left.
+
+    Args:
+        config: what the optimizer asked of the weight.
+        dim: the stored dimension that is indexed.
+        rank: r.
+        specs: ``(shape, stride, dtype, device)`` of the compact gradient, the weight, ``hyper`` and each state tensor.
+
+    Returns:
+        A graph with these inputs and no outputs yet, and what has to be written.
+    """
+    traced = trace_step(_apply_all, (config, dim, rank), specs)
+    gm = fx.GraphModule(torch.nn.Module(), fx.Graph())
+    nodes = []
+    with FakeTensorMode() as mode:
+        for number, (shape, stride, dtype, device) in enumerate(specs):
+            nodes.append(gm.graph.placeholder(f"input_{number}"))
+            nodes[-1].meta["val"] = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+    output = gm.graph.output(())
+    with provenance(gm, "fuse", "step", output), gm.graph.inserting_before(output_node(gm)):
+        new = inline(gm.graph, traced, nodes, mode)
+    _, weight, _, _, *rest = nodes
+    return gm, [Write(target, value, "step") for target, value in zip((weight, *rest), new, strict=True)]
+
+
+def _apply_all(
+    config: Any, dim: int, rank: int, gradient: torch.Tensor, weight: torch.Tensor, hyper: torch.Tensor, *state: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    index, *rest = state
+    return apply(config, dim, gradient, weight, hyper, index, rest)
 
 
 def _spec(value: torch.Tensor) -> tuple[Any, ...]:
@@ -102,20 +134,18 @@ def _spec(value: torch.Tensor) -> tuple[Any, ...]:
 
 
 @functools.lru_cache(maxsize=256)
-def trace_step(step: Callable[..., Any], config: Any, dim: int, rank: int, specs: tuple[tuple[Any, ...], ...]) -> fx.GraphModule:
+def trace_step(step: Callable[..., Any], settings: tuple[Any, ...], specs: tuple[tuple[Any, ...], ...]) -> fx.GraphModule:
     """Trace a step function with Inductor's decompositions; layers of one shape share the trace.
 
     Args:
-        step: `regular_step` or `refresh_step`.
-        config: the weight's `SiteConfig`.
-        dim: the stored dimension that is indexed.
-        rank: number of selected rows.
-        specs: ``(shape, stride, dtype, device)`` of the gradient, the weight, ``hyper`` and each state tensor.
+        step: takes ``settings``, then tensors.
+        settings: everything that is not a tensor.
+        specs: ``(shape, stride, dtype, device)`` of each tensor.
     """
 
     def function(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        results: tuple[torch.Tensor, ...] = step(config, dim, rank, *tensors)
-        return results
+        new: tuple[torch.Tensor, ...] = step(*settings, *tensors)
+        return new
 
     with FakeTensorMode():
         args = [torch.empty_strided(shape, stride, dtype=dtype, device=device) for shape, stride, dtype, device in specs]

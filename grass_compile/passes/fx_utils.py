@@ -113,19 +113,20 @@ def call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
     return node
 
 
-def inline(graph: fx.Graph, traced: fx.GraphModule, args: Sequence[fx.Node]) -> list[Any]:
+def inline(graph: fx.Graph, traced: fx.GraphModule, args: Sequence[fx.Node], mode: Any = None) -> list[Any]:
     """Copy ``traced`` into ``graph`` at the insertion point.
 
     Args:
         graph: where to insert; the caller sets the insertion point.
         traced: a flat graph made by ``make_fx`` whose inputs correspond to ``args``.
         args: the nodes that take the place of the inputs.
+        mode: the fake mode to rebuild fake values in; that of ``args`` if it is not given.
 
     Returns:
-        What ``traced`` returns, as nodes of ``graph``. Fake values are rebuilt in the fake mode of ``args``.
+        What ``traced`` returns, as nodes of ``graph``.
     """
     mapping: dict[fx.Node, fx.Node] = dict(zip(placeholders(traced), args, strict=True))
-    mode = args[0].meta["val"].fake_mode
+    mode = mode or args[0].meta["val"].fake_mode
     for node in traced.graph.nodes:
         if node.op in ("placeholder", "output"):
             continue
@@ -148,3 +149,11 @@ def op_counts(gm: fx.GraphModule) -> dict[str, int]:
         if node.op == "call_function":
             counts[str(node.target)] = counts.get(str(node.target), 0) + 1
     return counts
+
+
+def copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a traced graph with nodes of its own and the same metadata."""
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(gm.graph, mapping)).meta = dict(output_node(gm).meta)
+    return fx.GraphModule(gm, graph)

@@ -2,9 +2,11 @@
 
 ::
 
-    joint graph --normalize--> --detect--> sites --rewrite--> compact gradients --fuse--> new values in the slots
-                                                                                             |  min-cut partition
-    forward graph, backward graph  <--verify--  <--place--  (new values become writes)  <----+
+    joint graph --normalize--> --detect--> sites --rewrite--> compact gradients --anchor--> one operator per site
+                                                                                               |  min-cut partition
+    forward graph, backward graph with anchors  <----------------------------------------------+
+                        |
+                        +--fuse--> new values --place--> writes --verify--> one backward for each way to use the gradients
 """
 
 from __future__ import annotations
@@ -12,15 +14,19 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import fx
 
 from .. import _torch
-from ..runtime.step import graph_state
+from ..config import SiteConfig
+from ..runtime import ops
+from ..runtime.step import Action, graph_state
 from . import costs
+from .anchor import anchor
 from .detect import detect, input_positions
-from .fuse import fuse
-from .fx_utils import op_counts, primals
+from .fuse import fuse, standalone
+from .fx_utils import copy, op_counts, primals
 from .normalize import normalize
 from .place import place
 from .records import Analysis, Projection, Refusal, Site, WeightInput
@@ -29,11 +35,11 @@ from .verify import verify
 
 log = logging.getLogger(__name__)
 
-PASSES = ("normalize", "detect", "rewrite", "fuse", "place", "verify")
-"""The names that ``options={"disable_passes": [...]}`` takes. Without detect, fuse or place every weight stays dense; without
-rewrite the full gradient is formed and its rows are taken from it; without verify nothing checks the result."""
+PASSES = ("normalize", "detect", "rewrite", "anchor", "fuse", "place", "verify")
+"""The names that ``options={"disable_passes": [...]}`` takes. Without detect, anchor, fuse or place every weight stays
+dense; without rewrite the full gradient is formed and its rows are taken from it; without verify nothing checks the result."""
 
-ESSENTIAL = ("detect", "fuse", "place")
+ESSENTIAL = ("detect", "anchor", "fuse", "place")
 
 
 class PlanMismatch(Exception):
@@ -64,9 +70,10 @@ class Plan:
 
     @property
     def input_names(self) -> tuple[str, ...]:
-        """Names of the inputs that follow the inputs of the Dynamo graph: state tensors, then hyper-parameters."""
+        """Names of the inputs that follow the inputs of the Dynamo graph: state tensors, leaves, then hyper-parameters."""
         state = [f"grass_{name}_{p.position}" for p in self.projections for name in graph_state(p.config)]
-        return (*state, *(f"grass_hyper_{slot}" for slot in range(1 + max(self.hyper, default=-1))))
+        leaves = [f"grass_leaf_{p.position}" for p in self.projections]
+        return (*state, *leaves, *(f"grass_hyper_{slot}" for slot in range(1 + max(self.hyper, default=-1))))
 
 
 def find(
@@ -122,66 +129,81 @@ def transform(
     num_fwd_outputs: int,
     **kwargs: object,
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """Rewrite a joint graph for ``plan``, partition it, and finish the backward graph.
+    """Rewrite and partition a joint graph.
 
     Args:
-        gm: the joint graph, traced with the plan's inputs behind those of the Dynamo graph.
-        joint_inputs: handed to ``partition``.
-        plan: what to do.
-        partition: splits a joint graph into forward and backward.
+        gm: the joint graph.
+        joint_inputs: its example inputs.
+        plan: what this variant does.
+        partition: torch's min-cut partitioner.
         num_fwd_outputs: how many of the outputs belong to the forward.
-        **kwargs: handed to ``partition``.
+        **kwargs: for ``partition``.
+
+    Returns:
+        The forward graph, and the backward graph with anchors; `finish` makes a runnable copy of the latter.
 
     Raises:
-        PlanMismatch: the sites found are not those of the plan.
-        GraphError: `verify` found a rule broken.
+        PlanMismatch: the sites of this graph are not those of the plan.
     """
     _torch.trace_graph("grass_joint_before", gm)
     before = op_counts(gm)
     sites, analysis = find(gm, weights=plan.weights, num_fwd_outputs=num_fwd_outputs, disabled=plan.disabled)
     if analysis.projections != plan.projections:
         raise PlanMismatch(analysis)
-    weights, state = _inputs(gm, plan)
+    inputs = _inputs(gm, plan)
     regular = tuple(site for site, refresh in zip(sites, plan.refresh, strict=True) if not refresh)
     dense = "rewrite" in plan.disabled
-    index = {position: names["index"] for position, names in state.items()}
+    index = {position: named["index"] for position, named in inputs.items()}
     compact = rewrite(gm, sites=regular, index=index, from_slot=dense)
     log.info("rewrite: %d of %d weight gradients made compact", len(regular), len(sites))
     slots = {node: num_fwd_outputs + i for i, node in enumerate(primals(gm))}
-    written = fuse(gm, sites=sites, compact=compact, state=state, weights=weights, slots=slots)
-    log.info("fuse: %d optimizer steps inlined", len(sites))
-    log.debug("fuse: operators %s", _difference(before, op_counts(gm)))
+    anchor(gm, sites=sites, compact=compact, inputs=inputs, slots=slots)
+    log.debug("anchor: operators %s", _difference(before, op_counts(gm)))
     _torch.trace_graph("grass_joint_after", gm)
-    targets = {slot: primals(gm)[slot - num_fwd_outputs].name for slot in written}
-
     forward, backward = partition(gm, joint_inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
-
-    names = {site.weight.position: site.weight.name for site in sites}
-    place(
-        backward,
-        written={slot - num_fwd_outputs: name for slot, name in targets.items()},
-        names={slot - num_fwd_outputs: names[position] for slot, (position, _) in written.items()},
-    )
-    log.info("place: %d tensors written in the backward", len(written))
     _torch.trace_graph("grass_forward", forward)
-    _torch.trace_graph("grass_backward", backward)
-    if "verify" not in plan.disabled:
-        verify(backward, weights={targets[slot]: names[p] for slot, (p, name) in written.items() if name == "weight"})
     return forward, backward
 
 
-def _inputs(gm: fx.GraphModule, plan: Plan) -> tuple[dict[int, fx.Node], dict[int, dict[str, fx.Node]]]:
-    """The placeholders of each projected weight, and of its state tensors and hyper-parameters by name."""
+def finish(gm: fx.GraphModule, plan: Plan, actions: tuple[Action, ...]) -> fx.GraphModule:
+    """A copy of a backward graph in which every anchor has become what this backward does with the gradient.
+
+    Args:
+        gm: the backward graph that `transform` returned.
+        plan: the plan it was made for.
+        actions: for each projection, what to do.
+    """
+    gm = copy(gm)
+    writes = fuse(gm, projections=plan.projections, refresh=plan.refresh, actions=actions)
+    log.info("fuse: %d weights, %s", len(actions), ", ".join(f"{actions.count(a)} {a}" for a in sorted(set(actions))))
+    place(gm, writes)
+    log.info("place: %d tensors written in the backward", len(writes))
+    _torch.trace_graph("grass_backward", gm)
+    if "verify" not in plan.disabled:
+        steps = [p.name for p, action in zip(plan.projections, actions, strict=True) if action == "step"]
+        weights = {write.target.name: write.weight for write in writes if write.value.target is ops.row_update}
+        verify(gm, weights=weights, names=steps)
+    return gm
+
+
+def standalone_step(config: SiteConfig, dim: int, rank: int, specs: tuple[Any, ...]) -> fx.GraphModule:
+    """The graph of one weight's step by itself, see `grass_compile.passes.fuse.standalone`."""
+    gm, writes = standalone(config, dim, rank, specs)
+    place(gm, writes)
+    return gm
+
+
+def _inputs(gm: fx.GraphModule, plan: Plan) -> dict[int, dict[str, fx.Node]]:
+    """For each projected weight, its placeholder and those of its state, leaf and hyper-parameters, by name."""
     nodes = dict(zip(input_positions(gm), primals(gm), strict=True))
     first = 1 + max(nodes) - len(plan.input_names)
     added = {name: nodes[first + i] for i, name in enumerate(plan.input_names)}
-    weights = {p.position: nodes[p.position] for p in plan.projections}
-    state = {}
+    inputs = {}
     for projection, slot in zip(plan.projections, plan.hyper, strict=True):
-        names = graph_state(projection.config)
-        state[projection.position] = {name: added[f"grass_{name}_{projection.position}"] for name in names}
-        state[projection.position]["hyper"] = added[f"grass_hyper_{slot}"]
-    return weights, state
+        position = projection.position
+        named = {name: added[f"grass_{name}_{position}"] for name in (*graph_state(projection.config), "leaf")}
+        inputs[position] = {"weight": nodes[position], "hyper": added[f"grass_hyper_{slot}"], **named}
+    return inputs
 
 
 def _difference(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, int]:

@@ -2,9 +2,9 @@
 
 Before::
 
-    row_update: f32[m, n] = grass_compile.row_update(weight, 0, idx, update)
+    row_update: f32[m, n] = grass_compile.row_update(weight, 0, idx, update)       <- and a list of what to write
     ...
-    return (row_update, exp_avg_new, ..., grad_bias)
+    return (None, None, ..., grad_bias)
 
 After::
 
@@ -18,44 +18,34 @@ the other order the update would be stored to memory first, and moments and weig
 
 Contract: a write stands after every other reader of the tensor that it writes (be it through a view), and otherwise as
 early as its inputs allow, so that a layer's compact step can run (and ``dY``, ``X`` and ``G`` be freed) as soon as its
-gradient exists. Autograd sees None in the slots: ``.grad`` stays None.
-
-Raises:
-    GraphError: the partitioner did not hand a tensor to the backward that has to be written there.
+gradient exists.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from ..errors import GraphError
 from ..runtime import ops
-from .fx_utils import PROVENANCE, call, outputs, placeholders, provenance, readers, set_outputs
+from .fuse import Write
+from .fx_utils import PROVENANCE, call, output_node, placeholders, provenance, readers
 
 aten = torch.ops.aten
 
 
-def place(gm: fx.GraphModule, *, written: Mapping[int, str], names: Mapping[int, str]) -> None:
-    """Finish a backward graph in place.
+def place(gm: fx.GraphModule, writes: Sequence[Write]) -> None:
+    """Finish a graph in place.
 
     Args:
-        gm: the backward graph.
-        written: for each output position that holds a new value, the name of the placeholder that it belongs to.
-        names: for each of these positions, the weight's name, for messages and provenance.
+        gm: a backward graph, or a step by itself.
+        writes: the inputs that get a new value.
     """
-    inputs = {node.name: node for node in placeholders(gm)}
-    values = outputs(gm)
-    for position, name in written.items():
-        if name not in inputs:
-            raise GraphError(f"{names[position]}: its tensor {name} does not reach the backward graph; please report this.")
-        with provenance(gm, "place", names[position], values[position]):
-            _write(gm, inputs[name], values[position])
-        values[position] = None
-    set_outputs(gm, values)
+    for write in writes:
+        with provenance(gm, "place", write.weight, write.value):
+            _write(gm, write.target, write.value)
     gm.graph.eliminate_dead_code()
     _hoist(gm)
     gm.recompile()
@@ -63,14 +53,14 @@ def place(gm: fx.GraphModule, *, written: Mapping[int, str], names: Mapping[int,
 
 def _write(gm: fx.GraphModule, target: fx.Node, value: fx.Node) -> None:
     """Insert the write of ``value`` into ``target`` at the end of the graph; `_hoist` moves it up later."""
-    with gm.graph.inserting_before(next(iter(gm.graph.find_nodes(op="output")))):
+    with gm.graph.inserting_before(output_node(gm)):
         if value.target is ops.row_update:
-            base, dim, index, update = value.args
+            base, *rest = value.args
             if base is not target:  # weight decay: the whole weight first
                 call(gm.graph, aten.copy_.default, target, base)
-            call(gm.graph, ops.row_update_, target, dim, index, update)
+            call(gm.graph, ops.row_update_, target, *rest)
         else:
-            call(gm.graph, aten.copy_.default, target, value.args[1])
+            call(gm.graph, aten.copy_.default, target, value)
 
 
 def is_write(node: fx.Node) -> bool:

@@ -8,7 +8,7 @@ Raises:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import fx
@@ -21,7 +21,7 @@ from .place import is_write
 aten = torch.ops.aten
 
 
-def verify(gm: fx.GraphModule, *, weights: Mapping[str, str]) -> None:
+def verify(gm: fx.GraphModule, *, weights: Mapping[str, str], names: Sequence[str]) -> None:
     """Check the writes of a backward graph.
 
     Each projected weight gets exactly one row update; nothing reads a tensor after it was written (apart from the next write
@@ -29,8 +29,13 @@ def verify(gm: fx.GraphModule, *, weights: Mapping[str, str]) -> None:
 
     Args:
         gm: the backward graph after `place`.
-        weights: the qualified name of each projected weight by the name of its placeholder.
+        weights: the qualified name of each weight that moves by the name of its placeholder.
+        names: the qualified names of the weights that have to move.
     """
+    if missing := [name for name in names if name not in weights.values()]:
+        raise GraphError(f"{missing[0]}: nothing updates it in the backward graph; please report this.")
+    if gm.graph.find_nodes(op="call_function", target=ops.anchor):
+        raise GraphError("an anchor is left in the backward graph; please report this.")
     order = {node: place for place, node in enumerate(gm.graph.nodes)}
     for node in placeholders(gm):
         writes = [user for user in node.users if is_write(user) and user.args[0] is node]

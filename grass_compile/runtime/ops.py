@@ -10,6 +10,9 @@ It is functional, for the joint graph; ``row_update_`` writes, for the backward 
 Inductor lowers the latter to one loop that is fused with the computation of ``update``.
 
 ``refresh`` makes one operator of `grass_compile.runtime.refresh`, which says why.
+
+``anchor`` stands in the joint graph for all that may happen to one weight gradient in the backward. It ties what that needs to
+the backward while the partitioner runs, and is replaced afterwards (`grass_compile.passes.fuse`); it never runs.
 """
 
 from __future__ import annotations
@@ -23,29 +26,43 @@ from .. import _torch
 from .refresh import refresh as choose_anew
 
 _library = torch.library.Library("grass_compile", "DEF")
-_library.define("row_update(Tensor weight, int dim, Tensor index, Tensor update) -> Tensor")
-_library.define("row_update_(Tensor(a!) weight, int dim, Tensor index, Tensor update) -> ()")
+_library.define("row_update(Tensor weight, int dim, Tensor index, Tensor update, Tensor? noise=None) -> Tensor")
+_library.define("row_update_(Tensor(a!) weight, int dim, Tensor index, Tensor update, Tensor? noise=None) -> ()")
 
 
-def _updated_rows(weight: Tensor, dim: int, index: Tensor, update: Tensor) -> Tensor:
-    return (weight.index_select(dim, index).to(update.dtype) + update).to(weight.dtype)
+def round_stochastically(value: Tensor, noise: Tensor) -> Tensor:
+    """fp32 to bf16, up or down with probabilities that make the expectation exact; infinities and NaN stay.
+
+    Args:
+        value: fp32.
+        noise: whole numbers of 16 bits, ``int32``.
+    """
+    rounded = ((value.view(torch.int32) + noise) & -65536).view(torch.float32)
+    return torch.where(value.isfinite(), rounded, value).to(torch.bfloat16)
 
 
-def _row_update(weight: Tensor, dim: int, index: Tensor, update: Tensor) -> Tensor:
-    return weight.index_copy(dim, index, _updated_rows(weight, dim, index, update))
+def _updated_rows(weight: Tensor, dim: int, index: Tensor, update: Tensor, noise: Tensor | None) -> Tensor:
+    rows = weight.index_select(dim, index).to(update.dtype) + update
+    return rows.to(weight.dtype) if noise is None else round_stochastically(rows, noise)
 
 
-def _row_update_(weight: Tensor, dim: int, index: Tensor, update: Tensor) -> None:
-    weight.index_copy_(dim, index, _updated_rows(weight, dim, index, update))
+def _row_update(weight: Tensor, dim: int, index: Tensor, update: Tensor, noise: Tensor | None = None) -> Tensor:
+    return weight.index_copy(dim, index, _updated_rows(weight, dim, index, update, noise))
+
+
+def _row_update_(weight: Tensor, dim: int, index: Tensor, update: Tensor, noise: Tensor | None = None) -> None:
+    weight.index_copy_(dim, index, _updated_rows(weight, dim, index, update, noise))
 
 
 _library.impl("row_update", _row_update, "CompositeExplicitAutograd")
 _library.impl("row_update_", _row_update_, "CompositeExplicitAutograd")
-torch.library.register_fake("grass_compile::row_update", lambda weight, dim, index, update: torch.empty_like(weight))
-torch.library.register_fake("grass_compile::row_update_", lambda weight, dim, index, update: None)
+torch.library.register_fake("grass_compile::row_update", lambda weight, *args: torch.empty_like(weight))
+torch.library.register_fake("grass_compile::row_update_", lambda weight, *args: None)
 
 row_update = torch.ops.grass_compile.row_update.default
-"""``row_update(weight [m, n], dim, index int64[r], update [r, n] or [m, r]) -> [m, n]``; ``index`` must be distinct."""
+"""``row_update(weight [m, n], dim, index int64[r], update [r, n] or [m, r], noise=None) -> [m, n]``; ``index`` must be distinct.
+
+``noise``, whole numbers of 16 bits of the update's shape, rounds to bf16 stochastically."""
 
 row_update_ = torch.ops.grass_compile.row_update_.default
 """The same in place."""
@@ -74,3 +91,20 @@ torch.library.register_fake("grass_compile::refresh", _fake_refresh)
 
 refresh = torch.ops.grass_compile.refresh.default
 """``refresh(gradient [m, n], index int64[r], state, dim, rank, on_refresh) -> [compact gradient, index, *state]``."""
+
+
+# ----------------------------------------------------------------------------------------------------------------- anchor
+
+_library.define("anchor(Tensor gradient, Tensor weight, Tensor hyper, Tensor[] state, int[] shape, int number) -> Tensor")
+
+
+def _fake_anchor(
+    gradient: Tensor, weight: Tensor, hyper: Tensor, state: Sequence[Tensor], shape: Sequence[int], number: int
+) -> Tensor:
+    return gradient.new_empty(shape, dtype=torch.promote_types(gradient.dtype, torch.float32))
+
+
+torch.library.register_fake("grass_compile::anchor", _fake_anchor)
+
+anchor = torch.ops.grass_compile.anchor.default
+"""``anchor(gradient, weight, hyper, state, shape, number)``; the shape of the compact gradient, the number of the projection."""

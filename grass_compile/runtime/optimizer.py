@@ -11,21 +11,18 @@ import torch
 from torch import Tensor
 
 from .. import _torch
-from ..config import AxisChoice, parse_group
+from ..config import DEFAULT_EXCLUDE, AxisChoice, parse_group
 from ..errors import ConfigError, GrassWarning, StateError
-from . import state as registry
+from .checkpoint import check_dense, fitting, unprotect
+from .holder import Holder
 from .rules import AdamWRule, Rule
-from .state import Assigned, Record
-
-DEFAULT_EXCLUDE = ("*lm_head*", "*embed*")
-STATE_KEYS = ("index", "row_scale", "step")
 
 
 class GrassOptimizer(torch.optim.AdamW):
-    """What every grass optimizer shares: records for the backend, and the dense rest through torch's own AdamW.
+    """What every grass optimizer shares: a holder for the backend, and the dense rest through torch's own AdamW.
 
-    A parameter is *projected* once a compiled backward has found its gradient; from then on it moves there, its ``.grad`` stays
-    None, and `step` passes it over.
+    A parameter is *projected* once a compiled backward has found its gradient; from then on it moves there and its ``.grad``
+    stays None, or its ``.grad`` is a `CompactGrad` and it moves in `step`.
     """
 
     rule: Rule
@@ -39,11 +36,19 @@ class GrassOptimizer(torch.optim.AdamW):
             **torch_keywords: defaults of torch's keywords.
         """
         self._own = dict(own)
-        self._records: dict[Tensor, Record] = {}
-        self._hyper_cache: dict[Any, tuple[tuple[float, ...], Tensor]] = {}
+        self._holder = Holder(self, fused=True)
         self._warned = False
         super().__init__(params, **torch_keywords)
         self.defaults.update(self._own)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Take from the groups what has to be common to all."""
+        for key in ("step_in_backward", "max_grad_norm"):
+            if len({group[key] for group in self.param_groups}) > 1:
+                raise ConfigError(f"{key} differs between parameter groups; it belongs to the optimizer as a whole.")
+        group = self.param_groups[0]
+        self._holder.fused = group["step_in_backward"] and group["max_grad_norm"] is None
 
     # ------------------------------------------------------------------------------------------------------- groups
 
@@ -67,9 +72,9 @@ class GrassOptimizer(torch.optim.AdamW):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         for parameter, name in zip(group["params"], group.get("param_names") or [""] * len(tensors), strict=True):
-            record = Record(parameter, _torch.strip_dynamo_prefix(name), group, options, self.rule, self)
-            self._records[parameter] = record
-            registry.register(parameter, record)
+            self._holder.add(parameter, name, group, options, self.rule)
+        if hasattr(self, "defaults") and len(self.param_groups) > 1:
+            self._settle()
 
     def _check_parameters(self, tensors: Sequence[Any], names: Sequence[str]) -> None:
         seen: set[int] = {id(parameter) for group in self.param_groups for parameter in group["params"]}
@@ -89,31 +94,14 @@ class GrassOptimizer(torch.optim.AdamW):
                     "torch.optim.AdamW."
                 )
 
-    # --------------------------------------------------------------------------------------------- the compiled side
-
-    def hyper(self, record: Record) -> Tensor:
-        """The numbers for a weight's next step as one tensor on its device; rebuilt only when one of them has changed.
-
-        Weights with equal `Record.hyper_key` get the same tensor.
-        """
-        group, parameter = record.group, record.parameter
-        decay = 1.0 - float(group["lr"]) * float(group["weight_decay"])
-        values = (*self.rule.hyper(group), decay, float(record.next_step))
-        cached = self._hyper_cache.get(record.hyper_key)
-        if cached is None or cached[0] != values:
-            dtype = torch.promote_types(parameter.dtype, torch.float32)
-            cached = (values, torch.tensor(values, dtype=dtype, device=parameter.device))
-            self._hyper_cache = {key: entry for key, entry in self._hyper_cache.items() if entry[0][-1] >= values[-1] - 1}
-            self._hyper_cache[record.hyper_key] = cached
-        return cached[1]
-
     # --------------------------------------------------------------------------------------------------------- step
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Move the dense parameters (norms, embeddings, biases, refused weights) and close the step.
+        """Apply the compact gradients that wait, move the dense parameters (norms, embeddings, biases, refused weights), and
+        close the step.
 
         Args:
-            closure: as in torch; it runs forward and backward, in which the projected weights move.
+            closure: as in torch; it runs forward and backward, in which projected weights may move.
 
         Raises:
             StateError: a projected weight has a full gradient as well, from outside its compiled region.
@@ -122,89 +110,158 @@ class GrassOptimizer(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_gradients()
-        super().step()
-        for record in self._records.values():
-            record.moved = False
+        holder = self._holder
+        holder.check()
+        self._warn_uncompiled()
+        if (max_norm := self.param_groups[0]["max_grad_norm"]) is not None:
+            holder.clip(max_norm)
+        waiting = holder.pending()
+        holder.apply(waiting)
+        try:
+            for parameter in waiting:
+                parameter.grad = None
+            super().step()
+        finally:
+            for parameter, gradient in waiting.items():
+                parameter.grad = gradient
+        holder.close()
         return loss
 
-    def _check_gradients(self) -> None:
-        unprojected = []
-        for parameter, record in self._records.items():
-            if parameter.grad is None:
-                continue
-            if registry.lookup(parameter) is not record:
-                raise StateError(f"{record.name}: another optimizer has taken it over; this one must not be used any more.")
-            if record.assigned is not None:
-                raise StateError(
-                    f"{record.name}: it is projected, yet a full gradient reached it from outside its compiled region (eager "
-                    "code, a tensor hook added later, a graph break). Set its .grad to None, or keep it dense with exclude=."
-                )
-            if record.options.rank is not None and parameter.dim() == 2 and not self.state[parameter]:
-                unprojected.append(record)
-        if unprojected and not self._warned and not any(record.assigned for record in self._records.values()):
+    def _warn_uncompiled(self) -> None:
+        """Say once that nothing is compiled."""
+        if self._warned or any(record.assigned for record in self._holder.records.values()):
+            return
+        dense = [
+            record.name
+            for parameter, record in self._holder.records.items()
+            if parameter.grad is not None and record.options.rank is not None and parameter.dim() == 2
+        ]
+        if dense and not any(self.state.get(parameter) for parameter in self._holder.records):
             self._warned = True
             warnings.warn(
-                f"{len(unprojected)} weights, {unprojected[0].name or 'unnamed'} the first, got full gradients: no compiled "
+                f"{len(dense)} weights, {dense[0] or 'unnamed'} the first, got full gradients: no compiled "
                 'backward holds them. Compile the model: model = torch.compile(model, backend="grass").',
                 GrassWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
-    def accumulate(self) -> contextlib.AbstractContextManager[None]:
-        """Not available in this version.
+    @property
+    def _step_supports_amp_scaling(self) -> bool:  # type: ignore[override]
+        """What ``GradScaler.step`` asks first.
 
         Raises:
-            ConfigError: always.
+            StateError: the gradients of the weights that moved inside the backward were scaled.
         """
-        raise ConfigError("accumulate() is not available in this version of grass_compile; use one larger batch.")
+        if self._holder.fused:
+            raise StateError(
+                "GradScaler scales the loss, and with it the gradients that have already moved the weights inside the backward. "
+                "Make the optimizer with step_in_backward=False."
+            )
+        return False
+
+    def accumulate(self) -> contextlib.AbstractContextManager[None]:
+        """For every micro-batch but the last: inside, ``backward()`` leaves compact gradients and moves nothing.
+
+        Compact gradients add up in ``.grad`` (at least fp32) and are applied by `step`. On a refresh the first
+        micro-batch chooses the rows.
+        """
+        return self._holder.accumulate()
+
+    # ---------------------------------------------------------------------------------------------------- gradients
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The gradient norm before the last clipping, 0-d, on the device; None if nothing was clipped yet.
+
+        The norm is that of what is computed: the dense gradients, and of each projected weight the selected rows, row scale
+        included. It is therefore smaller than the norm of all full gradients.
+        """
+        return self._holder.grad_norm
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Clip the gradients of all parameters, compact and dense, by their common norm, as FSDP's method of this name does.
+
+        Args:
+            max_norm: the largest norm allowed.
+            norm_type: the order of the norm.
+
+        Returns:
+            The norm before clipping (see `grad_norm`).
+
+        Raises:
+            StateError: weights have already moved inside the backward.
+        """
+        return self._holder.clip(max_norm, norm_type)
+
+    def compact_grad(self, parameter: Tensor) -> Tensor | None:
+        """The compact gradient of a projected weight that waits for `step`: ``[r, n]`` or ``[m, r]``; None if there is none.
+
+        Raises:
+            ConfigError: the optimizer does not hold this parameter.
+        """
+        if parameter not in self._holder.records:
+            raise ConfigError("compact_grad: this optimizer does not hold that parameter.")
+        pending = self._holder.records[parameter].pending
+        return None if pending is None else pending.compact
 
     # ---------------------------------------------------------------------------------------------------- checkpoint
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict()`` gave; compact state keeps its own dtypes.
+        """Load what ``state_dict()`` gave; compact state keeps its own dtypes, and keywords of ours that the saved groups lack
+        stay as they are.
 
         Raises:
-            StateError: a compact state does not fit its weight; nothing was changed.
+            StateError: the state is of another rank, axis, shape or model; names the parameter. Nothing was changed.
         """
-        loaded = {}
+        groups = self._matching_groups(state_dict)
         order = [parameter for group in self.param_groups for parameter in group["params"]]
-        ids = [index for group in state_dict["param_groups"] for index in group["params"]]
-        for parameter, index in zip(order, ids, strict=False):
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        loaded = {}
+        for parameter, index in zip(order, saved, strict=True):
             entry = state_dict["state"].get(index, {})
+            record = self._holder.records[parameter]
             if "index" in entry:
-                loaded[parameter] = self._fitting(self._records[parameter], entry)
-        super().load_state_dict(state_dict)
-        for parameter, record in self._records.items():
-            if parameter in loaded:
-                record.assigned, self.state[parameter] = loaded[parameter]
+                loaded[parameter] = fitting(record, unprotect(entry))
             else:
-                record.assigned = None
-        groups = {id(parameter): group for group in self.param_groups for parameter in group["params"]}
-        for parameter, record in self._records.items():
-            record.group = groups[id(parameter)]
-        self._hyper_cache.clear()
+                check_dense(record, entry)
+        super().load_state_dict({**state_dict, "param_groups": groups})
+        for group in self.param_groups:
+            options = parse_group(group)
+            for parameter in group["params"]:
+                record = self._holder.records[parameter]
+                record.group, record.options, record.assigned = group, options, None
+                if parameter in loaded:
+                    record.assigned, self.state[parameter] = loaded[parameter]
+                record.forget()
+        self._holder.forget_numbers()
+        self._settle()
 
-    def _fitting(self, record: Record, entry: Mapping[str, Any]) -> tuple[Assigned, dict[str, Any]]:
-        """A copy of a loaded compact state on the weight's device, and how it is projected."""
-        parameter, rank, wanted = record.parameter, len(entry["index"]), record.options.rank
-        shape = list(parameter.shape)
-        if wanted is not None and parameter.dim() == 2 and rank == min(wanted, shape[entry["dim"]]):
-            shape[entry["dim"]] = rank
-            if list(entry["exp_avg"].shape) == shape:
-                tensors = {key: _copied(value, parameter.device) for key, value in entry.items()}
-                return Assigned(entry["axis"], entry["dim"], rank), tensors
-        raise StateError(
-            f"{record.name}: the loaded state has rank {rank} and moments of shape {tuple(entry['exp_avg'].shape)}, which does "
-            f"not fit a weight of shape {tuple(parameter.shape)} with rank {wanted}. Nothing was changed."
-        )
-
-
-def _copied(value: Any, device: torch.device) -> Any:
-    """A copy of a state value; scalars stay on the CPU, where torch keeps step counts."""
-    if not isinstance(value, Tensor):
-        return value
-    return value.detach().clone().to(device if value.dim() else "cpu")
+    def _matching_groups(self, state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The saved groups, completed, after a check that they are groups of this optimizer."""
+        groups = []
+        if not {"state", "param_groups"} <= set(state_dict):
+            raise StateError("load_state_dict takes what state_dict() gave: 'state' and 'param_groups'. Nothing was changed.")
+        mine, saved = self.param_groups, state_dict["param_groups"]
+        if [len(group["params"]) for group in mine] != [len(group["params"]) for group in saved]:
+            raise StateError(
+                f"the loaded state has groups of {[len(group['params']) for group in saved]} parameters, this optimizer of "
+                f"{[len(group['params']) for group in mine]}: it belongs to another model. Nothing was changed."
+            )
+        for group, other in zip(mine, saved, strict=True):
+            merged = {**{key: group[key] for key in self._own}, **other}
+            for name, parameter in zip(group.get("param_names") or [], group["params"], strict=False):
+                for key in ("rank", "axis"):
+                    if merged[key] != group[key]:
+                        raise StateError(
+                            f"{name}: the loaded state was made with {key}={merged[key]!r}, this optimizer with "
+                            f"{key}={group[key]!r} (weight of shape {tuple(parameter.shape)}). Nothing was changed."
+                        )
+            try:
+                parse_group(merged)
+            except ConfigError as error:
+                raise StateError(f"the loaded parameter groups are not usable: {error} Nothing was changed.") from error
+            groups.append(merged)
+        return groups
 
 
 class AdamW(GrassOptimizer):
@@ -234,8 +291,14 @@ class AdamW(GrassOptimizer):
         on_refresh: ``"reset"`` zeroes the moments; ``"carry"`` keeps those of rows that stay selected.
         scale: the paper's alpha, a factor on the update.
         exclude: name patterns (``fnmatch``) that stay dense.
-        step_in_backward: only True in this version: the weights move inside ``loss.backward()``.
-        max_grad_norm: not available in this version.
+        step_in_backward: the weights move inside ``loss.backward()``; if False, compact gradients are left in ``.grad``
+            until ``opt.step()``.
+        max_grad_norm: clip all gradients by their common norm; the weights then move in ``opt.step()``.
+        refresh_warmup: steps after each refresh over which the learning rate of projected weights rises linearly to ``lr``.
+        stochastic_rounding: round bf16 weights (and bf16 moments) stochastically, so that updates below half a unit in the
+            last place are not lost.
+        state_dtype: dtype of the moments; None for at least fp32.
+        seed: of the stochastic rounding; None draws one from torch's default generator. It is part of the state.
 
     Raises:
         ConfigError: an argument is out of range, unknown, or not available in this version.
@@ -259,12 +322,18 @@ class AdamW(GrassOptimizer):
         exclude: Sequence[str] = DEFAULT_EXCLUDE,
         step_in_backward: bool = True,
         max_grad_norm: float | None = None,
+        refresh_warmup: int = 0,
+        stochastic_rounding: bool = False,
+        state_dtype: torch.dtype | None = None,
+        seed: int | None = None,
     ) -> None:
         self.rule = AdamWRule()
         own = dict(
             rank=rank, update_proj_gap=update_proj_gap, selection=selection, replacement=replacement, axis=axis,
             on_refresh=on_refresh, scale=scale, exclude=tuple(exclude) if not isinstance(exclude, str) else exclude,
-            step_in_backward=step_in_backward, max_grad_norm=max_grad_norm,
+            step_in_backward=step_in_backward, max_grad_norm=max_grad_norm, refresh_warmup=refresh_warmup,
+            stochastic_rounding=stochastic_rounding, state_dtype=state_dtype,
+            seed=int(torch.randint(2**31, ())) if seed is None and stochastic_rounding else seed or 0,
         )  # fmt: skip
         try:
             super().__init__(params, own=own, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=True)

@@ -1,4 +1,4 @@
-"""Which parameters a grass optimizer holds, what has become of each, and which backward passes are still to come.
+"""Which parameters are projected, what has become of each, and which backward passes are still to come.
 
 A compiled graph serves many parameters, so nothing about a parameter is baked into one: at each call the backend looks its
 `Record` up here.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,11 +19,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .. import _torch
 from ..config import Axis, GroupOptions, SiteConfig
 from ..errors import StateError
+from .gradient import CompactGrad
 from .rules import Rule
-from .step import graph_state
+from .step import Action, graph_state
 
 if TYPE_CHECKING:
-    from .optimizer import GrassOptimizer
+    from .holder import Holder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,38 +37,40 @@ class Assigned:
     why: str = dataclasses.field(default="", compare=False)
 
 
+Kernel = Callable[..., None]
+"""``kernel(config, dim, rank, compact_grad, weight, hyper, *state)`` runs one compiled step by itself, in place."""
+
+
 class Record:
-    """One parameter of a grass optimizer.
+    """One parameter of an optimizer that projects.
 
     Attributes:
         name: its qualified name, or ``""`` if the optimizer was given parameters without names.
         group: its parameter group, read live.
         options: our keywords of that group, validated.
         rule: the update rule.
+        holder: what holds the records of its optimizer.
         assigned: how it is projected, or None as long as it is not.
+        kernel: the step by itself; supplied by the backend along with ``assigned``.
         outstanding: forwards that wait for their backward.
         moved: whether a backward has updated it since the last ``opt.step()``.
     """
 
     __slots__ = (
-        "__weakref__", "_configs", "_optimizer", "_parameter", "assigned", "group", "moved", "name", "options",
+        "__weakref__", "_configs", "_holder", "_leaf", "_parameter", "assigned", "group", "kernel", "moved", "name", "options",
         "outstanding", "rule",
     )  # fmt: skip
 
     def __init__(
-        self,
-        parameter: Tensor,
-        name: str,
-        group: dict[str, Any],
-        options: GroupOptions,
-        rule: Rule,
-        owner: GrassOptimizer,
+        self, parameter: Tensor, name: str, group: dict[str, Any], options: GroupOptions, rule: Rule, holder: Holder
     ) -> None:
         self._parameter = weakref.ref(parameter)
-        self._optimizer = weakref.ref(owner)
+        self._holder = weakref.ref(holder)
         self._configs: dict[Any, SiteConfig] = {}
+        self._leaf: Tensor | None = None
         self.name, self.group, self.options, self.rule = name, group, options, rule
         self.assigned: Assigned | None = None
+        self.kernel: Kernel | None = None
         self.outstanding: weakref.WeakSet[Call] = weakref.WeakSet()
         self.moved = False
 
@@ -78,15 +81,16 @@ class Record:
         return parameter
 
     @property
-    def optimizer(self) -> GrassOptimizer | None:
-        return self._optimizer()
+    def holder(self) -> Holder | None:
+        """None if the optimizer is gone."""
+        holder = self._holder()
+        return holder if holder is not None and holder.optimizer is not None else None
 
     @property
     def state(self) -> dict[str, Any]:
         """``optimizer.state[parameter]``."""
-        optimizer = self.optimizer
-        assert optimizer is not None
-        return optimizer.state[self.parameter]  # type: ignore[no-any-return]
+        assert self.holder is not None and self.holder.optimizer is not None
+        return self.holder.optimizer.state[self.parameter]  # type: ignore[no-any-return]
 
     def config(self) -> SiteConfig:
         """What is asked of this weight now; the axis is fixed once it is assigned."""
@@ -96,7 +100,8 @@ class Record:
         if key not in self._configs:
             assert self.options.rank is not None
             rank, on_refresh, scale = self.options.rank, self.options.on_refresh, self.options.scale
-            self._configs[key] = SiteConfig(rank, axis, on_refresh, decays, scale, self.rule)
+            rounding, state_dtype = self.options.stochastic_rounding, self.options.state_dtype
+            self._configs[key] = SiteConfig(rank, axis, on_refresh, decays, scale, self.rule, rounding, state_dtype)
         return self._configs[key]
 
     def refusal(self, name: str) -> str | None:
@@ -105,23 +110,18 @@ class Record:
         Args:
             name: the name to match ``exclude`` with if the optimizer knows none.
         """
-        for pattern in self.options.exclude:
-            if fnmatch.fnmatchcase(self.name or name, pattern):
-                return f"its name matches exclude={pattern!r}"
-        if _torch.has_hooks(self.parameter):
-            return "it has a tensor hook, which must see the whole gradient"
-        if self.assigned is None and "exp_avg" in self.optimizer_state():
+        if reason := refusal(self.name or name, self.parameter, self.options):
+            return reason
+        if self.assigned is None and any(key in self.optimizer_state() for key in self.rule.state_names):
             return "the optimizer has already trained it dense and holds its full moments"
-        if self.parameter.is_complex() or not self.parameter.is_floating_point():
-            return f"its dtype is {self.parameter.dtype}; only real floating point weights can be projected"
         return None
 
     def optimizer_state(self) -> Mapping[str, Any]:
         """The state as it is, without creating an entry."""
-        optimizer = self.optimizer
+        optimizer = self.holder.optimizer if self.holder is not None else None
         return optimizer.state.get(self.parameter, {}) if optimizer is not None else {}
 
-    def assign(self, assigned: Assigned) -> None:
+    def assign(self, assigned: Assigned, kernel: Kernel) -> None:
         """Settle how this weight is projected, and create its compact state.
 
         Raises:
@@ -132,10 +132,33 @@ class Record:
                 f"{self.name}: one compiled region projects it along {self.assigned.axis} with rank {self.assigned.rank}, "
                 f"another along {assigned.axis} with rank {assigned.rank}. Set axis= for its parameter group."
             )
+        self.kernel = kernel
         if self.assigned is None:
             self.assigned = assigned
         if "index" not in self.state:
-            self.state.update(initial_state(self.parameter, assigned, self.options.on_refresh, self.rule))
+            options = self.options
+            self.state.update(initial_state(self.parameter, assigned, options.on_refresh, self.rule, options.state_dtype))
+
+    @property
+    def leaf(self) -> Tensor:
+        """The input of the compiled graph whose gradient is this weight's compact gradient; it has no storage to speak of."""
+        if self._leaf is None:
+            assert self.assigned is not None
+            self._leaf = leaf_like(self.parameter, self.assigned).requires_grad_()
+            me = weakref.ref(self)
+            self._leaf.register_post_accumulate_grad_hook(lambda leaf: _deliver(me(), leaf))
+        return self._leaf
+
+    def forget(self) -> None:
+        """Forget what follows from the options; they have changed."""
+        self._configs.clear()
+        self._leaf = None
+
+    @property
+    def pending(self) -> CompactGrad | None:
+        """The compact gradient that waits for ``opt.step()``."""
+        gradient = self.parameter.grad
+        return gradient if isinstance(gradient, CompactGrad) else None
 
     @property
     def due(self) -> bool:
@@ -148,9 +171,16 @@ class Record:
         return 0 if self.options.on_refresh == "carry" else self.state["updates"] % self.options.update_proj_gap + 1
 
     @property
+    def since_refresh(self) -> int:
+        """Updates since the last refresh, the next one not included; of a refresh itself, 0."""
+        return int(self.state["updates"] % self.options.update_proj_gap)
+
+    @property
     def hyper_key(self) -> tuple[Any, ...]:
         """Weights for which this is equal may share one tensor of hyper-parameters."""
-        return id(self.group), self.parameter.dtype, self.parameter.device, self.next_step
+        counted = self.since_refresh if self.options.refresh_warmup or self.options.on_refresh != "carry" else 0
+        seed = self.state["updates"] if self.options.stochastic_rounding else 0
+        return id(self.group), self.parameter.dtype, self.parameter.device, counted, seed
 
     def tensors(self) -> list[Tensor]:
         """The state tensors that are inputs of the graph, in their order there."""
@@ -158,20 +188,53 @@ class Record:
         return [state[name] for name in graph_state(self.config())]
 
     def count(self) -> None:
-        """Note that a backward has updated this weight."""
+        """Note that this weight was updated."""
         if self.options.on_refresh != "carry":
             self.state["step"].fill_(self.next_step)
         self.state["updates"] += 1
-        self.moved = True
 
 
-def initial_state(parameter: Tensor, assigned: Assigned, on_refresh: str, rule: Rule) -> dict[str, Any]:
+def refusal(name: str, parameter: Tensor, options: GroupOptions) -> str | None:
+    """Why a parameter stays dense whatever graph and optimizer look like, or None."""
+    for pattern in options.exclude:
+        if fnmatch.fnmatchcase(name, pattern):
+            return f"its name matches exclude={pattern!r}"
+    if _torch.has_hooks(parameter):
+        return "it has a tensor hook, which must see the whole gradient"
+    if parameter.is_complex() or not parameter.is_floating_point():
+        return f"its dtype is {parameter.dtype}; only real floating point weights can be projected"
+    return None
+
+
+def _deliver(record: Record | None, leaf: Tensor) -> None:
+    """Turn what autograd has accumulated into a leaf into the weight's ``.grad``."""
+    values, leaf.grad = leaf.grad, None
+    if record is None or values is None:
+        return
+    parameter, pending = record.parameter, record.pending
+    if pending is not None:
+        pending.compact.add_(values)
+        return
+    assert record.assigned is not None
+    parameter.grad = CompactGrad(values, record.state["index"], record.assigned.dim, parameter)
+
+
+def leaf_like(weight: Tensor, assigned: Assigned) -> Tensor:
+    """A tensor of the compact gradient's shape and dtype, without storage of its own."""
+    shape = list(weight.shape)
+    shape[assigned.dim] = assigned.rank
+    return torch.empty((), dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device).expand(shape)
+
+
+def initial_state(
+    parameter: Tensor, assigned: Assigned, on_refresh: str, rule: Rule, state_dtype: torch.dtype | None = None
+) -> dict[str, Any]:
     """The compact state of a weight before its first refresh.
 
     Returns:
         ``index`` ``int64[r]``; ``row_scale`` ``[r]``; ``step`` (0-d on the CPU, as torch keeps it; ``[r]`` beside the moments if
         it is counted per row); ``updates`` (how many the weight has had in all); ``axis`` and ``dim`` (the stored dimension that
-        is indexed); and the rule's state, each ``[r, n]`` or ``[m, r]``, in at least fp32.
+        is indexed); and the rule's state, each ``[r, n]`` or ``[m, r]``, in ``state_dtype`` or at least fp32.
     """
     dtype, device = torch.promote_types(parameter.dtype, torch.float32), parameter.device
     shape = list(parameter.shape)
@@ -184,7 +247,7 @@ def initial_state(parameter: Tensor, assigned: Assigned, on_refresh: str, rule: 
         "axis": assigned.axis,
         "dim": assigned.dim,
     }
-    return state | {name: torch.zeros(shape, dtype=dtype, device=device) for name in rule.state_names}
+    return state | {name: torch.zeros(shape, dtype=state_dtype or dtype, device=device) for name in rule.state_names}
 
 
 _records: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -196,9 +259,9 @@ def register(parameter: Tensor, record: Record) -> None:
 
 
 def lookup(parameter: Tensor) -> Record | None:
-    """The record of a parameter, or None if no living grass optimizer holds it."""
+    """The record of a parameter, or None if no living optimizer projects it."""
     record = _records.get(parameter)
-    return record if record is not None and record.optimizer is not None else None
+    return record if record is not None and record.holder is not None else None
 
 
 class Call:
@@ -208,48 +271,64 @@ class Call:
     drops its `Call`, and with it the claim on the weights.
     """
 
-    __slots__ = ("__weakref__", "_done", "_records")
+    __slots__ = ("__weakref__", "_actions", "_backwards", "_records", "_refresh", "_updates")
 
-    def __init__(self, records: Sequence[Record]) -> None:
-        self._records = tuple(records)
-        self._done = False
+    def __init__(self, records: Sequence[Record], refresh: Sequence[bool], backwards: _torch.Backwards) -> None:
+        """Note a forward.
+
+        Args:
+            records: the weights that it projects.
+            refresh: for each, whether the compiled pair forms the full gradient.
+            backwards: the backward of the compiled pair.
+        """
+        self._records, self._refresh, self._backwards = tuple(records), tuple(refresh), backwards
+        self._updates = [record.state["updates"] for record in records]
+        self._actions: tuple[Action, ...] = ()
         for record in records:
             record.outstanding.add(self)
 
     def before_backward(self, grad_outputs: Any) -> None:
-        """Refuse a backward that would use or make a wrong weight. Runs before anything was computed.
+        """Decide what this backward does with each gradient. Runs before anything was computed.
 
         Raises:
-            StateError: naming the weight and what to do.
+            StateError: the gradient would be that of a weight which has moved; names it, and what to do.
         """
-        if self._done:
-            raise StateError(
-                f"{self._first}: second backward through one forward (retain_graph): the weights have moved since. Run the "
-                "forward again, or leave the model to another backend."
-            )
-        for record in self._records:
+        for record, updates in zip(self._records, self._updates, strict=True):
+            if record.holder is None or lookup(record.parameter) is not record:
+                raise StateError(f"{record.name}: its optimizer was replaced or deleted between forward and backward.")
+            if record.state["updates"] != updates:
+                raise StateError(
+                    f"{record.name}: it has moved since the forward that this backward belongs to (a second backward through "
+                    "one graph, or an opt.step() in between). Run the forward again; to use one forward twice, put its "
+                    "backwards under opt.accumulate()."
+                )
             if record.moved:
                 raise StateError(
                     f"{record.name}: it was already updated by a backward since the last opt.step(). Call opt.step() after "
-                    "each backward; gradient accumulation is not available in this version."
+                    "each backward, or put every micro-batch but the last under opt.accumulate()."
                 )
-            if len(record.outstanding) > 1:
+            if record.parameter.grad is not None and record.pending is None:
                 raise StateError(
-                    f"{record.name}: {len(record.outstanding)} forwards wait for their backward, and the first backward would "
-                    "move the weight under the others. Run forward and backward in turn, run one larger batch, or keep this "
-                    "weight dense with exclude=."
+                    f"{record.name}: it is projected, yet its .grad holds a full gradient from outside its compiled region. Set "
+                    ".grad to None, or keep this weight dense with exclude=."
                 )
-            if record.optimizer is None or lookup(record.parameter) is not record:
-                raise StateError(f"{record.name}: its optimizer was replaced or deleted between forward and backward.")
+        self._actions = tuple(map(self._action, self._records, self._refresh))
+        self._backwards.key = self._actions
+
+    def _action(self, record: Record, refresh: bool) -> Action:
+        assert record.holder is not None
+        if record.pending is not None:
+            return "keep"
+        if record.holder.deferred or len(record.outstanding) > (self in record.outstanding):
+            return "choose" if refresh else "keep"
+        return "step"
 
     def after_backward(self, grad_inputs: Any, grad_outputs: Any) -> None:
-        """Note that the weights have moved."""
-        self._done = True
+        """Note what the backward has done."""
+        moved = [record for record, action in zip(self._records, self._actions, strict=True) if action == "step"]
+        for record in moved:
+            record.count()
+            record.moved = True
         for record in self._records:
             record.outstanding.discard(self)
-            record.count()
-        _torch.mark_written([record.parameter for record in self._records])
-
-    @property
-    def _first(self) -> str:
-        return self._records[0].name
+        _torch.mark_written([record.parameter for record in moved])

@@ -3,62 +3,77 @@
 Grass (arXiv 2406.17660), Algorithm 1, for a selection with unit row scale: ``C = G[idx]``,
 ``(state, update) = rule(C, state)``, ``W[idx] -= scale * update``.
 
-Both functions take ``(config, dim, rank, gradient, weight, hyper, index, step, *rule_state)`` and return the new value of
-every tensor that changes, the weight first. ``dim`` is the stored dimension of the weight that ``index`` selects along.
+`backward_step` is what a compiled backward does for one weight, `apply` what ``opt.step()`` does with a compact gradient that a
+backward has left.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
 
+import torch
 from torch import Tensor
 
-from .ops import refresh, row_update
+from .ops import refresh as choose
+from .ops import round_stochastically, row_update
 
 if TYPE_CHECKING:
     from ..config import SiteConfig
 
-SHARED_HYPER = ("decay", "step")
-"""The last elements of ``hyper``: ``1 - lr * weight_decay``, the factor on the whole weight; and, where all rows of a weight
-have had equally many updates, their number, this one included. Weights that share it share all that follows from it."""
+SHARED_HYPER = ("decay", "step", "seed")
+"""The last elements of ``hyper``: ``1 - lr * weight_decay``, the factor on the whole weight; where all rows of a weight have had
+equally many updates, their number, this one included; and where rounding is stochastic, the seed of this step's."""
 
 
-def regular_step(
-    config: SiteConfig, dim: int, rank: int, compact_grad: Tensor, weight: Tensor, hyper: Tensor, *state: Tensor
-) -> tuple[Tensor, ...]:
-    """A step with the rows that the last refresh chose.
+Action = Literal["step", "choose", "keep"]
+"""What a backward does with the gradient of one weight: ``step`` moves the weight; ``keep`` leaves the compact gradient for
+``opt.step()``; ``choose`` (on a refresh) chooses new rows first, and then leaves theirs."""
+
+
+def backward_step(
+    config: SiteConfig, dim: int, rank: int, refresh: bool, action: Action, gradient: Tensor, weight: Tensor, hyper: Tensor,
+    *state: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """What one backward does for one weight.
 
     Args:
         config: what the optimizer asked of this weight.
         dim: the stored dimension that is indexed.
         rank: r.
-        compact_grad: ``[r, n]`` or ``[m, r]``.
+        refresh: whether ``gradient`` is the full gradient.
+        action: what to do with it.
+        gradient: ``[m, n]`` if ``refresh``, else the compact gradient, ``[r, n]`` or ``[m, r]``.
         weight: ``[m, n]``.
         hyper: ``[len(rule.hyper_names) + len(SHARED_HYPER)]``.
         *state: as named by `graph_state`.
 
     Returns:
-        weight, and what is left of the state after ``index``, all new.
+        The new values that `results` names, in that order.
     """
     index, *rest = state
-    return _apply(config, dim, compact_grad, weight, hyper, index, rest)
+    if refresh and action == "keep":
+        return (_wide(gradient.index_select(dim, index)),)
+    chosen: tuple[Tensor, ...] = ()
+    if refresh:
+        gradient, index, *rest = choose(gradient, index, rest, dim, rank, config.on_refresh)
+        chosen = (index,)
+    if action != "step":
+        return (_wide(gradient), *chosen, *(rest if refresh else ()))
+    new_weight, *rest = apply(config, dim, gradient, weight, hyper, index, rest)
+    return (new_weight, *chosen, *rest)
 
 
-def refresh_step(
-    config: SiteConfig, dim: int, rank: int, gradient: Tensor, weight: Tensor, hyper: Tensor, *state: Tensor
-) -> tuple[Tensor, ...]:
-    """A step that first chooses new rows from the full gradient, then resets or carries the state.
+def results(config: SiteConfig, refresh: bool, action: Action) -> tuple[str, ...]:
+    """Names of what `backward_step` returns: ``weight``, ``gradient`` (compact), and tensors of the state."""
+    index, *rest = graph_state(config)
+    if action == "step":
+        return ("weight", index, *rest) if refresh else ("weight", *rest)
+    return ("gradient", index, *rest) if action == "choose" else ("gradient",)
 
-    Args:
-        gradient: ``[m, n]``, full; everything else as in `regular_step`.
 
-    Returns:
-        weight, and the state as named by `graph_state`, all new.
-    """
-    index, *rest = state
-    compact_grad, index, *rest = refresh(gradient, index, rest, dim, rank, config.on_refresh)
-    new_weight, *rest = _apply(config, dim, compact_grad, weight, hyper, index, rest)
-    return (new_weight, index, *rest)
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def graph_state(config: SiteConfig) -> tuple[str, ...]:
@@ -69,27 +84,66 @@ def graph_state(config: SiteConfig) -> tuple[str, ...]:
     return ("index", *(("step",) if config.on_refresh == "carry" else ()), *config.rule.state_names)
 
 
-def _apply(
+def apply(
     config: SiteConfig,
     dim: int,
     compact_grad: Tensor,
     weight: Tensor,
     hyper: Tensor,
     index: Tensor,
-    state: list[Tensor],
+    state: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
+    """The step itself: the new weight, and the new state after ``index``."""
     rule = config.rule
     numbers = dict(zip((*rule.hyper_names, *SHARED_HYPER), hyper.unbind(), strict=True))
+    wide = torch.promote_types(weight.dtype, torch.float32)
     written = []
     step = numbers["step"]
     if config.on_refresh == "carry":
         counted, *state = state
         written = [counted + 1]
         step = written[0].to(hyper.dtype).unsqueeze(1 - dim)
-    named = dict(zip(rule.state_names, state, strict=True))
-    update, new = rule.update(compact_grad.to(state[0].dtype), {**named, "step": step}, numbers)
+    named = {name: tensor.to(wide) for name, tensor in zip(rule.state_names, state, strict=True)}
+    compact_grad = compact_grad.to(wide)
+    if config.decays and rule.coupled_decay:
+        compact_grad = compact_grad + numbers["weight_decay"] * weight.index_select(dim, index).to(wide)
+    update, new = rule.update(compact_grad, {**named, "step": step}, numbers)
     if config.scale != 1.0:
         update = update * config.scale
-    if config.decays:
-        weight = (weight * numbers["decay"]).to(weight.dtype)
-    return (row_update(weight, dim, index, -update), *written, *(new[name] for name in rule.state_names))
+    noise = None
+    if config.stochastic_rounding and torch.bfloat16 in (weight.dtype, *(tensor.dtype for tensor in state)):
+        noise = rounding_noise(compact_grad.shape, numbers["seed"])
+    if config.decays and not rule.coupled_decay:
+        decayed = weight.to(wide) * numbers["decay"]
+        if config.stochastic_rounding and weight.dtype == torch.bfloat16:
+            weight = round_stochastically(decayed, rounding_noise(weight.shape, numbers["seed"] + 1.0))
+        else:
+            weight = decayed.to(weight.dtype)
+    moments = []
+    for old, name in zip(state, rule.state_names, strict=True):
+        rounding = noise if old.dtype == torch.bfloat16 else None
+        moments.append(new[name].to(old.dtype) if rounding is None else round_stochastically(new[name], rounding))
+    weight_noise = noise if weight.dtype == torch.bfloat16 else None
+    return (row_update(weight, dim, index, -update, weight_noise), *written, *moments)
+
+
+def seed_of(seed: int, updates: int) -> int:
+    """The seed of one step's rounding: below ``2**23``, so that fp32 holds it and its successor exactly."""
+    return (seed * 2654435761 + (updates + 1) * 40503 * 2 + (updates >> 7) * 7919) % 2**23
+
+
+def rounding_noise(shape: Sequence[int], seed: Tensor) -> Tensor:
+    """Uniform whole numbers of 16 bits, ``int32``, a function of ``seed`` and position alone.
+
+    The mixing steps are those of a 32-bit finalizer (multiply, shift, xor), in int64 with 31-bit multipliers so that nothing
+    overflows: the same numbers come out of every compiler and device.
+    """
+    mask = 0xFFFFFFFF
+    position = torch.zeros(shape, dtype=torch.int64, device=seed.device)
+    for dim, size in enumerate(shape):
+        numbers = torch.arange(size, device=seed.device)
+        position = position * size + numbers.reshape([-1 if d == dim else 1 for d in range(len(shape))])
+    mixed = (position * 0x3C6EF35F + seed.to(torch.int64) * 0x5851F42D) & mask
+    for multiplier in (0x45D9F3B, 0x2C1B3C6D):
+        mixed = ((mixed ^ (mixed >> 16)) * multiplier) & mask
+    return ((mixed ^ (mixed >> 15)) & 0xFFFF).to(torch.int32)

@@ -1,4 +1,8 @@
-"""Update rules in the compact space: plain PyTorch functions that are traced into the backward graph."""
+"""Update rules: an optimizer's arithmetic in the compact space, a few lines of PyTorch that are traced into the graph."""
 
-from .adamw import AdamWRule as AdamWRule
-from .base import Rule as Rule
+from .adam import AdamRule
+from .adamw import AdamWRule
+from .base import Rule
+from .sgd import SGDRule
+
+__all__ = ["AdamRule", "AdamWRule", "Rule", "SGDRule"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,8 +17,17 @@ from .base import Rule
 class AdamWRule(Rule):
     """Bias-corrected first and second moments; the decoupled weight decay is applied outside, on the whole weight."""
 
-    state_names = ("exp_avg", "exp_avg_sq")
-    hyper_names = ("lr", "beta1", "beta2", "one_minus_beta1", "one_minus_beta2", "log_beta1", "log_beta2", "eps")
+    state_names: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    hyper_names: ClassVar[tuple[str, ...]] = (
+        "lr",
+        "beta1",
+        "beta2",
+        "one_minus_beta1",
+        "one_minus_beta2",
+        "log_beta1",
+        "log_beta2",
+        "eps",
+    )
 
     def hyper(self, group: Mapping[str, Any]) -> tuple[float, ...]:
         """``1 - beta`` and ``log(beta)`` come from the host, where they do not lose digits."""

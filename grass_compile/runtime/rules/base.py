@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -16,11 +16,15 @@ class Rule(abc.ABC):
     per shape and inlined in the compiled backward graph, so it must be a pure function of its arguments.
     """
 
-    state_names: tuple[str, ...]
+    state_names: ClassVar[tuple[str, ...]]
     """Names of the state tensors, each of the compact gradient's shape, zero when the rows are new."""
 
-    hyper_names: tuple[str, ...]
+    hyper_names: ClassVar[tuple[str, ...]]
     """Names of the numbers that reach the graph as elements of one tensor, so that changing one never recompiles."""
+
+    coupled_decay: ClassVar[bool] = False
+    """Whether weight decay is added to the gradient (L2, of the selected rows; ``weight_decay`` is then one of ``hyper_names``)
+    rather than applied to the whole weight."""
 
     @abc.abstractmethod
     def hyper(self, group: Mapping[str, Any]) -> tuple[float, ...]:

@@ -1,0 +1,135 @@
+"""``.grad`` of a projected weight whose step waits for ``opt.step()``: the compact gradient, in the guise of the full one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from ..errors import StateError
+
+aten = torch.ops.aten
+
+
+class CompactGrad(Tensor):
+    """A gradient of shape ``[m, n]`` that is zero outside of ``r`` rows (columns), and holds only these.
+
+    What scripts do to gradients between ``backward()`` and ``step()`` works and is exact: norms, clipping by norm or value,
+    scaling, unscaling by ``GradScaler``, ``zero_grad``. Everything else that only reads it gets the full tensor, made for the
+    purpose. What would write other values into it is refused.
+
+    Attributes:
+        compact: the values, ``[r, n]`` or ``[m, r]``, at least fp32.
+        rows: their index, ``int64[r]``.
+        along: the dimension that it selects along.
+    """
+
+    compact: Tensor
+    rows: Tensor
+    along: int
+
+    @staticmethod
+    def __new__(cls, values: Tensor, index: Tensor, dim: int, weight: Tensor) -> CompactGrad:
+        made: CompactGrad = Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype, device=weight.device)
+        return made
+
+    def __init__(self, values: Tensor, index: Tensor, dim: int, weight: Tensor) -> None:
+        self.compact, self.rows, self.along = values, index, dim
+
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
+        return f"CompactGrad(shape={tuple(self.shape)}, {len(self.rows)} along dimension {self.along})"
+
+    def full(self) -> Tensor:
+        """The full gradient, ``[m, n]``, in its nominal dtype."""
+        full = torch.zeros(self.shape, dtype=self.compact.dtype, device=self.compact.device)
+        return full.index_add_(self.along, self.rows, self.compact).to(self.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        kwargs = kwargs or {}
+        if func in _SAME:
+            return args[0]
+        if func is aten.clone.default:
+            return CompactGrad(args[0].compact.clone(), args[0].rows, args[0].along, args[0])
+        if func in _IN_PLACE and _is_number(*args[1:]):
+            func(args[0].compact, *args[1:], **kwargs)
+            return args[0]
+        if func in _WHOLE_NORMS and len(args) < 3 and "dim" not in kwargs and _order(*args) > 0:
+            return func(args[0].compact, *args[1:], **kwargs)
+        if func is aten.clamp_.default:
+            _clamp_(args[0].compact, *args[1:], **{{"min": "low", "max": "high"}[key]: value for key, value in kwargs.items()})
+            return args[0]
+        if func is aten._amp_foreach_non_finite_check_and_unscale_.default:
+            return _unscale(*args)
+        if func in _ONE_BY_ONE:
+            results = _one_by_one(_ONE_BY_ONE[func], *args)
+            return results if func._schema.returns else None
+        if any(argument.alias_info is not None and argument.alias_info.is_write for argument in func._schema.arguments):
+            raise StateError(
+                f"{func} would write into the compact gradient of a projected weight, which holds {args[0]!r} only. Scale or "
+                "clip it by a number, or keep this weight dense with exclude=."
+            )
+        full = tree_map_only(CompactGrad, lambda grad: grad.full(), (args, kwargs))
+        return func(*full[0], **full[1])
+
+
+def _is_number(*others: Any) -> bool:
+    """Whether a compact gradient may be scaled by ``others`` without knowing where its values stand."""
+    return all(other.numel() == 1 for other in others if isinstance(other, Tensor))
+
+
+def _order(gradient: Tensor, order: Any = 2) -> Any:
+    return order
+
+
+def _one_by_one(single: Callable[..., Any], gradients: list[Any], *rest: Any) -> Any:
+    """A ``_foreach`` operator on a list in which compact and full gradients are mixed."""
+    if single is _norm and rest and rest[0] <= 0:
+        return [_norm(g.full() if isinstance(g, CompactGrad) else g, *rest) for g in gradients]
+    results = []
+    for position, gradient in enumerate(gradients):
+        if isinstance(gradient, CompactGrad) and not all(_is_number(o[position] if isinstance(o, list) else o) for o in rest):
+            raise StateError("a compact gradient can be scaled by numbers only; keep this weight dense with exclude=.")
+        arguments = [other[position] if isinstance(other, (list, tuple)) else other for other in rest]
+        results.append(single(gradient.compact if isinstance(gradient, CompactGrad) else gradient, *arguments))
+    return results
+
+
+def _clamp_(gradient: Tensor, low: Any = None, high: Any = None) -> Tensor:
+    if (low is not None and low > 0) or (high is not None and high < 0):
+        raise StateError("a compact gradient is zero outside of its rows, which this clamp would change.")
+    return gradient.clamp_(low, high)
+
+
+def _clamp_max_(gradient: Tensor, high: Any) -> Tensor:
+    return _clamp_(gradient, None, high)
+
+
+def _norm(gradient: Tensor, order: Any = 2, dtype: Any = None) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(gradient, order, dtype=dtype)
+    return norm
+
+
+def _unscale(gradients: list[Tensor], found_inf: Tensor, inverse_scale: Tensor) -> None:
+    inner = [gradient.compact if isinstance(gradient, CompactGrad) else gradient for gradient in gradients]
+    for gradient in inner:
+        torch._amp_foreach_non_finite_check_and_unscale_([gradient], found_inf, inverse_scale)
+
+
+_SAME = (aten.detach.default, aten.alias.default)
+_IN_PLACE = (aten.mul_.Tensor, aten.mul_.Scalar, aten.div_.Tensor, aten.div_.Scalar, aten.zero_.default)
+_WHOLE_NORMS = (aten.linalg_vector_norm.default, aten.norm.Scalar)
+_ONE_BY_ONE: dict[Any, Callable[..., Any]] = {
+    aten._foreach_norm.Scalar: _norm,
+    aten._foreach_mul_.Tensor: Tensor.mul_,
+    aten._foreach_mul_.Scalar: Tensor.mul_,
+    aten._foreach_mul_.List: Tensor.mul_,
+    aten._foreach_div_.Tensor: Tensor.div_,
+    aten._foreach_div_.Scalar: Tensor.div_,
+    aten._foreach_clamp_min_.Scalar: _clamp_,
+    aten._foreach_clamp_max_.Scalar: _clamp_max_,
+    aten._foreach_zero_.default: Tensor.zero_,
+}

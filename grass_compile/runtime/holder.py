@@ -1,0 +1,154 @@
+"""What stands between an optimizer and the compiled regions: its records, its numbers, and the steps that wait for it."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from .. import _torch
+from ..config import GroupOptions
+from ..errors import StateError
+from . import state as registry
+from .gradient import CompactGrad
+from .rules import Rule
+from .state import Record
+from .step import seed_of
+
+
+class Holder:
+    """The projected side of one optimizer, ours or torch's.
+
+    Attributes:
+        optimizer: the optimizer, or None once it is gone. ``param_groups`` and ``state`` are its own, read live.
+        records: one for each of its parameters.
+        fused: whether weights may move inside the backward.
+        grad_norm: the gradient norm at the last clipping, 0-d, on the device.
+        hidden: compact gradients that are taken out of ``.grad`` while torch's own code takes its step.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, fused: bool) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self.records: dict[Tensor, Record] = {}
+        self.fused = fused
+        self.grad_norm: Tensor | None = None
+        self.hidden: dict[Tensor, CompactGrad] = {}
+        self._accumulating = 0
+        self._hyper: dict[object, tuple[tuple[float, ...], Tensor]] = {}
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        return self._optimizer()
+
+    @property
+    def deferred(self) -> bool:
+        """Whether a backward leaves compact gradients rather than moving the weights."""
+        return not self.fused or self._accumulating > 0
+
+    def add(self, parameter: Tensor, name: str, group: dict[str, object], options: GroupOptions, rule: Rule) -> None:
+        """Hold a parameter."""
+        record = Record(parameter, _torch.strip_dynamo_prefix(name), group, options, rule, self)
+        self.records[parameter] = record
+        registry.register(parameter, record)
+
+    @contextlib.contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Inside, backwards leave compact gradients."""
+        self._accumulating += 1
+        try:
+            yield
+        finally:
+            self._accumulating -= 1
+
+    # ------------------------------------------------------------------------------------------------------ numbers
+
+    def hyper(self, record: Record) -> Tensor:
+        """The numbers for a weight's next step as one tensor on its device; rebuilt only when one of them has changed.
+
+        Weights with equal `Record.hyper_key` get the same tensor.
+        """
+        group, parameter = record.group, record.parameter
+        lr = float(group["lr"]) * _warm(record)
+        decay = 1.0 - float(group["lr"]) * float(group["weight_decay"])
+        seed = seed_of(record.options.seed, record.state["updates"]) if record.options.stochastic_rounding else 0
+        values = (*record.rule.hyper({**group, "lr": lr}), decay, float(record.next_step), float(seed))
+        cached = self._hyper.get(record.hyper_key)
+        if cached is None or cached[0] != values:
+            dtype = torch.promote_types(parameter.dtype, torch.float32)
+            if len(self._hyper) > 64:
+                self._hyper.clear()
+            cached = self._hyper[record.hyper_key] = values, torch.tensor(values, dtype=dtype, device=parameter.device)
+        return cached[1]
+
+    def forget_numbers(self) -> None:
+        """Rebuild all numbers at their next use."""
+        self._hyper.clear()
+
+    # -------------------------------------------------------------------------------------------------- at the step
+
+    def check(self) -> None:
+        """Refuse gradients that a step would use wrongly.
+
+        Raises:
+            StateError: a projected weight has a full gradient, or belongs to another optimizer by now.
+        """
+        for parameter, record in self.records.items():
+            if parameter.grad is None:
+                continue
+            if registry.lookup(parameter) is not record:
+                raise StateError(f"{record.name}: another optimizer has taken it over; this one must not be used any more.")
+            if record.assigned is not None and record.pending is None:
+                raise StateError(
+                    f"{record.name}: it is projected, yet a full gradient reached it from outside its compiled region (eager "
+                    "code, a tensor hook added later, a graph break). Set its .grad to None, or keep it dense with exclude=."
+                )
+
+    def pending(self) -> dict[Tensor, CompactGrad]:
+        """The compact gradients that wait."""
+        found = {parameter: record.pending for parameter, record in self.records.items()}
+        return {parameter: gradient for parameter, gradient in found.items() if gradient is not None}
+
+    @torch.no_grad()
+    def clip(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Scale all gradients, compact and dense, in place, so that their common norm is at most ``max_norm``.
+
+        Returns:
+            The norm before, 0-d, without a synchronisation.
+
+        Raises:
+            StateError: weights have already moved inside the backward.
+        """
+        for record in self.records.values():
+            if record.moved:
+                raise StateError(
+                    f"{record.name}: it has already moved inside the backward, so its gradient can no longer be clipped. Use "
+                    "step_in_backward=False, or max_grad_norm=."
+                )
+        parameters = [parameter for parameter in self.records if parameter.grad is not None]
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
+        return self.grad_norm
+
+    @torch.no_grad()
+    def apply(self, gradients: Mapping[Tensor, CompactGrad]) -> None:
+        """Run the compact step of every weight in ``gradients``."""
+        for parameter, gradient in gradients.items():
+            record = self.records[parameter]
+            assert record.assigned is not None and record.kernel is not None
+            dim, rank = record.assigned.dim, record.assigned.rank
+            record.kernel(record.config(), dim, rank, gradient.compact, parameter, self.hyper(record), *record.tensors())
+            record.count()
+        _torch.mark_written(list(gradients))
+
+    def close(self) -> None:
+        """Note the end of a step."""
+        for record in self.records.values():
+            record.moved = False
+
+
+def _warm(record: Record) -> float:
+    """The factor on the learning rate in the steps after a refresh: 1/W, 2/W, ... 1, for ``refresh_warmup=W``."""
+    steps = record.options.refresh_warmup
+    return min(1.0, (record.since_refresh + 1) / steps) if steps else 1.0
