@@ -8,5 +8,6 @@ from .errors import StateError as StateError
 from .explain import explain as explain
 from .report import Report as Report
 from .runtime.optimizer import AdamW as AdamW
+from .train_step import train_step as train_step
 
 __version__ = "0.1.0"

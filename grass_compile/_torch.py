@@ -125,6 +125,8 @@ def with_inputs(captured: Captured, names: Sequence[str], static: Sequence[bool]
         static: which of them keep their address from call to call (state does, hyper-parameters do not).
     """
     gm = _copy(captured.graph)
+    if not names:
+        return gm
     last = list(gm.graph.find_nodes(op="placeholder"))[-1]
     for name, is_static in zip(names, static, strict=True):
         with gm.graph.inserting_after(last):

@@ -101,8 +101,10 @@ class Region:
                 self.variant(None)
                 return
             asked = self.ask(parameters)
+            by_position = dict(zip((position for position, _ in self.captured.parameters), parameters, strict=True))
+            clipped = self._clipped(by_position, asked[1])
             for refresh in (True, False) if self.captured.is_dynamic else (True,):
-                self.variant(self.plan(*asked, refresh=refresh))
+                self.variant(self.plan(*asked, clipped, refresh))
         except GrassError as error:
             log.debug("compilation failed and is repeated at the call, to raise outside of Dynamo: %s", error)
 
@@ -112,19 +114,19 @@ class Region:
         if not self.trains:
             return self.variant(None).call(*args)
         weights, records = self.ask([args[position] for position, _ in self.captured.parameters])
-        plan = self.plan(weights, records)
+        plan = self.plan(weights, records, self._clipped(args, records))
         if plan is None:
             return self.variant(None).call(*args)
         held = [records[projection.position] for projection in plan.projections]
         state = [tensor for record in held for tensor in record.tensors()]
-        inputs = (*args, *state, *(record.leaf for record in held), *_hyper(plan, held))
+        inputs = (*args, *state, *(record.leaf for record in held), *_hyper(plan, held), *_norm_leaf(plan, held))
         since = _torch.sequence_number()
         variant = self.variant(plan)
         results = variant.call(*inputs)
         node = _torch.backward_node(results if isinstance(results, (list, tuple)) else (results,), since)
         if node is not None:
             assert variant.backwards is not None
-            call = Call(held, plan.refresh, variant.backwards)
+            call = Call(held, plan.refresh, variant.backwards, plan.clipped is not None)
             node.register_prehook(call.before_backward)
             node.register_hook(call.after_backward)
         return results
@@ -191,12 +193,30 @@ class Region:
 
     # ---------------------------------------------------------------------------------------------------- the plans
 
-    def plan(self, weights: tuple[WeightInput, ...], records: Mapping[int, Record], refresh: bool | None = None) -> Plan | None:
+    def _clipped(self, args: Sequence[Any] | Mapping[int, Any], records: Mapping[int, Record]) -> tuple[int, ...] | None:
+        """Positions of the parameters whose gradients can be clipped inside this graph, along with those of all others that
+        their optimizer trains; None if it clips nothing, or trains any that this graph does not."""
+        holder = next((record.holder for record in records.values()), None)
+        if holder is None or holder.max_norm is None or not holder.fused:
+            return None
+        mine = {id(args[at]): at for at, _ in self.captured.parameters if args[at].requires_grad}
+        trained = [parameter for parameter in holder.records if parameter.requires_grad]
+        covers = all(id(parameter) in mine for parameter in trained) and all(r.holder is holder for r in records.values())
+        return tuple(sorted(mine[id(parameter)] for parameter in trained)) if covers else None
+
+    def plan(
+        self,
+        weights: tuple[WeightInput, ...],
+        records: Mapping[int, Record],
+        clipped: tuple[int, ...] | None = None,
+        refresh: bool | None = None,
+    ) -> Plan | None:
         """The plan for a call, or None if nothing is projected. Assigns compact state to weights that have none.
 
         Args:
             weights: what the optimizers want.
             records: by position.
+            clipped: see `Plan`.
             refresh: whether all weights choose new rows or none does; None goes by what is due.
 
         Raises:
@@ -213,12 +233,15 @@ class Region:
             record = records[projection.position]
             record.assign(Assigned(projection.axis, projection.dim, projection.rank, projection.why), self._kernel)
         held = [records[projection.position] for projection in analysis.projections]
+        if clipped is not None:
+            clipped = tuple(position for position in clipped if position not in {p.position for p in analysis.projections})
         return Plan(
             weights=weights,
             projections=analysis.projections,
             refresh=tuple(record.due if refresh is None else refresh for record in held),
             hyper=_numbered([record.hyper_key for record in held]),
             disabled=self.options.disable_passes,
+            clipped=clipped,
         )
 
     def analyse(self, weights: tuple[WeightInput, ...]) -> tuple[tuple[WeightInput, ...], Analysis]:
@@ -266,7 +289,7 @@ class Region:
         gm = _torch.with_inputs(self.captured, names, ["hyper" not in name for name in names])
         inputs = (*self.captured.example_inputs, *_fake_state(_torch.fake_mode(self.captured), self.captured, plan))
         partition = functools.partial(pipeline.transform, plan=plan, partition=_torch.min_cut_rematerialization_partition)
-        backwards = _torch.Backwards(lambda gm, actions: pipeline.finish(gm, plan, actions))
+        backwards = _torch.Backwards(lambda gm, key: pipeline.finish(gm, plan, *key))
         try:
             return Variant(self._compile(gm, inputs, partition, backwards), backwards)
         except PlanMismatch as found:
@@ -333,6 +356,11 @@ def _hyper(plan: Plan, records: Sequence[Record]) -> list[Tensor]:
     return list(tensors.values())
 
 
+def _norm_leaf(plan: Plan, records: Sequence[Record]) -> list[Tensor]:
+    holder = records[0].holder
+    return [] if plan.clipped is None or holder is None else [holder.norm_leaf(records[0].parameter)]
+
+
 def _fake_state(mode: Any, captured: _torch.Captured, plan: Plan) -> list[Tensor]:
     """Fake tensors of static shape for the inputs that `Plan.input_names` names."""
     state: list[Tensor] = []
@@ -349,7 +377,10 @@ def _fake_state(mode: Any, captured: _torch.Captured, plan: Plan) -> list[Tensor
             if slot not in hyper:
                 count = len(config.rule.hyper_names) + len(SHARED_HYPER)
                 hyper[slot] = torch.empty(count, dtype=_state_dtype(weight), device=weight.device)
-    return [*state, *leaves, *hyper.values()]
+        norm = (
+            [] if plan.clipped is None else [torch.zeros((), dtype=leaves[0].dtype, device=leaves[0].device, requires_grad=True)]
+        )
+    return [*state, *leaves, *hyper.values(), *norm]
 
 
 def _state_dtype(weight: Tensor) -> torch.dtype:

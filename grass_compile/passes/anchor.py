@@ -17,7 +17,7 @@ backward, and one partition serves every action: `fuse` replaces the anchor in a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import fx
@@ -35,6 +35,8 @@ def anchor(
     compact: Mapping[int, fx.Node],
     inputs: Mapping[int, Mapping[str, fx.Node]],
     slots: Mapping[fx.Node, int],
+    clipped: Sequence[fx.Node] = (),
+    norm_leaf: fx.Node | None = None,
 ) -> None:
     """Insert the anchors, in place.
 
@@ -45,8 +47,10 @@ def anchor(
         compact: compact gradients by weight position.
         inputs: for each weight position, the placeholders ``weight``, ``hyper``, ``leaf`` and those of its state.
         slots: for each primal, the position of its gradient slot among all outputs.
+        clipped: dense parameters whose gradients are clipped along with the compact ones.
+        norm_leaf: the input in whose slot the common norm is returned; None if nothing is clipped in the graph.
     """
-    values = outputs(gm)
+    values, made = outputs(gm), []
     for number, site in enumerate(sites):
         position = site.weight.position
         named = inputs[position]
@@ -57,6 +61,14 @@ def anchor(
             node = call(gm.graph, ops.anchor, gradient, named["weight"], named["hyper"], state, shape, number)
         node.meta["partitioner_tag"] = "must_be_in_backward"
         values[slots[named["weight"]]], values[slots[named["leaf"]]] = None, node
+        made.append(node)
+    if norm_leaf is not None:
+        dense = [values[slots[primal]] for primal in clipped]
+        dense = [value for value in dense if isinstance(value, fx.Node)]
+        with provenance(gm, "anchor", "norm", made[0]), gm.graph.inserting_before(output_node(gm)):
+            norm = call(gm.graph, ops.norm, made, dense)
+        norm.meta["partitioner_tag"] = "must_be_in_backward"
+        values[slots[norm_leaf]] = norm
     set_outputs(gm, values)
     gm.graph.eliminate_dead_code()
     gm.recompile()

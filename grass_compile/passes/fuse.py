@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from .. import _torch
 from ..config import SiteConfig
 from ..errors import GraphError
-from ..runtime.step import Action, apply, backward_step, graph_state, results
+from ..runtime import ops
+from ..runtime.step import Action, apply, backward_step, clip_scale, graph_state, results, scaled
 from .anchor import anchors
 from .fx_utils import inline, output_node, outputs, provenance, set_outputs
 from .records import Projection
@@ -55,7 +56,12 @@ class Write:
 
 
 def fuse(
-    gm: fx.GraphModule, *, projections: Sequence[Projection], refresh: Sequence[bool], actions: Sequence[Action]
+    gm: fx.GraphModule,
+    *,
+    projections: Sequence[Projection],
+    refresh: Sequence[bool],
+    actions: Sequence[Action],
+    clip: bool = False,
 ) -> list[Write]:
     """Replace every anchor, in place.
 
@@ -64,6 +70,7 @@ def fuse(
         projections: what the anchors' numbers stand for.
         refresh: for each projection, whether its anchor holds the full gradient.
         actions: for each projection, what to do.
+        clip: whether to clip all gradients by their common norm; every action is then ``step``.
 
     Returns:
         What has to be written.
@@ -71,23 +78,69 @@ def fuse(
     Raises:
         GraphError: a tensor that has to be written is not an input of the backward graph.
     """
+    norms = list(gm.graph.find_nodes(op="call_function", target=ops.norm))
+    if clip:
+        return _clipped(gm, norms[0], projections, refresh)
     values, writes = outputs(gm), []
+    for node in norms:
+        values[values.index(node)] = None
     for node in anchors(gm):
         arguments: Any = node.args
-        gradient, weight, hyper, state, _, number = arguments
+        number = arguments[-1]
         projection, action = projections[number], actions[number]
-        names = graph_state(projection.config)
-        targets = {"weight": weight, **dict(zip(names, state, strict=True))}
-        args = [gradient, weight, hyper, *state]
-        specs = tuple(_spec(arg.meta["val"]) for arg in args)
-        traced = trace_step(backward_step, (projection.config, projection.dim, projection.rank, refresh[number], action), specs)
-        with provenance(gm, "fuse", projection.name, node), gm.graph.inserting_before(node):
-            new = dict(zip(results(projection.config, refresh[number], action), inline(gm.graph, traced, args), strict=True))
-        slot = values.index(node)
-        values[slot] = new.pop("gradient", None)
-        writes += [Write(_input(targets[name], projection.name), value, projection.name) for name, value in new.items()]
+        new = _inline(gm, node, projection, refresh[number], action)
+        values[values.index(node)] = new.pop("gradient", None)
+        writes += _writes(node, projection, new)
     set_outputs(gm, values)
     return writes
+
+
+def _clipped(gm: fx.GraphModule, norm: fx.Node, projections: Sequence[Projection], refresh: Sequence[bool]) -> list[Write]:
+    """First every compact gradient, then the norm of all gradients and the factor, then the steps and the scaled rest."""
+    values, writes, found = outputs(gm), [], anchors(gm)
+    arguments: Any = [node.args for node in found]
+    _, dense = norm.args
+    kept = []
+    for node, (*_, number) in zip(found, arguments, strict=True):
+        kept.append(_inline(gm, node, projections[number], refresh[number], "choose" if refresh[number] else "keep"))
+    with provenance(gm, "fuse", "norm", norm), gm.graph.inserting_before(norm):
+        inputs = [arguments[0][2], *(new["gradient"] for new in kept), *dense]  # type: ignore[misc]
+        total, scale = inline(gm.graph, trace_step(clip_scale, (), _specs(inputs)), inputs)
+        small = {g: inline(gm.graph, trace_step(scaled, (), _specs([g, scale])), [g, scale])[0] for g in inputs[1:]}
+    for node, (_, weight, hyper, state, _, number), new in zip(found, arguments, kept, strict=True):
+        projection = projections[number]
+        names = graph_state(projection.config)
+        args = [small[new.pop("gradient")], weight, hyper, *(new.get(name, old) for name, old in zip(names, state, strict=True))]
+        with provenance(gm, "fuse", projection.name, node), gm.graph.inserting_before(norm):
+            traced = trace_step(_apply_all, (projection.config, projection.dim, projection.rank), _specs(args))
+            stepped = dict(zip(("weight", *names[1:]), inline(gm.graph, traced, args), strict=True))
+        writes += _writes(node, projection, {**new, **stepped})
+        values[values.index(node)] = None
+    set_outputs(gm, [total if value is norm else small.get(value, value) for value in values])
+    return writes
+
+
+def _inline(gm: fx.GraphModule, node: fx.Node, projection: Projection, refresh: bool, action: Action) -> dict[str, fx.Node]:
+    """Inline one action where an anchor stands; the new values by name."""
+    arguments: Any = node.args
+    gradient, weight, hyper, state, _, _ = arguments
+    args = [gradient, weight, hyper, *state]
+    settings = (projection.config, projection.dim, projection.rank, refresh, action)
+    with provenance(gm, "fuse", projection.name, node), gm.graph.inserting_before(node):
+        values = inline(gm.graph, trace_step(backward_step, settings, _specs(args)), args)
+    return dict(zip(results(projection.config, refresh, action), values, strict=True))
+
+
+def _writes(node: fx.Node, projection: Projection, new: Mapping[str, fx.Node]) -> list[Write]:
+    """What has to be written for one anchor.
+
+    Raises:
+        GraphError: the tensor is not an input of this graph.
+    """
+    arguments: Any = node.args
+    _, weight, _, state, _, _ = arguments
+    targets = {"weight": weight, **dict(zip(graph_state(projection.config), state, strict=True))}
+    return [Write(_input(targets[name], projection.name), value, projection.name) for name, value in new.items()]
 
 
 def _input(node: fx.Node, weight: str) -> fx.Node:
@@ -129,8 +182,9 @@ def _apply_all(
     return apply(config, dim, gradient, weight, hyper, index, rest)
 
 
-def _spec(value: torch.Tensor) -> tuple[Any, ...]:
-    return tuple(value.shape), tuple(value.stride()), value.dtype, value.device
+def _specs(nodes: Sequence[fx.Node]) -> tuple[tuple[Any, ...], ...]:
+    values = [node.meta["val"] for node in nodes]
+    return tuple((tuple(value.shape), tuple(value.stride()), value.dtype, value.device) for value in values)
 
 
 @functools.lru_cache(maxsize=256)

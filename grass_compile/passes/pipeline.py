@@ -60,6 +60,8 @@ class Plan:
         refresh: for each projection, whether this step chooses new rows.
         hyper: for each projection, which of the tensors of hyper-parameters it reads.
         disabled: names of passes to leave out.
+        clipped: positions of the dense parameters whose gradients are clipped along with the compact ones, inside the graph;
+            None if nothing is clipped there.
     """
 
     weights: tuple[WeightInput, ...]
@@ -67,13 +69,15 @@ class Plan:
     refresh: tuple[bool, ...]
     hyper: tuple[int, ...]
     disabled: tuple[str, ...] = ()
+    clipped: tuple[int, ...] | None = None
 
     @property
     def input_names(self) -> tuple[str, ...]:
-        """Names of the inputs that follow the inputs of the Dynamo graph: state tensors, leaves, then hyper-parameters."""
+        """Names of the inputs that follow those of the Dynamo graph: state tensors, leaves, hyper-parameters, the norm's leaf."""
         state = [f"grass_{name}_{p.position}" for p in self.projections for name in graph_state(p.config)]
         leaves = [f"grass_leaf_{p.position}" for p in self.projections]
-        return (*state, *leaves, *(f"grass_hyper_{slot}" for slot in range(1 + max(self.hyper, default=-1))))
+        norm = () if self.clipped is None else ("grass_norm",)
+        return (*state, *leaves, *(f"grass_hyper_{slot}" for slot in range(1 + max(self.hyper, default=-1))), *norm)
 
 
 def find(
@@ -150,14 +154,16 @@ def transform(
     sites, analysis = find(gm, weights=plan.weights, num_fwd_outputs=num_fwd_outputs, disabled=plan.disabled)
     if analysis.projections != plan.projections:
         raise PlanMismatch(analysis)
-    inputs = _inputs(gm, plan)
+    inputs, nodes = _inputs(gm, plan)
     regular = tuple(site for site, refresh in zip(sites, plan.refresh, strict=True) if not refresh)
     dense = "rewrite" in plan.disabled
     index = {position: named["index"] for position, named in inputs.items()}
     compact = rewrite(gm, sites=regular, index=index, from_slot=dense)
     log.info("rewrite: %d of %d weight gradients made compact", len(regular), len(sites))
     slots = {node: num_fwd_outputs + i for i, node in enumerate(primals(gm))}
-    anchor(gm, sites=sites, compact=compact, inputs=inputs, slots=slots)
+    clipped = [nodes[position] for position in plan.clipped or () if position in nodes]
+    norm_leaf = None if plan.clipped is None else nodes[max(nodes)]
+    anchor(gm, sites=sites, compact=compact, inputs=inputs, slots=slots, clipped=clipped, norm_leaf=norm_leaf)
     log.debug("anchor: operators %s", _difference(before, op_counts(gm)))
     _torch.trace_graph("grass_joint_after", gm)
     forward, backward = partition(gm, joint_inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
@@ -165,16 +171,17 @@ def transform(
     return forward, backward
 
 
-def finish(gm: fx.GraphModule, plan: Plan, actions: tuple[Action, ...]) -> fx.GraphModule:
+def finish(gm: fx.GraphModule, plan: Plan, actions: tuple[Action, ...], clip: bool = False) -> fx.GraphModule:
     """A copy of a backward graph in which every anchor has become what this backward does with the gradient.
 
     Args:
         gm: the backward graph that `transform` returned.
         plan: the plan it was made for.
         actions: for each projection, what to do.
+        clip: whether to clip all gradients by their common norm.
     """
     gm = copy(gm)
-    writes = fuse(gm, projections=plan.projections, refresh=plan.refresh, actions=actions)
+    writes = fuse(gm, projections=plan.projections, refresh=plan.refresh, actions=actions, clip=clip)
     log.info("fuse: %d weights, %s", len(actions), ", ".join(f"{actions.count(a)} {a}" for a in sorted(set(actions))))
     place(gm, writes)
     log.info("place: %d tensors written in the backward", len(writes))
@@ -193,8 +200,9 @@ def standalone_step(config: SiteConfig, dim: int, rank: int, specs: tuple[Any, .
     return gm
 
 
-def _inputs(gm: fx.GraphModule, plan: Plan) -> dict[int, dict[str, fx.Node]]:
-    """For each projected weight, its placeholder and those of its state, leaf and hyper-parameters, by name."""
+def _inputs(gm: fx.GraphModule, plan: Plan) -> tuple[dict[int, dict[str, fx.Node]], dict[int, fx.Node]]:
+    """For each projected weight, its placeholder and those of its state, leaf and hyper-parameters, by name; and the
+    placeholders of all inputs by position."""
     nodes = dict(zip(input_positions(gm), primals(gm), strict=True))
     first = 1 + max(nodes) - len(plan.input_names)
     added = {name: nodes[first + i] for i, name in enumerate(plan.input_names)}
@@ -203,7 +211,7 @@ def _inputs(gm: fx.GraphModule, plan: Plan) -> dict[int, dict[str, fx.Node]]:
         position = projection.position
         named = {name: added[f"grass_{name}_{position}"] for name in (*graph_state(projection.config), "leaf")}
         inputs[position] = {"weight": nodes[position], "hyper": added[f"grass_hyper_{slot}"], **named}
-    return inputs
+    return inputs, nodes
 
 
 def _difference(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, int]:

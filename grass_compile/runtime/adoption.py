@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .. import _torch
 from ..config import GroupOptions
 from ..errors import GrassWarning
 from . import state as registry
@@ -88,6 +89,7 @@ RULES: dict[type, Callable[[Mapping[str, Any]], Rule | str]] = {
 # ----------------------------------------------------------------------------------------------------------- the hooks
 
 
+@_torch.outside_dynamo
 def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
     """Take weights over, run the compact steps, and hide their gradients from the optimizer's own code.
 
@@ -115,6 +117,7 @@ def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any
     return changed
 
 
+@_torch.outside_dynamo
 def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Show the gradients again: it is ``zero_grad`` that clears them."""
     holder = _holders.get(optimizer)

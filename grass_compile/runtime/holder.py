@@ -26,6 +26,8 @@ class Holder:
         optimizer: the optimizer, or None once it is gone. ``param_groups`` and ``state`` are its own, read live.
         records: one for each of its parameters.
         fused: whether weights may move inside the backward.
+        max_norm: the largest common norm of all gradients, or None.
+        clipped: whether the gradients of this step have been clipped inside the backward.
         grad_norm: the gradient norm at the last clipping, 0-d, on the device.
         hidden: compact gradients that are taken out of ``.grad`` while torch's own code takes its step.
     """
@@ -34,6 +36,9 @@ class Holder:
         self._optimizer = weakref.ref(optimizer)
         self.records: dict[Tensor, Record] = {}
         self.fused = fused
+        self.max_norm: float | None = None
+        self.clipped = False
+        self._norm_leaf: Tensor | None = None
         self.grad_norm: Tensor | None = None
         self.hidden: dict[Tensor, CompactGrad] = {}
         self._accumulating = 0
@@ -74,7 +79,8 @@ class Holder:
         lr = float(group["lr"]) * _warm(record)
         decay = 1.0 - float(group["lr"]) * float(group["weight_decay"])
         seed = seed_of(record.options.seed, record.state["updates"]) if record.options.stochastic_rounding else 0
-        values = (*record.rule.hyper({**group, "lr": lr}), decay, float(record.next_step), float(seed))
+        limit = float("inf") if self.max_norm is None else self.max_norm
+        values = (*record.rule.hyper({**group, "lr": lr}), decay, float(record.next_step), float(seed), limit)
         cached = self._hyper.get(record.hyper_key)
         if cached is None or cached[0] != values:
             dtype = torch.promote_types(parameter.dtype, torch.float32)
@@ -82,6 +88,15 @@ class Holder:
                 self._hyper.clear()
             cached = self._hyper[record.hyper_key] = values, torch.tensor(values, dtype=dtype, device=parameter.device)
         return cached[1]
+
+    def norm_leaf(self, like: Tensor) -> Tensor:
+        """The input of a compiled graph in whose gradient slot the norm comes back; stored as ``grad_norm``."""
+        if self._norm_leaf is None:
+            dtype = torch.promote_types(like.dtype, torch.float32)
+            self._norm_leaf = torch.zeros((), dtype=dtype, device=like.device, requires_grad=True)
+            me = weakref.ref(self)
+            self._norm_leaf.register_post_accumulate_grad_hook(lambda leaf: _take_norm(me(), leaf))
+        return self._norm_leaf
 
     def forget_numbers(self) -> None:
         """Rebuild all numbers at their next use."""
@@ -144,8 +159,16 @@ class Holder:
 
     def close(self) -> None:
         """Note the end of a step."""
+        self.clipped = False
         for record in self.records.values():
             record.moved = False
+
+
+@_torch.outside_dynamo
+def _take_norm(holder: Holder | None, leaf: Tensor) -> None:
+    if holder is not None:
+        holder.grad_norm = leaf.grad
+    leaf.grad = None
 
 
 def _warm(record: Record) -> float:

@@ -108,3 +108,9 @@ torch.library.register_fake("grass_compile::anchor", _fake_anchor)
 
 anchor = torch.ops.grass_compile.anchor.default
 """``anchor(gradient, weight, hyper, state, shape, number)``; the shape of the compact gradient, the number of the projection."""
+
+_library.define("norm(Tensor[] anchors, Tensor[] gradients) -> Tensor")
+torch.library.register_fake("grass_compile::norm", lambda anchors, gradients: anchors[0].new_empty(()))
+
+norm = torch.ops.grass_compile.norm.default
+"""``norm(anchors, gradients)``; stands for the common norm of compact and dense gradients, by which all are clipped."""

@@ -48,7 +48,8 @@ class GrassOptimizer(torch.optim.AdamW):
             if len({group[key] for group in self.param_groups}) > 1:
                 raise ConfigError(f"{key} differs between parameter groups; it belongs to the optimizer as a whole.")
         group = self.param_groups[0]
-        self._holder.fused = group["step_in_backward"] and group["max_grad_norm"] is None
+        self._holder.fused = group["step_in_backward"]
+        self._holder.max_norm = None if group["max_grad_norm"] is None else float(group["max_grad_norm"])
 
     # ------------------------------------------------------------------------------------------------------- groups
 
@@ -96,6 +97,7 @@ class GrassOptimizer(torch.optim.AdamW):
 
     # --------------------------------------------------------------------------------------------------------- step
 
+    @_torch.outside_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Apply the compact gradients that wait, move the dense parameters (norms, embeddings, biases, refused weights), and
         close the step.
@@ -113,8 +115,8 @@ class GrassOptimizer(torch.optim.AdamW):
         holder = self._holder
         holder.check()
         self._warn_uncompiled()
-        if (max_norm := self.param_groups[0]["max_grad_norm"]) is not None:
-            holder.clip(max_norm)
+        if holder.max_norm is not None and not holder.clipped:
+            holder.clip(holder.max_norm)
         waiting = holder.pending()
         holder.apply(waiting)
         try:
@@ -293,7 +295,8 @@ class AdamW(GrassOptimizer):
         exclude: name patterns (``fnmatch``) that stay dense.
         step_in_backward: the weights move inside ``loss.backward()``; if False, compact gradients are left in ``.grad``
             until ``opt.step()``.
-        max_grad_norm: clip all gradients by their common norm; the weights then move in ``opt.step()``.
+        max_grad_norm: clip all gradients, compact and dense, by their common norm; inside the backward if one compiled region
+            covers all trainable parameters, otherwise the weights move in ``opt.step()``. See `grad_norm`.
         refresh_warmup: steps after each refresh over which the learning rate of projected weights rises linearly to ``lr``.
         stochastic_rounding: round bf16 weights (and bf16 moments) stochastically, so that updates below half a unit in the
             last place are not lost.

@@ -206,6 +206,7 @@ def refusal(name: str, parameter: Tensor, options: GroupOptions) -> str | None:
     return None
 
 
+@_torch.outside_dynamo
 def _deliver(record: Record | None, leaf: Tensor) -> None:
     """Turn what autograd has accumulated into a leaf into the weight's ``.grad``."""
     values, leaf.grad = leaf.grad, None
@@ -271,22 +272,25 @@ class Call:
     drops its `Call`, and with it the claim on the weights.
     """
 
-    __slots__ = ("__weakref__", "_actions", "_backwards", "_records", "_refresh", "_updates")
+    __slots__ = ("__weakref__", "_actions", "_backwards", "_clips", "_records", "_refresh", "_updates")
 
-    def __init__(self, records: Sequence[Record], refresh: Sequence[bool], backwards: _torch.Backwards) -> None:
+    def __init__(self, records: Sequence[Record], refresh: Sequence[bool], backwards: _torch.Backwards, clips: bool) -> None:
         """Note a forward.
 
         Args:
             records: the weights that it projects.
             refresh: for each, whether the compiled pair forms the full gradient.
             backwards: the backward of the compiled pair.
+            clips: whether that can clip all gradients of the optimizer.
         """
+        self._clips = clips
         self._records, self._refresh, self._backwards = tuple(records), tuple(refresh), backwards
         self._updates = [record.state["updates"] for record in records]
         self._actions: tuple[Action, ...] = ()
         for record in records:
             record.outstanding.add(self)
 
+    @_torch.outside_dynamo
     def before_backward(self, grad_outputs: Any) -> None:
         """Decide what this backward does with each gradient. Runs before anything was computed.
 
@@ -312,23 +316,34 @@ class Call:
                     f"{record.name}: it is projected, yet its .grad holds a full gradient from outside its compiled region. Set "
                     ".grad to None, or keep this weight dense with exclude=."
                 )
-        self._actions = tuple(map(self._action, self._records, self._refresh))
-        self._backwards.key = self._actions
+        steps = [self._may_step(record) for record in self._records]
+        holder = self._records[0].holder
+        assert holder is not None
+        clip = self._clips and all(steps) and all(parameter.grad is None for parameter in holder.records)
+        self._actions = tuple(
+            "step" if step and (clip or record.holder.max_norm is None) else self._left(record, refresh)  # type: ignore[union-attr]
+            for record, step, refresh in zip(self._records, steps, self._refresh, strict=True)
+        )
+        self._backwards.key = self._actions, clip
 
-    def _action(self, record: Record, refresh: bool) -> Action:
+    def _may_step(self, record: Record) -> bool:
         assert record.holder is not None
-        if record.pending is not None:
-            return "keep"
-        if record.holder.deferred or len(record.outstanding) > (self in record.outstanding):
-            return "choose" if refresh else "keep"
-        return "step"
+        alone = len(record.outstanding) == (self in record.outstanding)
+        return alone and record.pending is None and not record.holder.deferred
 
+    @staticmethod
+    def _left(record: Record, refresh: bool) -> Action:
+        return "choose" if refresh and record.pending is None else "keep"
+
+    @_torch.outside_dynamo
     def after_backward(self, grad_inputs: Any, grad_outputs: Any) -> None:
         """Note what the backward has done."""
         moved = [record for record, action in zip(self._records, self._actions, strict=True) if action == "step"]
         for record in moved:
             record.count()
             record.moved = True
+            assert record.holder is not None
+            record.holder.clipped = record.holder.max_norm is not None
         for record in self._records:
             record.outstanding.discard(self)
         _torch.mark_written([record.parameter for record in moved])

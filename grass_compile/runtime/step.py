@@ -21,9 +21,10 @@ from .ops import round_stochastically, row_update
 if TYPE_CHECKING:
     from ..config import SiteConfig
 
-SHARED_HYPER = ("decay", "step", "seed")
+SHARED_HYPER = ("decay", "step", "seed", "max_norm")
 """The last elements of ``hyper``: ``1 - lr * weight_decay``, the factor on the whole weight; where all rows of a weight have had
-equally many updates, their number, this one included; and where rounding is stochastic, the seed of this step's."""
+equally many updates, their number, this one included; where rounding is stochastic, the seed of this step's; and where
+gradients are clipped, the largest norm allowed."""
 
 
 Action = Literal["step", "choose", "keep"]
@@ -125,6 +126,18 @@ def apply(
         moments.append(new[name].to(old.dtype) if rounding is None else round_stochastically(new[name], rounding))
     weight_noise = noise if weight.dtype == torch.bfloat16 else None
     return (row_update(weight, dim, index, -update, weight_noise), *written, *moments)
+
+
+def clip_scale(hyper: Tensor, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+    """The common norm of gradients, and the factor that brings it down to ``max_norm``, as ``torch.nn.utils.clip_grad_norm_``."""
+    squares = [(gradient.to(hyper.dtype) ** 2).sum() for gradient in gradients]
+    norm = torch.stack(squares).sum().sqrt()
+    return norm, (hyper[-1] / (norm + 1e-6)).clamp(max=1.0)
+
+
+def scaled(gradient: Tensor, scale: Tensor) -> tuple[Tensor]:
+    """``gradient * scale`` in the gradient's dtype."""
+    return ((gradient * scale).to(gradient.dtype),)
 
 
 def seed_of(seed: int, updates: int) -> int:
