@@ -161,7 +161,7 @@ class Holder:
         """Note the end of a step."""
         self.clipped = False
         for record in self.records.values():
-            record.moved = False
+            record.moved = record.in_flight = False
 
 
 @_torch.outside_dynamo

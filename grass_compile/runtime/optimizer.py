@@ -129,6 +129,13 @@ class GrassOptimizer(torch.optim.AdamW):
         holder.close()
         return loss
 
+    @_torch.outside_dynamo
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients, compact ones included."""
+        super().zero_grad(set_to_none)
+        for record in self._holder.records.values():
+            record.in_flight = False
+
     def _warn_uncompiled(self) -> None:
         """Say once that nothing is compiled."""
         if self._warned or any(record.assigned for record in self._holder.records.values()):

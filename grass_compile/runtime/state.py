@@ -54,11 +54,13 @@ class Record:
         kernel: the step by itself; supplied by the backend along with ``assigned``.
         outstanding: forwards that wait for their backward.
         moved: whether a backward has updated it since the last ``opt.step()``.
+        in_flight: whether a compact gradient has been computed that autograd has not delivered yet: it waits until every call
+            in the same graph has contributed.
     """
 
     __slots__ = (
-        "__weakref__", "_configs", "_holder", "_leaf", "_parameter", "assigned", "group", "kernel", "moved", "name", "options",
-        "outstanding", "rule",
+        "__weakref__", "_configs", "_holder", "_leaf", "_parameter", "assigned", "group", "in_flight", "kernel", "moved",
+        "name", "options", "outstanding", "rule",
     )  # fmt: skip
 
     def __init__(
@@ -73,6 +75,7 @@ class Record:
         self.kernel: Kernel | None = None
         self.outstanding: weakref.WeakSet[Call] = weakref.WeakSet()
         self.moved = False
+        self.in_flight = False
 
     @property
     def parameter(self) -> Tensor:
@@ -149,6 +152,11 @@ class Record:
             self._leaf.register_post_accumulate_grad_hook(lambda leaf: _deliver(me(), leaf))
         return self._leaf
 
+    @property
+    def waits(self) -> bool:
+        """Whether a compact gradient waits for ``opt.step()``, or is on its way there."""
+        return self.in_flight or self.pending is not None
+
     def forget(self) -> None:
         """Forget what follows from the options; they have changed."""
         self._configs.clear()
@@ -212,6 +220,7 @@ def _deliver(record: Record | None, leaf: Tensor) -> None:
     values, leaf.grad = leaf.grad, None
     if record is None or values is None:
         return
+    record.in_flight = False
     parameter, pending = record.parameter, record.pending
     if pending is not None:
         pending.compact.add_(values)
@@ -329,11 +338,11 @@ class Call:
     def _may_step(self, record: Record) -> bool:
         assert record.holder is not None
         alone = len(record.outstanding) == (self in record.outstanding)
-        return alone and record.pending is None and not record.holder.deferred
+        return alone and not record.waits and not record.holder.deferred
 
     @staticmethod
     def _left(record: Record, refresh: bool) -> Action:
-        return "choose" if refresh and record.pending is None else "keep"
+        return "choose" if refresh and not record.waits else "keep"
 
     @_torch.outside_dynamo
     def after_backward(self, grad_inputs: Any, grad_outputs: Any) -> None:
@@ -344,6 +353,7 @@ class Call:
             record.moved = True
             assert record.holder is not None
             record.holder.clipped = record.holder.max_norm is not None
-        for record in self._records:
+        for record, action in zip(self._records, self._actions, strict=True):
             record.outstanding.discard(self)
+            record.in_flight = record.in_flight or action != "step"
         _torch.mark_written([record.parameter for record in moved])
