@@ -25,6 +25,7 @@ class Findings:
     def __init__(self) -> None:
         self.projections: dict[Tensor, Projection] = {}
         self.reasons: dict[Tensor, str] = {}
+        self.calls: dict[Tensor, int] = {}
         self.error: GrassError | None = None
 
     def backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -48,7 +49,9 @@ class Findings:
             return
         _, analysis = region.analyse(weights)
         for projection in analysis.projections:
-            self.projections[parameters[projection.position]] = projection
+            parameter = parameters[projection.position]
+            self.projections[parameter] = projection
+            self.calls[parameter] = self.calls.get(parameter, 0) + 1
         for refusal in analysis.refusals:
             self.reasons[parameters[refusal.weight.position]] = refusal.reason
 
@@ -114,6 +117,8 @@ def _row(name: str, parameter: Tensor, findings: Findings) -> Row:
     reason = (record.assigned.why if record is not None and record.assigned is not None else "") or projection.why
     if projection.rank < projection.config.rank:
         reason += f"; rank {projection.config.rank} clamped to {projection.rank}"
+    if findings.calls[parameter] > 1:
+        reason += f"; reached by {findings.calls[parameter]} calls of compiled regions, so it moves in opt.step()"
     axis, rank, dim = projection.axis, projection.rank, projection.dim
     return Row(name, shape, dtype, True, axis, rank, reason, dim, projection.tokens)
 
