@@ -34,6 +34,10 @@ class Method:
     moves: bool = True
     refreshes: bool = False
 
+    def accumulate(self, optimizer: Any) -> contextlib.AbstractContextManager[None]:
+        """What to put a micro-batch under that is not the last."""
+        return optimizer.accumulate() if self.backend == "grass" else contextlib.nullcontext()
+
 
 def _adamw(parameters: list[nn.Parameter], settings: Settings) -> Optimizer:
     return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0, fused=True)
@@ -49,7 +53,7 @@ def _frozen(model: Stack, settings: Settings) -> Optimizer:
     return _adamw([p for p in model.parameters() if p.requires_grad], settings)
 
 
-def _grass(axis: Literal["rows", "columns", "auto"]) -> Callable[[Stack, Settings], Optimizer]:
+def _grass(axis: Literal["rows", "columns", "auto"], **keywords: Any) -> Callable[[Stack, Settings], Optimizer]:
     def prepare(model: Stack, settings: Settings) -> Optimizer:
         import grass_compile
 
@@ -61,6 +65,7 @@ def _grass(axis: Literal["rows", "columns", "auto"]) -> Callable[[Stack, Setting
             update_proj_gap=settings.update_proj_gap,
             axis=axis,
             on_refresh="reset",  # so that `refreshed` can tell a refresh by the restarted count
+            **keywords,
         )
         return optimizer
 
@@ -173,6 +178,9 @@ METHODS: dict[str, Method] = {
     "grass-rows": Method("grass", _grass("rows"), _witness_grass, refreshes=True),
     "grass-columns": Method("grass", _grass("columns"), _witness_grass, refreshes=True),
     "grass-auto": Method("grass", _grass("auto"), _witness_grass, refreshes=True),
+    "grass-rows-deferred": Method("grass", _grass("rows", step_in_backward=False), _witness_grass, refreshes=True),
+    "grass-columns-deferred": Method("grass", _grass("columns", step_in_backward=False), _witness_grass, refreshes=True),
+    "grass-rows-clipped": Method("grass", _grass("rows", max_grad_norm=1.0), _witness_grass, refreshes=True),
     "galore": Method("inductor", _galore, _witness_projector, refreshes=True),
     "apollo": Method("inductor", _apollo, _witness_projector, refreshes=True),
     "adamw8bit": Method("inductor", _adamw8bit, _witness_8bit),

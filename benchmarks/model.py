@@ -37,6 +37,7 @@ class Settings:
         gap: Steps between refreshes. 0 means `warmup + steps`, which puts one refresh right after the measured steps.
         lr: Learning rate. The loss is of no interest; but below 4e-3 a bf16 norm weight near 1 stands still.
         blockwise: Compile each block by itself instead of the whole stack.
+        micro_batches: Forwards and backwards for each step of the optimizer.
         memory: Measure memory after the timed steps; `benchmarks.compile_time` has no use for that.
     """
 
@@ -54,6 +55,7 @@ class Settings:
     gap: int = 0
     lr: float = 1e-2
     blockwise: bool = False
+    micro_batches: int = 1
     memory: bool = True
 
     def __post_init__(self) -> None:

@@ -79,6 +79,7 @@ def add_settings(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     chosen = {f.name: f.default for f in fields(Settings)} | defaults
     for name in ("d", "layers", "ffn", "batch", "seq", "rank", "threads", "warmup", "steps"):
         parser.add_argument(f"--{name}", type=int, default=chosen[name], help=f"default {chosen[name]}")
+    parser.add_argument("--micro-batches", type=int, default=chosen["micro_batches"], help="backwards per step (default 1)")
     parser.add_argument("--dtype", choices=list(DTYPES), default=chosen["dtype"], help=f"default {chosen['dtype']}")
     parser.add_argument("--gap", type=int, default=0, help="steps between refreshes; 0: warmup + steps (default)")
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds one process may take (default 1800)")
@@ -95,7 +96,8 @@ def settings_of(arguments: argparse.Namespace, method: str, **overrides: Any) ->
 def default_output(benchmark: str, settings: Settings) -> Path:
     """A file name that says what was measured; the same measurement again replaces it."""
     size = f"d{settings.d}-l{settings.layers}-f{settings.ffn}-b{settings.batch}x{settings.seq}-r{settings.rank}"
-    return RESULTS / f"{benchmark}-{size}-{settings.dtype}-t{settings.threads}.json"
+    accumulated = f"-x{settings.micro_batches}" if settings.micro_batches > 1 else ""
+    return RESULTS / f"{benchmark}-{size}-{settings.dtype}-t{settings.threads}{accumulated}.json"
 
 
 def _git(*arguments: str) -> str | None:

@@ -23,10 +23,14 @@ AMORTISED_OVER = 200
 """Steps between refreshes in the amortised column: the default of grass, GaLore and APOLLO alike."""
 
 
+DEFAULT = [name for name in METHODS if not name.endswith(("-deferred", "-clipped"))]
+"""The ways of grass's own that only its training loop tells apart are measured on request."""
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__)
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(DEFAULT), metavar="METHOD")
     parser.add_argument("--rounds", type=int, default=3, help="times every method is measured (default 3)")
     parser.add_argument("--cold", action="store_true", help="a fresh compile cache for every process")
     record.add_settings(parser)

@@ -5,6 +5,7 @@ The environment (threads, cache directory, malloc arenas) is the parent's to set
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import statistics
@@ -61,8 +62,10 @@ class Trainer:
         """Forward, backward, update, gradients dropped."""
         refresh, index = self.next_is_refresh(), self.index
         start = time.perf_counter()
-        loss: Tensor = self.model(self.input)
-        loss.backward()
+        for waiting in range(self.settings.micro_batches - 1, -1, -1):
+            with self.method.accumulate(self.optimizer) if waiting else contextlib.nullcontext():
+                loss: Tensor = self.model(self.input) / self.settings.micro_batches
+                loss.backward()
         computed = time.perf_counter()
         self.optimizer.step()
         self.optimizer.zero_grad()

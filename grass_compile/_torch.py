@@ -177,9 +177,16 @@ class Backwards:
         key: which backward runs next; set by whoever starts it.
     """
 
-    def __init__(self, finish: Callable[[fx.GraphModule, Any], fx.GraphModule]) -> None:
+    def __init__(self, finish: Callable[[fx.GraphModule, Any], fx.GraphModule], expected: Any) -> None:
+        """Nothing is compiled yet.
+
+        Args:
+            finish: makes a runnable copy of the backward graph for a key.
+            expected: the key that is probably needed first. With dynamic shapes it is compiled along with the forward, while
+                Dynamo still collects guards.
+        """
         self._boxed_call = True
-        self.key: Any = None
+        self.key: Any = expected
         self._finish = finish
         self._contexts: tuple[Any, Any] = (None, None)
         self._gm: fx.GraphModule | None = None
@@ -190,6 +197,8 @@ class Backwards:
         """Take what AOTAutograd hands to a backward compiler: the graph, and how it would have been compiled."""
         self._gm, self._compile = gm, compile
         self._contexts = copy.copy(TracingContext.try_get()), CompileContext.try_get()
+        if any(isinstance(node.meta.get("val"), torch.SymInt) for node in gm.graph.find_nodes(op="placeholder")):
+            self._compiled[self.key] = self._compile(self._finish(gm, self.key))
         return self
 
     def __call__(self, args: Any) -> Any:

@@ -104,7 +104,8 @@ class Region:
             by_position = dict(zip((position for position, _ in self.captured.parameters), parameters, strict=True))
             clipped = self._clipped(by_position, asked[1])
             for refresh in (True, False) if self.captured.is_dynamic else (True,):
-                self.variant(self.plan(*asked, clipped, refresh))
+                plan = self.plan(*asked, clipped, refresh)
+                self.variant(plan, [asked[1][p.position] for p in plan.projections] if plan is not None else ())
         except GrassError as error:
             log.debug("compilation failed and is repeated at the call, to raise outside of Dynamo: %s", error)
 
@@ -121,7 +122,7 @@ class Region:
         state = [tensor for record in held for tensor in record.tensors()]
         inputs = (*args, *state, *(record.leaf for record in held), *_hyper(plan, held), *_norm_leaf(plan, held))
         since = _torch.sequence_number()
-        variant = self.variant(plan)
+        variant = self.variant(plan, held)
         results = variant.call(*inputs)
         node = _torch.backward_node(results if isinstance(results, (list, tuple)) else (results,), since)
         if node is not None:
@@ -272,24 +273,25 @@ class Region:
 
     # ------------------------------------------------------------------------------------------------- the variants
 
-    def variant(self, plan: Plan | None) -> Variant:
+    def variant(self, plan: Plan | None, held: Sequence[Record] = ()) -> Variant:
         """The compiled variant for ``plan``; None stands for the graph as any compiler would have it."""
         if plan not in self._variants:
-            self._variants[plan] = self._compile_plain() if plan is None else self._compile_plan(plan)
+            self._variants[plan] = self._compile_plain() if plan is None else self._compile_plan(plan, held)
         return self._variants[plan]
 
     def _compile_plain(self) -> Variant:
         gm = _torch.with_inputs(self.captured, (), ())
         return Variant(self._compile(gm, self.captured.example_inputs, None), None)
 
-    def _compile_plan(self, plan: Plan) -> Variant:
+    def _compile_plan(self, plan: Plan, held: Sequence[Record]) -> Variant:
         kind = "refresh" if all(plan.refresh) else "mixed" if any(plan.refresh) else "regular"
         log.info("compiling the %s variant: %d weights projected", kind, len(plan.projections))
         names = plan.input_names
         gm = _torch.with_inputs(self.captured, names, ["hyper" not in name for name in names])
         inputs = (*self.captured.example_inputs, *_fake_state(_torch.fake_mode(self.captured), self.captured, plan))
         partition = functools.partial(pipeline.transform, plan=plan, partition=_torch.min_cut_rematerialization_partition)
-        backwards = _torch.Backwards(lambda gm, key: pipeline.finish(gm, plan, *key))
+        likely = registry.expected(held, plan.refresh, plan.clipped is not None)
+        backwards = _torch.Backwards(lambda gm, key: pipeline.finish(gm, plan, *key), likely)
         try:
             return Variant(self._compile(gm, inputs, partition, backwards), backwards)
         except PlanMismatch as found:

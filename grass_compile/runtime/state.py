@@ -330,7 +330,7 @@ class Call:
         assert holder is not None
         clip = self._clips and all(steps) and all(parameter.grad is None for parameter in holder.records)
         self._actions = tuple(
-            "step" if step and (clip or record.holder.max_norm is None) else self._left(record, refresh)  # type: ignore[union-attr]
+            _action(record, step, refresh, clip)
             for record, step, refresh in zip(self._records, steps, self._refresh, strict=True)
         )
         self._backwards.key = self._actions, clip
@@ -339,10 +339,6 @@ class Call:
         assert record.holder is not None
         alone = len(record.outstanding) == (self in record.outstanding)
         return alone and not record.waits and not record.holder.deferred
-
-    @staticmethod
-    def _left(record: Record, refresh: bool) -> Action:
-        return "choose" if refresh and not record.waits else "keep"
 
     @_torch.outside_dynamo
     def after_backward(self, grad_inputs: Any, grad_outputs: Any) -> None:
@@ -357,3 +353,18 @@ class Call:
             record.outstanding.discard(self)
             record.in_flight = record.in_flight or action != "step"
         _torch.mark_written([record.parameter for record in moved])
+
+
+def expected(records: Sequence[Record], refresh: Sequence[bool], clips: bool) -> tuple[tuple[Action, ...], bool]:
+    """The key of the backward that a call most likely needs; see `Call`."""
+    fused = [record.holder is not None and record.holder.fused for record in records]
+    clip = clips and all(fused)
+    return tuple(_action(record, *flags, clip) for record, *flags in zip(records, fused, refresh, strict=True)), clip
+
+
+def _action(record: Record, step: bool, refresh: bool, clip: bool) -> Action:
+    """What to do with one gradient, given whether its weight may move and whether all gradients are clipped on the way."""
+    assert record.holder is not None
+    if step and (clip or record.holder.max_norm is None):
+        return "step"
+    return "choose" if refresh and not record.waits else "keep"
