@@ -359,7 +359,7 @@ def expected(records: Sequence[Record], refresh: Sequence[bool], clips: bool) ->
     """The key of the backward that a call most likely needs; see `Call`."""
     fused = [record.holder is not None and record.holder.fused for record in records]
     clip = clips and all(fused)
-    return tuple(_action(record, *flags, clip) for record, *flags in zip(records, fused, refresh, strict=True)), clip
+    return tuple(_action(record, step, new, clip) for record, step, new in zip(records, fused, refresh, strict=True)), clip
 
 
 def _action(record: Record, step: bool, refresh: bool, clip: bool) -> Action:
