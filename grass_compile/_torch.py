@@ -413,6 +413,23 @@ def trace_graph(name: str, gm: fx.GraphModule) -> None:
 # ---------------------------------------------------------------------------------------------------------- Inductor
 
 
+def register_gather_lowering(op: Any) -> None:
+    """Teach Inductor ``gather(features, index)``: a loop without bounds checks on a GPU, ATen's ``index_select`` on a CPU.
+
+    On a CPU, Inductor puts neighbouring loops into one C++ function. A gather among them would make the model's own functions
+    differ between the regular variant and the refresh, and the C++ compiler, which takes most of the time, would see them twice.
+    """
+    from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
+
+    fallback = fallback_handler(op, add_to_fallback_set=False)
+
+    @register_lowering(op, type_promotion_kind=None)
+    def lower(features: Any, index: Any) -> Any:
+        if features.get_device().type == "cpu":
+            return fallback(features, index)
+        return lowerings[torch.ops.aten._unsafe_index.Tensor](features, [None, index])
+
+
 def register_row_update_lowering(op: Any) -> None:
     """Teach Inductor ``row_update_(weight, dim, index, update, noise)``: one loop that loads, adds, rounds and stores.
 

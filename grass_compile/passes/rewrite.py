@@ -7,19 +7,19 @@ Rows (out-features) of an ``nn.Linear`` weight, before::
 
 After::
 
-    index:   f32[b, r] = _unsafe_index(grad_out, [None, idx])
-    permute: f32[r, b] = permute(index, [1, 0])
+    gather:  f32[b, r] = grass_compile.gather(grad_out, idx)
+    permute: f32[r, b] = permute(gather, [1, 0])
     mm:      f32[r, n] = mm(permute, x)
 
 Columns (in-features), after::
 
-    index:   f32[b, r] = _unsafe_index(x, [None, idx])               <- known in the forward: only this is saved of x
+    gather:  f32[b, r] = grass_compile.gather(x, idx)                <- known in the forward: only this is saved of x
     permute: f32[m, b] = permute(grad_out, [1, 0])
-    mm:      f32[m, r] = mm(permute, index)
+    mm:      f32[m, r] = mm(permute, gather)
 
 The gather makes a ``[b, r]`` buffer (neighbouring threads read one row of ``grad_out``) that the matmul reads transposed.
 
-``_unsafe_index`` is ``index`` without a bounds check: the index is ours, and always valid.
+``gather`` checks no bounds: the index is ours, and always valid.
 
 Contract: adds nodes only; the value made for a site equals ``slot[idx]`` (``slot[:, idx]``) up to rounding, in the slot's
 dtype. The dense product dies with its slot, which `fuse` gives a new meaning.
@@ -32,6 +32,7 @@ from collections.abc import Mapping
 import torch
 from torch import fx
 
+from ..runtime import ops
 from .fx_utils import call, provenance, shape_of
 from .records import Cast, Gradient, Operand, Product, Site, Sum
 
@@ -81,7 +82,7 @@ def _select(graph: fx.Graph, gradient: Gradient, dim: int, index: fx.Node) -> fx
         return call(graph, aten.cat.default, [_select(graph, part, dim, index) for part in gradient.parts], gradient.dim)
     products = [part for part in gradient.parts if isinstance(part, Product)]
     joined = call(graph, aten.cat.default, [_features_last(graph, p.operand(dim)) for p in products], 1)
-    gathered = call(graph, aten._unsafe_index.Tensor, joined, [None, index])
+    gathered = call(graph, ops.gather, joined, index)
     return _matmul(graph, gathered, _features_last(graph, products[0].operand(1 - dim)), dim)
 
 
@@ -89,7 +90,7 @@ def _gather(graph: fx.Graph, features: fx.Node, operand: Operand, index: fx.Node
     """``features[:, start + index]``, ``[b, r]``."""
     if operand.start:
         index = call(graph, aten.add.Tensor, index, operand.start)
-    return call(graph, aten._unsafe_index.Tensor, features, [None, index])
+    return call(graph, ops.gather, features, index)
 
 
 def _features_last(graph: fx.Graph, operand: Operand, whole: bool = False) -> fx.Node:

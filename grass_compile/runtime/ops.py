@@ -70,6 +70,20 @@ row_update_ = torch.ops.grass_compile.row_update_.default
 _torch.register_row_update_lowering(row_update_)
 
 
+# ----------------------------------------------------------------------------------------------------------------- gather
+
+_library.define("gather(Tensor features, Tensor index) -> Tensor")
+_library.impl("gather", lambda features, index: features.index_select(1, index), "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "grass_compile::gather", lambda features, index: features.new_empty((features.shape[0], index.shape[0]))
+)
+
+gather = torch.ops.grass_compile.gather.default
+"""``gather(features [b, m], index int64[r]) -> [b, r]``; ``index`` must be in range."""
+
+_torch.register_gather_lowering(gather)
+
+
 # ---------------------------------------------------------------------------------------------------------------- refresh
 
 _library.define("refresh(Tensor gradient, Tensor index, Tensor[] state, int dim, int rank, str on_refresh) -> Tensor[]")
