@@ -280,13 +280,20 @@ def _compile_eager(
     return compiled
 
 
+def unversioned(tensors: Sequence[Tensor]) -> contextlib.AbstractContextManager[None]:
+    """Inside, autograd does not see writes to ``tensors``, as it does not see those of generated code."""
+    guard: contextlib.AbstractContextManager[None] = torch.autograd._unsafe_preserve_version_counter(  # type: ignore[attr-defined]
+        tuple(tensors)
+    )
+    return guard
+
+
 def _unversioned(gm: fx.GraphModule) -> Compiled:
-    """Run a graph op by op without autograd seeing its writes, as it does not see those of generated code."""
+    """Run a graph op by op, `unversioned`."""
     run = boxed_nop(gm, [])
 
     def call(args: list[Any]) -> Any:
-        tensors = tuple(value for value in args if isinstance(value, Tensor))
-        with torch.autograd._unsafe_preserve_version_counter(tensors):  # type: ignore[attr-defined]
+        with unversioned([value for value in args if isinstance(value, Tensor)]):
             return run(args)
 
     return call

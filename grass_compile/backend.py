@@ -314,16 +314,16 @@ class Region:
             backwards=backwards,
         )
 
-    def _kernel(self, config: SiteConfig, dim: int, rank: int, *tensors: Tensor) -> None:
+    def _kernel(self, config: SiteConfig, dim: int, *tensors: Tensor) -> None:
         """Run the step of one weight by itself, in place; weights of one shape share the compiled code."""
         specs = tuple((tuple(t.shape), tuple(t.stride()), t.dtype, t.device) for t in tensors)
-        _compiled_step(self.options, config, dim, rank, specs)(*tensors)
+        _compiled_step(self.options, config, dim, specs)(*tensors)
 
 
 @functools.cache
-def _compiled_step(options: BackendOptions, config: SiteConfig, dim: int, rank: int, specs: Any) -> Callable[..., Any]:
-    log.info("compiling a step by itself: rank %d along dimension %d of %s", rank, dim, list(specs[1][0]))
-    gm = pipeline.standalone_step(config, dim, rank, specs)
+def _compiled_step(options: BackendOptions, config: SiteConfig, dim: int, specs: Any) -> Callable[..., Any]:
+    log.info("compiling a step by itself: rank %d along dimension %d of %s", config.rank, dim, list(specs[1][0]))
+    gm = pipeline.standalone_step(config, dim, specs)
     return _torch.compile_kernel(gm, compiler=options.compiler, mode=options.mode, patches=dict(options.inductor))
 
 

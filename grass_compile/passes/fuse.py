@@ -12,7 +12,8 @@ After, for the action ``step``::
     row_update: f32[m, n] = grass_compile.row_update(weight, 0, idx, update)
     return (..., None, ...)                                   <- and a list of new values for `place` to write
 
-For ``keep`` and ``choose`` the compact gradient is returned; the update rule stays out.
+For ``keep`` and ``choose`` the compact gradient is returned; the update rule stays out. On a refresh, ``refresh_`` makes the
+compact gradient and writes the index and the state in place, so that what follows is the regular step, to the very kernel.
 
 Only what is traced with `make_fx` and Inductor's decomposition table is inlined, since operators that have a decomposition must
 not be inserted by hand.
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,9 +35,9 @@ from .. import _torch
 from ..config import SiteConfig
 from ..errors import GraphError
 from ..runtime import ops
-from ..runtime.step import Action, apply, backward_step, clip_scale, graph_state, results, scaled
+from ..runtime.step import Action, apply_all, clip_scale, kept, scaled, selected
 from .anchor import anchors
-from .fx_utils import inline, output_node, outputs, provenance, set_outputs
+from .fx_utils import call, inline, output_node, outputs, provenance, set_outputs
 from .records import Projection
 
 
@@ -88,9 +89,11 @@ def fuse(
         arguments: Any = node.args
         number = arguments[-1]
         projection, action = projections[number], actions[number]
-        new = _inline(gm, node, projection, refresh[number], action)
-        values[values.index(node)] = new.pop("gradient", None)
-        writes += _writes(node, projection, new)
+        with provenance(gm, "fuse", projection.name, node), gm.graph.inserting_before(node):
+            gradient = _compact(gm, node, projection, refresh[number], action)
+            if action == "step":
+                writes += _step(gm, node, gradient, projection)
+            values[values.index(node)] = None if action == "step" else _trace(gm, kept, (), [gradient])[0]
     set_outputs(gm, values)
     return writes
 
@@ -98,49 +101,53 @@ def fuse(
 def _clipped(gm: fx.GraphModule, norm: fx.Node, projections: Sequence[Projection], refresh: Sequence[bool]) -> list[Write]:
     """First every compact gradient, then the norm of all gradients and the factor, then the steps and the scaled rest."""
     values, writes, found = outputs(gm), [], anchors(gm)
-    arguments: Any = [node.args for node in found]
-    _, dense = norm.args
-    kept = []
-    for node, (*_, number) in zip(found, arguments, strict=True):
-        kept.append(_inline(gm, node, projections[number], refresh[number], "choose" if refresh[number] else "keep"))
+    arguments: Any = norm.args
+    numbers = [int(node.args[-1]) for node in found]  # type: ignore[arg-type]
+    gradients = []
+    for node, number in zip(found, numbers, strict=True):
+        with provenance(gm, "fuse", projections[number].name, node), gm.graph.inserting_before(node):
+            gradients.append(_compact(gm, node, projections[number], refresh[number], "step"))
     with provenance(gm, "fuse", "norm", norm), gm.graph.inserting_before(norm):
-        inputs = [arguments[0][2], *(new["gradient"] for new in kept), *dense]  # type: ignore[misc]
-        total, scale = inline(gm.graph, trace_step(clip_scale, (), _specs(inputs)), inputs)
-        small = {g: inline(gm.graph, trace_step(scaled, (), _specs([g, scale])), [g, scale])[0] for g in inputs[1:]}
-    for node, (_, weight, hyper, state, _, number), new in zip(found, arguments, kept, strict=True):
-        projection = projections[number]
-        names = graph_state(projection.config)
-        args = [small[new.pop("gradient")], weight, hyper, *(new.get(name, old) for name, old in zip(names, state, strict=True))]
-        with provenance(gm, "fuse", projection.name, node), gm.graph.inserting_before(norm):
-            traced = trace_step(_apply_all, (projection.config, projection.dim, projection.rank), _specs(args))
-            stepped = dict(zip(("weight", *names[1:]), inline(gm.graph, traced, args), strict=True))
-        writes += _writes(node, projection, {**new, **stepped})
+        total, scale = _trace(gm, clip_scale, (), [found[0].args[2], *gradients, *arguments[1]])
+        small = {gradient: _trace(gm, scaled, (), [gradient, scale])[0] for gradient in arguments[1]}
+    for node, number, gradient in zip(found, numbers, gradients, strict=True):
+        with provenance(gm, "fuse", projections[number].name, node), gm.graph.inserting_before(norm):
+            (wide,) = _trace(gm, kept, (), [gradient])
+            writes += _step(gm, node, _trace(gm, scaled, (), [wide, scale])[0], projections[number])
         values[values.index(node)] = None
     set_outputs(gm, [total if value is norm else small.get(value, value) for value in values])
     return writes
 
 
-def _inline(gm: fx.GraphModule, node: fx.Node, projection: Projection, refresh: bool, action: Action) -> dict[str, fx.Node]:
-    """Inline one action where an anchor stands; the new values by name."""
+def _compact(gm: fx.GraphModule, node: fx.Node, projection: Projection, refresh: bool, action: Action) -> fx.Node:
+    """The compact gradient where an anchor stands; on a refresh, that of new rows unless older ones are to be kept."""
     arguments: Any = node.args
-    gradient, weight, hyper, state, _, _ = arguments
-    args = [gradient, weight, hyper, *state]
-    settings = (projection.config, projection.dim, projection.rank, refresh, action)
-    with provenance(gm, "fuse", projection.name, node), gm.graph.inserting_before(node):
-        values = inline(gm.graph, trace_step(backward_step, settings, _specs(args)), args)
-    return dict(zip(results(projection.config, refresh, action), values, strict=True))
+    gradient, _, _, (index, *state), _, _ = arguments
+    if not refresh:
+        return gradient  # type: ignore[no-any-return]
+    if action == "keep":
+        (compact,) = _trace(gm, selected, (projection.dim,), [gradient, index])
+        return compact
+    on_refresh = projection.config.on_refresh
+    return call(gm.graph, ops.refresh_, gradient, index, state, projection.dim, projection.rank, on_refresh)
 
 
-def _writes(node: fx.Node, projection: Projection, new: Mapping[str, fx.Node]) -> list[Write]:
-    """What has to be written for one anchor.
+def _step(gm: fx.GraphModule, node: fx.Node, gradient: fx.Node, projection: Projection) -> list[Write]:
+    """Inline the step of one weight; returns what has to be written.
 
     Raises:
-        GraphError: the tensor is not an input of this graph.
+        GraphError: one of these tensors is not an input of this graph.
     """
     arguments: Any = node.args
-    _, weight, _, state, _, _ = arguments
-    targets = {"weight": weight, **dict(zip(graph_state(projection.config), state, strict=True))}
-    return [Write(_input(targets[name], projection.name), value, projection.name) for name, value in new.items()]
+    _, weight, hyper, (index, *state), _, _ = arguments
+    new = _trace(gm, apply_all, (projection.config, projection.dim), [gradient, weight, hyper, index, *state])
+    targets = zip((weight, *state), new, strict=True)
+    return [Write(_input(target, projection.name), value, projection.name) for target, value in targets]
+
+
+def _trace(gm: fx.GraphModule, function: Callable[..., Any], settings: tuple[Any, ...], args: list[Any]) -> list[fx.Node]:
+    """Trace a function over tensors and inline it at the insertion point."""
+    return inline(gm.graph, trace_step(function, settings, _specs(args)), args)
 
 
 def _input(node: fx.Node, weight: str) -> fx.Node:
@@ -149,19 +156,18 @@ def _input(node: fx.Node, weight: str) -> fx.Node:
     return node
 
 
-def standalone(config: SiteConfig, dim: int, rank: int, specs: tuple[tuple[Any, ...], ...]) -> tuple[fx.GraphModule, list[Write]]:
+def standalone(config: SiteConfig, dim: int, specs: tuple[tuple[Any, ...], ...]) -> tuple[fx.GraphModule, list[Write]]:
     """The graph of a step by itself, for a compact gradient that a backward has left.
 
     Args:
         config: what the optimizer asked of the weight.
         dim: the stored dimension that is indexed.
-        rank: r.
         specs: ``(shape, stride, dtype, device)`` of the compact gradient, the weight, ``hyper`` and each state tensor.
 
     Returns:
         A graph with these inputs and no outputs yet, and what has to be written.
     """
-    traced = trace_step(_apply_all, (config, dim, rank), specs)
+    traced = trace_step(apply_all, (config, dim), specs)
     gm = fx.GraphModule(torch.nn.Module(), fx.Graph())
     nodes = []
     with FakeTensorMode() as mode:
@@ -173,13 +179,6 @@ def standalone(config: SiteConfig, dim: int, rank: int, specs: tuple[tuple[Any, 
         new = inline(gm.graph, traced, nodes, mode)
     _, weight, _, _, *rest = nodes
     return gm, [Write(target, value, "step") for target, value in zip((weight, *rest), new, strict=True)]
-
-
-def _apply_all(
-    config: Any, dim: int, rank: int, gradient: torch.Tensor, weight: torch.Tensor, hyper: torch.Tensor, *state: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
-    index, *rest = state
-    return apply(config, dim, gradient, weight, hyper, index, rest)
 
 
 def _specs(nodes: Sequence[fx.Node]) -> tuple[tuple[Any, ...], ...]:

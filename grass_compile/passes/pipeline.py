@@ -193,9 +193,9 @@ def finish(gm: fx.GraphModule, plan: Plan, actions: tuple[Action, ...], clip: bo
     return gm
 
 
-def standalone_step(config: SiteConfig, dim: int, rank: int, specs: tuple[Any, ...]) -> fx.GraphModule:
+def standalone_step(config: SiteConfig, dim: int, specs: tuple[Any, ...]) -> fx.GraphModule:
     """The graph of one weight's step by itself, see `grass_compile.passes.fuse.standalone`."""
-    gm, writes = standalone(config, dim, rank, specs)
+    gm, writes = standalone(config, dim, specs)
     place(gm, writes)
     return gm
 

@@ -68,6 +68,11 @@ def is_write(node: fx.Node) -> bool:
     return node.target in (aten.copy_.default, ops.row_update_)
 
 
+def refreshes(gm: fx.GraphModule) -> list[fx.Node]:
+    """The nodes that choose new rows; they write every input but the first."""
+    return list(gm.graph.find_nodes(op="call_function", target=ops.refresh_))
+
+
 def _hoist(gm: fx.GraphModule) -> None:
     """Move every node of ours up to just behind the last node that it has to follow.
 
@@ -79,11 +84,13 @@ def _hoist(gm: fx.GraphModule) -> None:
     order = {node: place for place, node in enumerate(gm.graph.nodes)}
     anchors: dict[fx.Node, fx.Node] = dict.fromkeys(inputs, inputs[-1])
     last: dict[fx.Node, fx.Node] = {}
+    refreshed = {source: node for node in refreshes(gm) for source in node.all_input_nodes[1:]}  # read them after that
     writes: dict[Any, fx.Node] = {}  # the last write to a tensor, and the row update of a weight by its provenance
     for node in list(gm.graph.nodes):
         if PROVENANCE not in node.meta or node.op != "call_function":
             continue
         before = list(node.all_input_nodes) or inputs[-1:]
+        before += [refreshed[source] for source in before if source in refreshed and refreshed[source] is not node]
         if is_write(node):
             target = before[0]
             before += reading[target] + [writes[key] for key in (target, node.meta[PROVENANCE]) if key in writes]

@@ -16,7 +16,7 @@ from torch import fx
 from ..errors import GraphError
 from ..runtime import ops
 from .fx_utils import placeholders, readers
-from .place import is_write
+from .place import is_write, refreshes
 
 aten = torch.ops.aten
 
@@ -49,5 +49,9 @@ def verify(gm: fx.GraphModule, *, weights: Mapping[str, str], names: Sequence[st
         for user in readers(node):
             if user not in writes and order[user] > first:
                 raise GraphError(f"{weights.get(node.name, node.name)}: {user.name} reads it after it was written.")
+    for refresh in refreshes(gm):
+        for node in refresh.all_input_nodes[1:]:
+            if early := [user for user in readers(node) if order[user] < order[refresh]]:
+                raise GraphError(f"{node.name}: {early[0].name} reads it before the refresh has written it.")
     if gm.graph.find_nodes(op="call_function", target=ops.row_update):
         raise GraphError("a functional row update is left in the backward graph, which would copy the whole weight.")

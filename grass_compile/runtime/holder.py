@@ -152,8 +152,8 @@ class Holder:
         for parameter, gradient in gradients.items():
             record = self.records[parameter]
             assert record.assigned is not None and record.kernel is not None
-            dim, rank = record.assigned.dim, record.assigned.rank
-            record.kernel(record.config(), dim, rank, gradient.compact, parameter, self.hyper(record), *record.tensors())
+            dim = record.assigned.dim
+            record.kernel(record.config(), dim, gradient.compact, parameter, self.hyper(record), *record.tensors())
             record.count()
         _torch.mark_written(list(gradients))
 

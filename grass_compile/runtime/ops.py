@@ -9,7 +9,7 @@ distinct, so a plain read-modify-write is right; it adds in the precision of ``u
 It is functional, for the joint graph; ``row_update_`` writes, for the backward graph after partitioning.
 Inductor lowers the latter to one loop that is fused with the computation of ``update``.
 
-``refresh`` makes one operator of `grass_compile.runtime.refresh`, which says why.
+``refresh_`` makes one operator of `grass_compile.runtime.refresh`, which says why.
 
 ``anchor`` stands in the joint graph for all that may happen to one weight gradient in the backward. It ties what that needs to
 the backward while the partitioner runs, and is replaced afterwards (`grass_compile.passes.fuse`); it never runs.
@@ -86,25 +86,30 @@ _torch.register_gather_lowering(gather)
 
 # ---------------------------------------------------------------------------------------------------------------- refresh
 
-_library.define("refresh(Tensor gradient, Tensor index, Tensor[] state, int dim, int rank, str on_refresh) -> Tensor[]")
+_library.define("refresh_(Tensor gradient, Tensor(a!) index, Tensor(b!)[] state, int dim, int rank, str on_refresh) -> Tensor")
 
 
-def _refresh(gradient: Tensor, index: Tensor, state: Sequence[Tensor], dim: int, rank: int, on_refresh: str) -> list[Tensor]:
+def _refresh_(gradient: Tensor, index: Tensor, state: Sequence[Tensor], dim: int, rank: int, on_refresh: str) -> Tensor:
     compact, chosen, rest = choose_anew(gradient, index, state, dim, rank, on_refresh)
-    return [compact, chosen, *rest]
+    with _torch.unversioned((index, *state)):
+        index.copy_(chosen)
+        for old, new in zip(state, rest, strict=True):
+            old.copy_(new)
+    return compact
 
 
-def _fake_refresh(gradient: Tensor, index: Tensor, state: Sequence[Tensor], dim: int, rank: int, on_refresh: str) -> list[Tensor]:
+def _fake_refresh_(gradient: Tensor, index: Tensor, state: Sequence[Tensor], dim: int, rank: int, on_refresh: str) -> Tensor:
     shape = list(gradient.shape)
     shape[dim] = rank
-    return [gradient.new_empty(shape), torch.empty_like(index), *(torch.empty_like(tensor) for tensor in state)]
+    return gradient.new_empty(shape)
 
 
-_library.impl("refresh", _refresh, "CompositeExplicitAutograd")
-torch.library.register_fake("grass_compile::refresh", _fake_refresh)
+_library.impl("refresh_", _refresh_, "CompositeExplicitAutograd")
+torch.library.register_fake("grass_compile::refresh_", _fake_refresh_)
 
-refresh = torch.ops.grass_compile.refresh.default
-"""``refresh(gradient [m, n], index int64[r], state, dim, rank, on_refresh) -> [compact gradient, index, *state]``."""
+refresh_ = torch.ops.grass_compile.refresh_.default
+"""``refresh_(gradient [m, n], index int64[r], state, dim, rank, on_refresh)`` returns the compact gradient of the rows that it
+has chosen; ``index`` and ``state`` are written."""
 
 
 # ----------------------------------------------------------------------------------------------------------------- anchor

@@ -38,7 +38,7 @@ class Assigned:
 
 
 Kernel = Callable[..., None]
-"""``kernel(config, dim, rank, compact_grad, weight, hyper, *state)`` runs one compiled step by itself, in place."""
+"""``kernel(config, dim, compact_grad, weight, hyper, *state)`` runs one compiled step by itself, in place."""
 
 
 class Record:

@@ -3,8 +3,7 @@
 Grass (arXiv 2406.17660), Algorithm 1, for a selection with unit row scale: ``C = G[idx]``,
 ``(state, update) = rule(C, state)``, ``W[idx] -= scale * update``.
 
-`backward_step` is what a compiled backward does for one weight, `apply` what ``opt.step()`` does with a compact gradient that a
-backward has left.
+`apply` is the step: inlined in the backward, or compiled by itself for the compact gradients that wait for ``opt.step()``.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from .ops import refresh as choose
 from .ops import round_stochastically, row_update
 
 if TYPE_CHECKING:
@@ -32,49 +30,21 @@ Action = Literal["step", "choose", "keep"]
 ``opt.step()``; ``choose`` (on a refresh) chooses new rows first, and then leaves theirs."""
 
 
-def backward_step(
-    config: SiteConfig, dim: int, rank: int, refresh: bool, action: Action, gradient: Tensor, weight: Tensor, hyper: Tensor,
-    *state: Tensor,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """What one backward does for one weight.
-
-    Args:
-        config: what the optimizer asked of this weight.
-        dim: the stored dimension that is indexed.
-        rank: r.
-        refresh: whether ``gradient`` is the full gradient.
-        action: what to do with it.
-        gradient: ``[m, n]`` if ``refresh``, else the compact gradient, ``[r, n]`` or ``[m, r]``.
-        weight: ``[m, n]``.
-        hyper: ``[len(rule.hyper_names) + len(SHARED_HYPER)]``.
-        *state: as named by `graph_state`.
-
-    Returns:
-        The new values that `results` names, in that order.
-    """
-    index, *rest = state
-    if refresh and action == "keep":
-        return (_wide(gradient.index_select(dim, index)),)
-    chosen: tuple[Tensor, ...] = ()
-    if refresh:
-        gradient, index, *rest = choose(gradient, index, rest, dim, rank, config.on_refresh)
-        chosen = (index,)
-    if action != "step":
-        return (_wide(gradient), *chosen, *(rest if refresh else ()))
-    new_weight, *rest = apply(config, dim, gradient, weight, hyper, index, rest)
-    return (new_weight, *chosen, *rest)
+def apply_all(
+    config: SiteConfig, dim: int, compact_grad: Tensor, weight: Tensor, hyper: Tensor, index: Tensor, *state: Tensor
+) -> tuple[Tensor, ...]:
+    """`apply` with the tensors in the order of a graph's inputs."""
+    return apply(config, dim, compact_grad, weight, hyper, index, state)
 
 
-def results(config: SiteConfig, refresh: bool, action: Action) -> tuple[str, ...]:
-    """Names of what `backward_step` returns: ``weight``, ``gradient`` (compact), and tensors of the state."""
-    index, *rest = graph_state(config)
-    if action == "step":
-        return ("weight", index, *rest) if refresh else ("weight", *rest)
-    return ("gradient", index, *rest) if action == "choose" else ("gradient",)
+def kept(compact_grad: Tensor) -> tuple[Tensor]:
+    """The compact gradient as it waits for ``opt.step()``: in at least fp32, since others may be added."""
+    return (compact_grad.to(torch.promote_types(compact_grad.dtype, torch.float32)),)
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+def selected(dim: int, gradient: Tensor, index: Tensor) -> tuple[Tensor]:
+    """The compact gradient from the full one, for rows that have been chosen before."""
+    return (gradient.index_select(dim, index),)
 
 
 def graph_state(config: SiteConfig) -> tuple[str, ...]:
