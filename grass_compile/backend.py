@@ -119,15 +119,22 @@ class Region:
         if plan is None:
             return self.variant(None).call(*args)
         held = [records[projection.position] for projection in plan.projections]
-        state = [tensor for record in held for tensor in record.tensors()]
-        inputs = (*args, *state, *(record.leaf for record in held), *_hyper(plan, held), *_norm_leaf(plan, held))
+        state = [tensor for record, new in zip(held, plan.refresh, strict=True) for tensor in record.inputs(new)]
+        numbers = _numbers(plan, held)
+        inputs = (
+            *args,
+            *state,
+            *(record.leaf for record in held),
+            *(tensor for tensor, _, _ in numbers),
+            *_norm_leaf(plan, held),
+        )
         since = _torch.sequence_number()
         variant = self.variant(plan, held)
         results = variant.call(*inputs)
         node = _torch.backward_node(results if isinstance(results, (list, tuple)) else (results,), since)
         if node is not None:
             assert variant.backwards is not None
-            call = Call(held, plan.refresh, variant.backwards, plan.clipped is not None)
+            call = Call(held, plan.refresh, variant.backwards, plan.clipped is not None, numbers)
             node.register_prehook(call.before_backward)
             node.register_hook(call.after_backward)
         return results
@@ -236,11 +243,12 @@ class Region:
         held = [records[projection.position] for projection in analysis.projections]
         if clipped is not None:
             clipped = tuple(position for position in clipped if position not in {p.position for p in analysis.projections})
+        new = tuple(record.due if refresh is None else refresh for record in held)
         return Plan(
             weights=weights,
             projections=analysis.projections,
-            refresh=tuple(record.due if refresh is None else refresh for record in held),
-            hyper=_numbered([record.hyper_key for record in held]),
+            refresh=new,
+            hyper=_numbered([record.hyper_key(fresh) for record, fresh in zip(held, new, strict=True)]),
             disabled=self.options.disable_passes,
             clipped=clipped,
         )
@@ -348,14 +356,14 @@ def _numbered(keys: Sequence[Any]) -> tuple[int, ...]:
     return tuple(numbers.setdefault(key, len(numbers)) for key in keys)
 
 
-def _hyper(plan: Plan, records: Sequence[Record]) -> list[Tensor]:
-    """One tensor of hyper-parameters per distinct group, in the order of the plan's numbers."""
-    tensors: dict[int, Tensor] = {}
-    for slot, record in zip(plan.hyper, records, strict=True):
-        if slot not in tensors:
+def _numbers(plan: Plan, records: Sequence[Record]) -> list[tuple[Tensor, Record, bool]]:
+    """One tensor of hyper-parameters per distinct group, in the order of the plan's numbers; with a record that it is of."""
+    found: dict[int, tuple[Tensor, Record, bool]] = {}
+    for slot, record, fresh in zip(plan.hyper, records, plan.refresh, strict=True):
+        if slot not in found:
             assert record.holder is not None
-            tensors[slot] = record.holder.hyper(record)
-    return list(tensors.values())
+            found[slot] = record.holder.hyper(record, fresh), record, fresh
+    return list(found.values())
 
 
 def _norm_leaf(plan: Plan, records: Sequence[Record]) -> list[Tensor]:

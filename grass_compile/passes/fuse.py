@@ -129,6 +129,8 @@ def _compact(gm: fx.GraphModule, node: fx.Node, projection: Projection, refresh:
         (compact,) = _trace(gm, selected, (projection.dim,), [gradient, index])
         return compact
     on_refresh = projection.config.on_refresh
+    if action == "choose":  # the state follows when the weight moves
+        state, on_refresh = [], "reset"
     return call(gm.graph, ops.refresh_, gradient, index, state, projection.dim, projection.rank, on_refresh)
 
 

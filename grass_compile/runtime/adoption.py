@@ -22,15 +22,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .. import _torch
 from ..config import GroupOptions
 from ..errors import GrassWarning
+from . import selection
 from . import state as registry
 from .checkpoint import fitting, protect, unprotect
 from .gradient import CompactGrad
 from .holder import Holder
 from .optimizer import GrassOptimizer
-from .refresh import refresh
 from .rules import AdamRule, AdamWRule, Rule, SGDRule
 from .state import Assigned, Kernel
-from .step import graph_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,11 +95,11 @@ def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any
     Raises:
         StateError: a projected weight has a full gradient as well, or a loaded state does not fit it.
     """
-    if isinstance(optimizer, GrassOptimizer) or not (_wishes or optimizer in _holders):
+    if isinstance(optimizer, GrassOptimizer):
         return None
     changed = None
     closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
-    if closure is not None:  # it runs the backward, so it has to run before we look
+    if closure is not None and type(optimizer) in RULES:  # it runs the backward, so it has to run before we look
         with torch.enable_grad():
             loss = closure()
         changed = (args[0], lambda: loss), {key: value for key, value in kwargs.items() if key != "closure"}
@@ -169,14 +168,10 @@ def _adopt(holder: Holder, parameter: Tensor, group: dict[str, Any], wished: Wis
     record.assign(assigned, wished.kernel)
     state = record.state
     gradient, dim = parameter.grad, assigned.dim
-    if record.due:
-        index, *rest = record.tensors()
-        compact, chosen, rest = refresh(gradient, index, rest, dim, assigned.rank, record.options.on_refresh)
-        state.update(zip(graph_state(record.config()), (chosen, *rest), strict=True))
-    else:
-        compact = gradient.index_select(dim, state["index"])
+    rows = selection.top(selection.scores(gradient, dim), assigned.rank) if record.due else state["index"]
+    compact = gradient.index_select(dim, rows)
     wide = torch.promote_types(compact.dtype, torch.float32)
-    parameter.grad = CompactGrad(compact.to(wide), state["index"], dim, parameter)
+    parameter.grad = CompactGrad(compact.to(wide), rows, dim, parameter)
 
 
 def _warn(optimizer: torch.optim.Optimizer, what: str) -> None:

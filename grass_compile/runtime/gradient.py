@@ -25,11 +25,13 @@ class CompactGrad(Tensor):
         compact: the values, ``[r, n]`` or ``[m, r]``, at least fp32.
         rows: their index, ``int64[r]``.
         along: the dimension that it selects along.
+        zeroed: whether ``zero_grad(set_to_none=False)`` has emptied it, so that nothing waits in it.
     """
 
     compact: Tensor
     rows: Tensor
     along: int
+    zeroed: bool
 
     @staticmethod
     def __new__(cls, values: Tensor, index: Tensor, dim: int, weight: Tensor) -> CompactGrad:
@@ -37,7 +39,7 @@ class CompactGrad(Tensor):
         return made
 
     def __init__(self, values: Tensor, index: Tensor, dim: int, weight: Tensor) -> None:
-        self.compact, self.rows, self.along = values, index, dim
+        self.compact, self.rows, self.along, self.zeroed = values, index, dim, False
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         return f"CompactGrad(shape={tuple(self.shape)}, {len(self.rows)} along dimension {self.along})"
@@ -54,6 +56,8 @@ class CompactGrad(Tensor):
             return args[0]
         if func is aten.clone.default:
             return CompactGrad(args[0].compact.clone(), args[0].rows, args[0].along, args[0])
+        if func is aten.zero_.default:
+            args[0].zeroed = True
         if func in _IN_PLACE and _is_number(*args[1:]):
             func(args[0].compact, *args[1:], **kwargs)
             return args[0]
@@ -64,12 +68,14 @@ class CompactGrad(Tensor):
             return args[0]
         if func is aten._amp_foreach_non_finite_check_and_unscale_.default:
             return _unscale(*args)
+        if func is aten._foreach_zero_.default:
+            return [gradient.zero_() for gradient in args[0]] and None
         if func in _ONE_BY_ONE:
             results = _one_by_one(_ONE_BY_ONE[func], *args)
             return results if func._schema.returns else None
         if any(argument.alias_info is not None and argument.alias_info.is_write for argument in func._schema.arguments):
             raise StateError(
-                f"{func} would write into the compact gradient of a projected weight, which holds {args[0]!r} only. Scale or "
+                f"{func} would write into the compact gradient of a projected weight, which is zero outside of its rows. Scale or "
                 "clip it by a number, or keep this weight dense with exclude=."
             )
         full = tree_map_only(CompactGrad, lambda grad: grad.full(), (args, kwargs))
@@ -131,5 +137,4 @@ _ONE_BY_ONE: dict[Any, Callable[..., Any]] = {
     aten._foreach_div_.Scalar: Tensor.div_,
     aten._foreach_clamp_min_.Scalar: _clamp_,
     aten._foreach_clamp_max_.Scalar: _clamp_max_,
-    aten._foreach_zero_.default: Tensor.zero_,
 }

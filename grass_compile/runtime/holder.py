@@ -70,23 +70,28 @@ class Holder:
 
     # ------------------------------------------------------------------------------------------------------ numbers
 
-    def hyper(self, record: Record) -> Tensor:
+    def hyper(self, record: Record, fresh: bool) -> Tensor:
         """The numbers for a weight's next step as one tensor on its device; rebuilt only when one of them has changed.
 
         Weights with equal `Record.hyper_key` get the same tensor.
+
+        Args:
+            record: of the weight.
+            fresh: whether the step is the first of new rows.
         """
         group, parameter = record.group, record.parameter
         lr = float(group["lr"]) * _warm(record)
         decay = 1.0 - float(group["lr"]) * float(group["weight_decay"])
         seed = seed_of(record.options.seed, record.state["updates"]) if record.options.stochastic_rounding else 0
         limit = float("inf") if self.max_norm is None else self.max_norm
-        values = (*record.rule.hyper({**group, "lr": lr}), decay, float(record.next_step), float(seed), limit)
-        cached = self._hyper.get(record.hyper_key)
+        values = (*record.rule.hyper({**group, "lr": lr}), decay, float(record.next_step(fresh)), float(seed), limit)
+        key = record.hyper_key(fresh)
+        cached = self._hyper.get(key)
         if cached is None or cached[0] != values:
             dtype = torch.promote_types(parameter.dtype, torch.float32)
             if len(self._hyper) > 64:
                 self._hyper.clear()
-            cached = self._hyper[record.hyper_key] = values, torch.tensor(values, dtype=dtype, device=parameter.device)
+            cached = self._hyper[key] = values, torch.tensor(values, dtype=dtype, device=parameter.device)
         return cached[1]
 
     def norm_leaf(self, like: Tensor) -> Tensor:
@@ -152,9 +157,12 @@ class Holder:
         for parameter, gradient in gradients.items():
             record = self.records[parameter]
             assert record.assigned is not None and record.kernel is not None
-            dim = record.assigned.dim
-            record.kernel(record.config(), dim, gradient.compact, parameter, self.hyper(record), *record.tensors())
-            record.count()
+            if fresh := gradient.rows is not record.state["index"]:
+                record.settle(gradient.rows)
+                gradient.rows = record.state["index"]
+            hyper, dim = self.hyper(record, fresh), record.assigned.dim
+            record.kernel(record.config(), dim, gradient.compact, parameter, hyper, *record.tensors())
+            record.count(fresh)
         _torch.mark_written(list(gradients))
 
     def close(self) -> None:

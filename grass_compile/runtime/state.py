@@ -20,6 +20,7 @@ from .. import _torch
 from ..config import Axis, GroupOptions, SiteConfig
 from ..errors import StateError
 from .gradient import CompactGrad
+from .refresh import carried
 from .rules import Rule
 from .step import Action, graph_state
 
@@ -56,11 +57,13 @@ class Record:
         moved: whether a backward has updated it since the last ``opt.step()``.
         in_flight: whether a compact gradient has been computed that autograd has not delivered yet: it waits until every call
             in the same graph has contributed.
+        rows: the index of that gradient.
+        trained_dense: whether full moments are known to be no mere zeros.
     """
 
     __slots__ = (
-        "__weakref__", "_configs", "_holder", "_leaf", "_parameter", "assigned", "group", "in_flight", "kernel", "moved",
-        "name", "options", "outstanding", "rule",
+        "__weakref__", "_configs", "_holder", "_leaf", "_parameter", "_scratch", "assigned", "group", "in_flight", "kernel",
+        "moved", "name", "options", "outstanding", "rows", "rule", "trained_dense",
     )  # fmt: skip
 
     def __init__(
@@ -75,7 +78,9 @@ class Record:
         self.kernel: Kernel | None = None
         self.outstanding: weakref.WeakSet[Call] = weakref.WeakSet()
         self.moved = False
-        self.in_flight = False
+        self.in_flight = self.trained_dense = False
+        self.rows: Tensor | None = None
+        self._scratch: Tensor | None = None
 
     @property
     def parameter(self) -> Tensor:
@@ -115,9 +120,18 @@ class Record:
         """
         if reason := refusal(self.name or name, self.parameter, self.options):
             return reason
-        if self.assigned is None and any(key in self.optimizer_state() for key in self.rule.state_names):
+        if self.assigned is None and self._trained_dense():
             return "the optimizer has already trained it dense and holds its full moments"
         return None
+
+    def _trained_dense(self) -> bool:
+        """Whether there are full moments. All zero, they come from a step that only initialised the state, and are dropped."""
+        moments = [self.optimizer_state()[key] for key in self.rule.state_names if key in self.optimizer_state()]
+        if moments and not self.trained_dense:
+            self.trained_dense = any(bool(moment.count_nonzero()) for moment in moments)
+            if not self.trained_dense:
+                self.state.clear()
+        return bool(moments) and self.trained_dense
 
     def optimizer_state(self) -> Mapping[str, Any]:
         """The state as it is, without creating an entry."""
@@ -155,12 +169,13 @@ class Record:
     @property
     def waits(self) -> bool:
         """Whether a compact gradient waits for ``opt.step()``, or is on its way there."""
-        return self.in_flight or self.pending is not None
+        return self.in_flight or (self.pending is not None and not self.pending.zeroed)
 
     def forget(self) -> None:
         """Forget what follows from the options; they have changed."""
         self._configs.clear()
-        self._leaf = None
+        self._leaf = self._scratch = self.rows = None
+        self.in_flight = self.moved = self.trained_dense = False
 
     @property
     def pending(self) -> CompactGrad | None:
@@ -173,32 +188,83 @@ class Record:
         """Whether the next backward has to choose new rows."""
         return bool(self.state["updates"] % self.options.update_proj_gap == 0)
 
-    @property
-    def next_step(self) -> int:
-        """Updates since the moments were last zero, the next one included; 0 where that is counted per row."""
-        return 0 if self.options.on_refresh == "carry" else self.state["updates"] % self.options.update_proj_gap + 1
+    def next_step(self, fresh: bool) -> int:
+        """Updates since the moments were last zero, the next one included; 0 where that is counted per row.
+
+        Args:
+            fresh: whether the next update is the first of new rows.
+        """
+        if self.options.on_refresh == "carry":
+            return 0
+        return 1 if fresh else int(self.state["step"]) + 1
 
     @property
     def since_refresh(self) -> int:
         """Updates since the last refresh, the next one not included; of a refresh itself, 0."""
         return int(self.state["updates"] % self.options.update_proj_gap)
 
-    @property
-    def hyper_key(self) -> tuple[Any, ...]:
+    def hyper_key(self, fresh: bool) -> tuple[Any, ...]:
         """Weights for which this is equal may share one tensor of hyper-parameters."""
-        counted = self.since_refresh if self.options.refresh_warmup or self.options.on_refresh != "carry" else 0
+        warm = self.since_refresh if self.options.refresh_warmup else 0
         seed = self.state["updates"] if self.options.stochastic_rounding else 0
-        return id(self.group), self.parameter.dtype, self.parameter.device, counted, seed
+        return id(self.group), self.parameter.dtype, self.parameter.device, self.next_step(fresh), warm, seed
 
     def tensors(self) -> list[Tensor]:
-        """The state tensors that are inputs of the graph, in their order there."""
+        """The state tensors that a step reads and writes, in their order as inputs of a graph."""
         state = self.state
         return [state[name] for name in graph_state(self.config())]
 
-    def count(self) -> None:
+    def inputs(self, refresh: bool) -> list[Tensor]:
+        """`tensors` as the inputs of a compiled region.
+
+        A region that may choose new rows gets a scratch copy of the index: the new rows become the state's when the weight
+        moves, and not before, so that a step which is skipped changes nothing.
+        """
+        tensors = self.tensors()
+        if not refresh:
+            return tensors
+        if self._scratch is None:
+            self._scratch = tensors[0].clone()
+        current = self.pending.rows if self.pending is not None and not self.pending.zeroed else tensors[0]
+        if not self.in_flight and current is not self._scratch:
+            with _torch.unversioned([self._scratch]):
+                self._scratch.copy_(current)
+        tensors[0] = self._scratch
+        return tensors
+
+    def expect(self, refresh: bool) -> None:
+        """Note that a compact gradient is on its way, of the rows that a region was given or has chosen."""
+        if not self.in_flight:
+            self.rows = self._scratch if refresh else self.state["index"]
+        self.in_flight = True
+
+    def settle(self, rows: Tensor) -> None:
+        """Make new rows those of the state, which is reset or carried."""
+        assert self.assigned is not None
+        index, *rest = self.tensors()
+        if self.options.on_refresh == "carry":
+            new = carried(self.parameter.shape[self.assigned.dim], self.assigned.dim, index, rows, rest)
+        else:
+            new = [torch.zeros_like(tensor) for tensor in rest]
+        with _torch.unversioned([index, *rest]):
+            for old, value in zip((index, *rest), (rows, *new), strict=True):
+                old.copy_(value)
+
+    def stepped(self, refresh: bool) -> None:
+        """Note that a backward has moved the weight."""
+        assert self.holder is not None
+        if refresh:
+            assert self._scratch is not None
+            with _torch.unversioned([self.state["index"]]):
+                self.state["index"].copy_(self._scratch)
+        self.count(refresh)
+        self.moved = True
+        self.holder.clipped = self.holder.max_norm is not None
+
+    def count(self, fresh: bool) -> None:
         """Note that this weight was updated."""
         if self.options.on_refresh != "carry":
-            self.state["step"].fill_(self.next_step)
+            self.state["step"].fill_(self.next_step(fresh))
         self.state["updates"] += 1
 
 
@@ -222,11 +288,11 @@ def _deliver(record: Record | None, leaf: Tensor) -> None:
         return
     record.in_flight = False
     parameter, pending = record.parameter, record.pending
-    if pending is not None:
+    if pending is not None and not pending.zeroed:
         pending.compact.add_(values)
         return
-    assert record.assigned is not None
-    parameter.grad = CompactGrad(values, record.state["index"], record.assigned.dim, parameter)
+    assert record.assigned is not None and record.rows is not None
+    parameter.grad = CompactGrad(values, record.rows, record.assigned.dim, parameter)
 
 
 def leaf_like(weight: Tensor, assigned: Assigned) -> Tensor:
@@ -281,9 +347,16 @@ class Call:
     drops its `Call`, and with it the claim on the weights.
     """
 
-    __slots__ = ("__weakref__", "_actions", "_backwards", "_clips", "_records", "_refresh", "_updates")
+    __slots__ = ("__weakref__", "_actions", "_backwards", "_clips", "_numbers", "_records", "_refresh", "_updates")
 
-    def __init__(self, records: Sequence[Record], refresh: Sequence[bool], backwards: _torch.Backwards, clips: bool) -> None:
+    def __init__(
+        self,
+        records: Sequence[Record],
+        refresh: Sequence[bool],
+        backwards: _torch.Backwards,
+        clips: bool,
+        numbers: Sequence[tuple[Tensor, Record, bool]],
+    ) -> None:
         """Note a forward.
 
         Args:
@@ -291,7 +364,9 @@ class Call:
             refresh: for each, whether the compiled pair forms the full gradient.
             backwards: the backward of the compiled pair.
             clips: whether that can clip all gradients of the optimizer.
+            numbers: each tensor of hyper-parameters that went in, with a record that it is of, and whether that is a refresh.
         """
+        self._numbers = tuple(numbers)
         self._clips = clips
         self._records, self._refresh, self._backwards = tuple(records), tuple(refresh), backwards
         self._updates = [record.state["updates"] for record in records]
@@ -333,7 +408,20 @@ class Call:
             _action(record, step, refresh, clip)
             for record, step, refresh in zip(self._records, steps, self._refresh, strict=True)
         )
+        for record, action in zip(self._records, self._actions, strict=True):
+            if action == "step":
+                record.parameter.grad = None  # at most what zero_grad(set_to_none=False) has left
+        self._refresh_numbers()
         self._backwards.key = self._actions, clip
+
+    def _refresh_numbers(self) -> None:
+        """Bring the numbers that went in with the forward up to date: the learning rate may have changed since."""
+        for tensor, record, fresh in self._numbers:
+            assert record.holder is not None
+            current = record.holder.hyper(record, fresh)
+            if current is not tensor:
+                with _torch.unversioned([tensor]):
+                    tensor.copy_(current)
 
     def _may_step(self, record: Record) -> bool:
         assert record.holder is not None
@@ -343,16 +431,15 @@ class Call:
     @_torch.outside_dynamo
     def after_backward(self, grad_inputs: Any, grad_outputs: Any) -> None:
         """Note what the backward has done."""
-        moved = [record for record, action in zip(self._records, self._actions, strict=True) if action == "step"]
-        for record in moved:
-            record.count()
-            record.moved = True
-            assert record.holder is not None
-            record.holder.clipped = record.holder.max_norm is not None
-        for record, action in zip(self._records, self._actions, strict=True):
+        moved = []
+        for record, action, refresh in zip(self._records, self._actions, self._refresh, strict=True):
             record.outstanding.discard(self)
-            record.in_flight = record.in_flight or action != "step"
-        _torch.mark_written([record.parameter for record in moved])
+            if action != "step":
+                record.expect(refresh)
+                continue
+            moved.append(record.parameter)
+            record.stepped(refresh)
+        _torch.mark_written(moved)
 
 
 def expected(records: Sequence[Record], refresh: Sequence[bool], clips: bool) -> tuple[tuple[Action, ...], bool]:
