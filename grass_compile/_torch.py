@@ -9,6 +9,9 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import os
+import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -95,9 +98,10 @@ def _qualified_name(node: fx.Node, names: Mapping[str, str]) -> str:
         return found
     grapharg = node.meta.get("grapharg")
     source = str(getattr(getattr(grapharg, "source", None), "name", node.name))
-    for noise in ("L['self'].", "_modules['", "_parameters['", "']"):
+    source = re.sub(r"^[LG]\['[^']*'\]", "", source)
+    for noise in ("_modules['", "_parameters['", "']", "_orig_mod."):
         source = source.replace(noise, "")
-    return source
+    return source.replace("['", ".").removeprefix(".")
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:
@@ -331,6 +335,15 @@ def common_subexpressions(graph: fx.Graph) -> fx.Graph:
     """A copy of ``graph`` in which equal expressions are computed once, as the partitioner makes it."""
     simplified: fx.Graph = fx_graph_cse(graph)
     return simplified
+
+
+def stacklevel_of_caller() -> int:
+    """The ``stacklevel`` for a warning that is to point at the first caller outside of torch and of this package."""
+    inside = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def outside_dynamo(function: Compiled) -> Compiled:

@@ -21,7 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import _torch
 from ..config import GroupOptions
-from ..errors import GrassWarning
+from ..errors import GrassWarning, StateError
 from . import selection
 from . import state as registry
 from .checkpoint import fitting, protect, unprotect
@@ -140,8 +140,14 @@ def _take_over(optimizer: torch.optim.Optimizer) -> None:
     holder = _holders.get(optimizer)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
+            record = registry.lookup(parameter)
+            if record is not None and record.holder is not holder and record.pending is not None:
+                raise StateError(
+                    f"{record.name}: another optimizer has projected it and holds its compact state. Delete that optimizer "
+                    "before another one takes over."
+                )
             wished = _wishes.get(parameter)
-            if wished is None or parameter.grad is None or registry.lookup(parameter) is not None:
+            if wished is None or parameter.grad is None or record is not None:
                 continue
             rule = RULES[type(optimizer)](group) if type(optimizer) in RULES else f"class {type(optimizer).__name__}"
             if isinstance(rule, str):
@@ -150,6 +156,7 @@ def _take_over(optimizer: torch.optim.Optimizer) -> None:
             if holder is None:
                 holder = _holders[optimizer] = Holder(optimizer, fused=False)
                 optimizer.register_state_dict_post_hook(protect)
+                optimizer.register_load_state_dict_post_hook(_loaded)
             _adopt(holder, parameter, group, wished, rule)
             del _wishes[parameter]
 
@@ -174,6 +181,28 @@ def _adopt(holder: Holder, parameter: Tensor, group: dict[str, Any], wished: Wis
     parameter.grad = CompactGrad(compact.to(wide), rows, dim, parameter)
 
 
+def _loaded(optimizer: torch.optim.Optimizer) -> None:
+    """After a ``load_state_dict`` into an optimizer that has taken weights over: they go on from the loaded state.
+
+    Raises:
+        StateError: a loaded state does not fit its weight.
+    """
+    holder = _holders.get(optimizer)
+    if holder is None:
+        return
+    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    for parameter, record in holder.records.items():
+        record.group = groups[parameter]
+        record.forget()
+        entry = optimizer.state.get(parameter, {})
+        if "index" in entry:
+            record.assigned, optimizer.state[parameter] = fitting(record, unprotect(entry))
+        elif record.assigned is not None and record.kernel is not None:
+            optimizer.state.pop(parameter, None)
+            record.assign(record.assigned, record.kernel)
+    holder.forget_numbers()
+
+
 def _warn(optimizer: torch.optim.Optimizer, what: str) -> None:
     if optimizer not in _warned:
         _warned.add(optimizer)
@@ -181,7 +210,7 @@ def _warn(optimizer: torch.optim.Optimizer, what: str) -> None:
             f"torch.compile(..., options={{'rank': ...}}) does not know this optimizer ({what}), so its weights stay dense. Use "
             "torch.optim.AdamW, Adam or SGD, or grass_compile.AdamW.",
             GrassWarning,
-            stacklevel=5,
+            stacklevel=_torch.stacklevel_of_caller(),
         )
 
 

@@ -10,44 +10,48 @@ from torch import Tensor
 
 from ..config import AXES
 from ..errors import StateError
-from .state import Assigned, Record
+from .state import Assigned, Record, initial_state
 
 
 def fitting(record: Record, entry: Mapping[str, Any]) -> tuple[Assigned, dict[str, Any]]:
     """A copy of a loaded compact state on the weight's device, and how the weight is projected by it.
 
     Raises:
-        StateError: the state does not fit the weight, or is not what its optimizer asks for.
+        StateError: the state does not fit the weight, is not what its optimizer asks for, or is damaged.
     """
-    needed = {"index", "row_scale", "step", "updates", "axis", "dim", *record.rule.state_names}
-    if missing := sorted(needed - set(entry)):
-        raise StateError(f"{record.name}: the loaded state lacks {missing}. Nothing was changed.")
-    parameter, rank, wanted, options = record.parameter, len(entry["index"]), record.options.rank, record.options
-    shape = list(parameter.shape)
-    moments = {name: tuple(entry[name].shape) for name in record.rule.state_names}
-    fits = (
-        wanted is not None
-        and len(shape) == 2
-        and rank == min(wanted, shape[entry["dim"]])
-        and all(found == (rank, shape[1]) if entry["dim"] == 0 else found == (shape[0], rank) for found in moments.values())
-        and (rank == 0 or bool((entry["index"] >= 0).all() and (entry["index"] < shape[entry["dim"]]).all()))
-    )
-    if not fits:
-        raise StateError(
-            f"{record.name}: the loaded state has rank {rank} and tensors of shape {moments}, which does not fit a weight of "
-            f"shape {tuple(shape)} with rank {wanted}. Nothing was changed."
-        )
-    if options.axis not in ("auto", entry["axis"]):
-        raise StateError(
-            f"{record.name}: the loaded state is along {entry['axis']}, this optimizer wants axis={options.axis!r}. Nothing was "
-            "changed."
-        )
-    if (entry["step"].dim() == 1) != (options.on_refresh == "carry"):
-        raise StateError(
-            f"{record.name}: the loaded state was made with another on_refresh than {options.on_refresh!r}. Nothing was changed."
-        )
-    tensors = {key: _copied(value, parameter.device) for key, value in entry.items()}
-    return Assigned(entry["axis"], entry["dim"], rank), tensors
+
+    def refuse(what: str) -> StateError:
+        return StateError(f"{record.name}: the loaded state {what}. Nothing was changed.")
+
+    parameter, wanted, options = record.parameter, record.options.rank, record.options
+    names = ("index", "row_scale", "step", *record.rule.state_names)
+    if missing := sorted({*names, "updates", "axis", "dim"} - set(entry)):
+        raise refuse(f"lacks {missing}")
+    tensors = {name: entry[name] for name in names}
+    if loose := [name for name, value in tensors.items() if not isinstance(value, Tensor)]:
+        raise refuse(f"has a {loose[0]} that is no tensor")
+    dim, axis, updates = entry["dim"], entry["axis"], entry["updates"]
+    if dim not in (0, 1) or axis not in ("rows", "columns") or type(updates) is not int or updates < 0:
+        raise refuse(f"has dim={dim!r}, axis={axis!r} and updates={updates!r}, which makes no sense")
+    shape, index = tuple(parameter.shape), tensors["index"]
+    rank = index.numel()
+    if len(shape) != 2 or wanted is None or rank != min(wanted, shape[dim]):
+        raise refuse(f"has rank {rank}, which does not fit a weight of shape {shape} with rank {wanted}")
+    if options.axis not in ("auto", axis):
+        raise refuse(f"is along {axis}, this optimizer wants axis={options.axis!r}")
+    if (tensors["step"].dim() == 1) != (options.on_refresh == "carry"):
+        raise refuse(f"was made with another on_refresh than {options.on_refresh!r}")
+    assigned = Assigned(axis, dim, rank)
+    fresh = initial_state(parameter, assigned, options.on_refresh, record.rule, options.state_dtype)
+    for name, value in tensors.items():
+        if value.shape != fresh[name].shape:
+            found, needed = tuple(value.shape), tuple(fresh[name].shape)
+            raise refuse(f"has a {name} of shape {found}, where a weight of shape {shape} with rank {wanted} needs {needed}")
+        if value.dtype != fresh[name].dtype:
+            raise refuse(f"has a {name} of {value.dtype}, where {fresh[name].dtype} is kept (model dtype, or state_dtype=)")
+    if len(index.unique()) != rank or not bool(((index >= 0) & (index < shape[dim])).all()):
+        raise refuse(f"is damaged: index must hold {rank} different rows or columns")
+    return assigned, {key: _copied(value, parameter.device) for key, value in entry.items()}
 
 
 def check_dense(record: Record, entry: Mapping[str, Any]) -> None:
@@ -75,19 +79,27 @@ def _copied(value: Any, device: torch.device) -> Any:
 def protect(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Wrap compact state so that ``torch.optim.Optimizer.load_state_dict`` hands it on as it is.
 
-    Torch casts every floating-point state tensor, and an ``int64`` index with it, to the dtype of the parameter, unless it is
-    called ``step``; and it takes strings apart. `unprotect` undoes this.
+    Torch casts every floating-point state tensor, and an ``int64`` index with it, to the dtype of the parameter (to fp32 what is
+    called ``step``, if the optimizer is fused); and it takes strings apart. Bytes are whole numbers that every dtype holds
+    exactly, so tensors travel as these. `unprotect` undoes this.
     """
     for number, entry in state_dict["state"].items():
         if "index" in entry and not isinstance(entry["index"], dict):
-            wrapped = {key: {"step": value} if isinstance(value, Tensor) else value for key, value in entry.items()}
+            wrapped = {key: _as_bytes(value) if isinstance(value, Tensor) else value for key, value in entry.items()}
             state_dict["state"][number] = wrapped | {"step": entry["step"], "axis": AXES.index(entry["axis"])}
     return state_dict
 
 
+def _as_bytes(value: Tensor) -> Any:
+    return {"step": value.contiguous().view(torch.uint8), "dtype": value.dtype} if value.dim() else value
+
+
 def unprotect(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """What `protect` wrapped; the index is ``int64`` again. Leaves alone what was not wrapped."""
-    plain = {key: value["step"] if isinstance(value, dict) else value for key, value in entry.items()}
-    plain["index"] = plain["index"].to(torch.int64)
-    plain["axis"] = AXES[plain["axis"]] if isinstance(plain.get("axis"), int) else plain.get("axis")
+    """What `protect` wrapped. Leaves alone what was not wrapped."""
+    plain = dict(entry)
+    for key, value in entry.items():
+        if isinstance(value, dict):
+            plain[key] = value["step"].to(torch.uint8).view(value["dtype"])
+    if isinstance(plain.get("axis"), int):
+        plain["axis"] = AXES[plain["axis"]]
     return plain

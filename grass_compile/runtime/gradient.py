@@ -75,8 +75,8 @@ class CompactGrad(Tensor):
             return results if func._schema.returns else None
         if any(argument.alias_info is not None and argument.alias_info.is_write for argument in func._schema.arguments):
             raise StateError(
-                f"{func} would write into the compact gradient of a projected weight, which is zero outside of its rows. Scale or "
-                "clip it by a number, or keep this weight dense with exclude=."
+                f"{func} would write into the compact gradient of a projected weight, which is zero outside of its rows. "
+                "Scale or clip it by a number, or keep this weight dense with exclude=."
             )
         full = tree_map_only(CompactGrad, lambda grad: grad.full(), (args, kwargs))
         return func(*full[0], **full[1])

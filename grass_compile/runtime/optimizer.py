@@ -17,6 +17,9 @@ from .checkpoint import check_dense, fitting, unprotect
 from .holder import Holder
 from .rules import AdamWRule, Rule
 
+COMMON = ("step_in_backward", "max_grad_norm")
+"""Keywords that belong to an optimizer as a whole."""
+
 
 class GrassOptimizer(torch.optim.AdamW):
     """What every grass optimizer shares: a holder for the backend, and the dense rest through torch's own AdamW.
@@ -44,7 +47,7 @@ class GrassOptimizer(torch.optim.AdamW):
 
     def _settle(self) -> None:
         """Take from the groups what has to be common to all."""
-        for key in ("step_in_backward", "max_grad_norm"):
+        for key in COMMON:
             if len({group[key] for group in self.param_groups}) > 1:
                 raise ConfigError(f"{key} differs between parameter groups; it belongs to the optimizer as a whole.")
         group = self.param_groups[0]
@@ -145,7 +148,8 @@ class GrassOptimizer(torch.optim.AdamW):
             for parameter, record in self._holder.records.items()
             if parameter.grad is not None and record.options.rank is not None and parameter.dim() == 2
         ]
-        if dense and not any(self.state.get(parameter) for parameter in self._holder.records):
+        initialises = all(float(group["lr"]) == 0 for group in self.param_groups)  # torch.distributed.checkpoint does
+        if dense and not initialises and not any(self.state.get(parameter) for parameter in self._holder.records):
             self._warned = True
             warnings.warn(
                 f"{len(dense)} weights, {dense[0] or 'unnamed'} the first, got full gradients: no compiled "
@@ -270,6 +274,9 @@ class GrassOptimizer(torch.optim.AdamW):
             except ConfigError as error:
                 raise StateError(f"the loaded parameter groups are not usable: {error} Nothing was changed.") from error
             groups.append(merged)
+        for key in COMMON:
+            if len({group[key] for group in groups}) > 1:
+                raise StateError(f"the loaded parameter groups differ in {key}. Nothing was changed.")
         return groups
 
 
