@@ -30,11 +30,12 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.decomposition import select_decomp_table
 from torch._logging._internal import trace_structured
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
+from torch.utils._pytree import tree_map_only
 
 Compiled = Callable[..., Any]
 Partition = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
 
-__all__ = ["min_cut_rematerialization_partition"]
+__all__ = ["min_cut_rematerialization_partition", "tree_map_only"]
 
 
 # ----------------------------------------------------------------------------------------------- graphs from Dynamo
@@ -380,6 +381,19 @@ def backward_node(values: Iterable[Any], since: int) -> Any:
             return node
         pending.extend(parent for parent, _ in node.next_functions)
     return None
+
+
+def graph_task() -> int:
+    """The number of the backward that is running in this thread, or -1."""
+    return int(torch._C._current_graph_task_id())
+
+
+def will_run(tensor: Tensor) -> bool:
+    """Whether the backward that is running will bring a gradient to a leaf.
+
+    It does not for ``torch.autograd.grad`` and ``backward(inputs=...)`` with other inputs.
+    """
+    return bool(torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(tensor).node))
 
 
 def mark_written(tensors: Sequence[Tensor]) -> None:

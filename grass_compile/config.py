@@ -124,6 +124,8 @@ def parse_group(group: Mapping[str, Any]) -> GroupOptions:
         raise ConfigError(f"max_grad_norm must be above 0, got {group['max_grad_norm']!r}.")
     if group["state_dtype"] not in STATE_DTYPES:
         raise ConfigError(f"state_dtype must be one of {STATE_DTYPES}, got {group['state_dtype']!r}.")
+    if isinstance(group["seed"], bool) or not isinstance(group["seed"], numbers.Integral):
+        raise ConfigError(f"seed must be a whole number, got {group['seed']!r}.")
     if group["refresh_warmup"] != 0:
         positive_int("refresh_warmup", group["refresh_warmup"])
     exclude = group["exclude"]
@@ -139,7 +141,7 @@ def parse_group(group: Mapping[str, Any]) -> GroupOptions:
         refresh_warmup=group["refresh_warmup"],
         stochastic_rounding=group["stochastic_rounding"],
         state_dtype=group["state_dtype"],
-        seed=group["seed"],
+        seed=int(group["seed"]),
     )
 
 

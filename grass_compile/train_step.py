@@ -9,8 +9,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
+from . import _torch
 from .config import positive_int
 from .errors import ConfigError
 from .runtime.optimizer import GrassOptimizer
@@ -69,7 +69,7 @@ def train_step(
             if last:
                 optimizer.step()
                 optimizer.zero_grad()
-            detached: R = tree_map_only(Tensor, Tensor.detach, returned)
+            detached: R = _torch.tree_map_only(Tensor, Tensor.detach, returned)
             return detached
 
         return step

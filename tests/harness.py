@@ -16,10 +16,80 @@ from grass_compile import _torch
 from grass_compile.config import SiteConfig
 from grass_compile.passes.pipeline import find
 from grass_compile.passes.records import Analysis, Site, WeightInput
-from grass_compile.runtime.reference import ReferenceAdamW
+from grass_compile.runtime.reference import CompactState, ReferenceAdamW
 from grass_compile.runtime.rules import AdamWRule
 
 KEYWORDS = dict(lr=1e-2, eps=1e-3, weight_decay=0.0, update_proj_gap=3)
+
+
+class Oracle(ReferenceAdamW):
+    """The reference, with several backwards for one step and clipping.
+
+    Of a refresh, the first backward chooses the rows: call `choose` after it. `step` does so where nobody has. (Of several
+    regions in one backward, or several forwards, the last forward's is the first.) The oracle forms full gradients all the same,
+    and cuts the rows out where a norm is wanted.
+
+    Args:
+        *args: as of the reference.
+        max_grad_norm: clip by the common norm of the dense gradients and the selected rows.
+        adopted: the first step is that of a script's own optimizer: the sum of all micro-batches chooses the rows, and clipping
+            is by the norm of the full gradients.
+        **keywords: as of the reference.
+    """
+
+    def __init__(self, *args: Any, max_grad_norm: float | None = None, adopted: bool = False, **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
+        self.max_grad_norm, self.adopted = max_grad_norm, adopted
+        self.grad_norm = 0.0
+        self.margin = float("inf")
+        self._chosen: list[CompactState] = []
+
+    @torch.no_grad()
+    def choose(self, **gradients: Tensor) -> None:
+        """Choose rows from ``gradients``, or what ``.grad`` holds now, if a refresh is due and they are not chosen yet."""
+        if self.adopted and self.updates == 0:
+            return
+        for name, (dim, rank) in self.projected.items():
+            gradient = gradients.get(name, self.parameters[name].grad)
+            due = self.updates % self.update_proj_gap == 0
+            if due and gradient is not None and not self._is_chosen(self.state.get(name)):
+                wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+                self.state[name] = self._refreshed(self.state.get(name), wide, dim, rank)
+
+    def _is_chosen(self, state: CompactState | None) -> bool:
+        return any(state is other for other in self._chosen)
+
+    def _refreshed(self, old: CompactState | None, gradient: Tensor, dim: int, rank: int) -> CompactState:
+        if old is not None and self._is_chosen(old):
+            return old
+        norms = gradient.norm(dim=1 - dim).sort(descending=True).values.tolist()
+        if rank < len(norms):
+            self.margin = min(self.margin, norms[rank - 1] / norms[rank] - 1)
+        self._chosen.append(super()._refreshed(old, gradient, dim, rank))
+        return self._chosen[-1]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Clip if that was asked for, then as the reference."""
+        self.choose()
+        if self.max_grad_norm is not None:
+            self._clip(self.max_grad_norm)
+        super().step()
+        self._chosen.clear()
+
+    def _clip(self, max_norm: float) -> None:
+        squares = []
+        for name, parameter in self.parameters.items():
+            if parameter.grad is None:
+                continue
+            gradient = parameter.grad.double()
+            if name in self.projected and not (self.adopted and self.updates == 0):
+                gradient = gradient.index_select(self.projected[name][0], self.state[name].index)
+            squares.append(gradient.square().sum())
+        self.grad_norm = float(torch.stack(squares).sum().sqrt())
+        for parameter in self.parameters.values():
+            if parameter.grad is not None:
+                parameter.grad.mul_(min(1.0, max_norm / (self.grad_norm + 1e-6)))
 
 
 @dataclasses.dataclass
@@ -30,18 +100,33 @@ class Pair:
     optimizer: grass_compile.AdamW
     compiled: Callable[..., Any]
     twin: nn.Module
-    oracle: ReferenceAdamW
+    oracle: Oracle
 
     def step(self, loss_of: Callable[[Any], Tensor], *inputs: Any, **keywords: Any) -> tuple[float, float]:
         """One training step of both; returns both losses."""
-        loss = loss_of(self.compiled(*inputs, **keywords))
-        loss.backward()
+        return self.update(lambda model: loss_of(model(*inputs, **keywords)))
+
+    def update(self, *losses: Callable[[Callable[..., Any]], Tensor]) -> tuple[float, float]:
+        """One training step of both from several losses, each with a backward of its own; returns both sums.
+
+        Args:
+            *losses: functions of the model; all but the last run under ``optimizer.accumulate()``.
+        """
+        values = []
+        for number, loss_of in enumerate(losses):
+            last = number == len(losses) - 1
+            with contextlib.nullcontext() if last else self.optimizer.accumulate():
+                loss = loss_of(self.compiled)
+                loss.backward()
+            expected = loss_of(self.twin)
+            expected.backward()
+            self.oracle.choose()
+            values.append((float(loss.detach()), float(expected.detach())))
         self.optimizer.step()
         self.optimizer.zero_grad()
-        expected = loss_of(self.twin(*inputs, **keywords))
-        expected.backward()
         self.oracle.step()
-        return float(loss.detach()), float(expected.detach())
+        own, theirs = zip(*values, strict=True)
+        return sum(own), sum(theirs)
 
     def difference(self) -> float:
         """The largest absolute difference between corresponding parameters."""
@@ -61,11 +146,11 @@ def pair(
     """Set up both sides; the oracle projects what `grass_compile.explain` says."""
     twin = copy.deepcopy(model)
     asked = {**KEYWORDS, **keywords}
-    extra = {key: asked.pop(key) for key in ("exclude",) if key in asked}
+    extra = {key: asked.pop(key) for key in ("exclude", "step_in_backward") if key in asked}
     optimizer = grass_compile.AdamW(model.named_parameters(), rank=rank, axis=axis, **asked, **extra)
     report = grass_compile.explain(model, *inputs, optimizer=optimizer)
     projected = {row.name: (row.dim, row.rank) for row in report if row.projected}
-    oracle = ReferenceAdamW(twin.named_parameters(), projected=projected, **asked)
+    oracle = Oracle(twin.named_parameters(), projected=projected, **asked)
     compiled = torch.compile(model, backend="grass", options={"compiler": compiler})
     return Pair(model, optimizer, compiled, twin, oracle)
 

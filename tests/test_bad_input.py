@@ -27,8 +27,17 @@ BAD = [
     ({"selection": "norm"}, "selection='norm' is not available in this version"),
     ({"replacement": True}, "replacement=True is not available"),
     ({"on_refresh": "keep"}, "on_refresh='keep' is not available"),
-    ({"step_in_backward": False}, "step_in_backward=False is not available"),
-    ({"max_grad_norm": 1.0}, "max_grad_norm is not available"),
+    ({"max_grad_norm": 0}, "max_grad_norm must be above 0, got 0"),
+    ({"max_grad_norm": -1.0}, r"max_grad_norm must be above 0, got -1\.0"),
+    ({"max_grad_norm": float("inf")}, "max_grad_norm must be a finite number, got inf"),
+    ({"max_grad_norm": "x"}, "max_grad_norm must be a finite number, got 'x'"),
+    ({"step_in_backward": "no"}, "step_in_backward must be True or False, got 'no'"),
+    ({"refresh_warmup": -1}, "refresh_warmup must be a whole number of at least 1, got -1"),
+    ({"refresh_warmup": 1.5}, r"refresh_warmup must be a whole number of at least 1, got 1\.5"),
+    ({"state_dtype": torch.int8}, r"state_dtype must be one of .*, got torch\.int8"),
+    ({"seed": "x"}, "seed must be a whole number"),
+    ({"seed": 1.5}, "seed must be a whole number"),
+    ({"stochastic_rounding": "yes"}, "stochastic_rounding must be True or False, got 'yes'"),
     ({"lr": -1.0}, "AdamW: Invalid learning rate"),
     ({"betas": (1.0, 0.9)}, "AdamW: Invalid beta"),
 ]
@@ -65,9 +74,22 @@ def test_sparse_and_complex_weights() -> None:
         grass_compile.AdamW([("c", nn.Parameter(torch.ones(4, 4, dtype=torch.complex64)))])
 
 
-def test_accumulate_is_not_there_yet() -> None:
-    with pytest.raises(ConfigError, match="not available"):
-        grass_compile.AdamW(nn.Linear(4, 4).named_parameters()).accumulate()
+@pytest.mark.parametrize(("key", "values"), [("step_in_backward", (True, False)), ("max_grad_norm", (None, 1.0))])
+def test_what_belongs_to_the_optimizer_cannot_differ_between_groups(key: str, values: tuple[Any, Any]) -> None:
+    layer = nn.Linear(4, 4)
+    groups = [{"params": [layer.weight], key: values[0]}, {"params": [layer.bias], key: values[1]}]
+    with pytest.raises(ConfigError, match=f"{key} differs between parameter groups"):
+        grass_compile.AdamW(groups)
+    optimizer = grass_compile.AdamW([groups[0]])
+    with pytest.raises(ConfigError, match=f"{key} differs between parameter groups"):
+        optimizer.add_param_group(groups[1])
+    assert len(optimizer.param_groups) == 1
+
+
+def test_compact_grad_of_a_stranger() -> None:
+    optimizer = grass_compile.AdamW(nn.Linear(4, 4).named_parameters())
+    with pytest.raises(ConfigError, match="this optimizer does not hold that parameter"):
+        optimizer.compact_grad(nn.Parameter(torch.ones(4, 4)))
 
 
 @pytest.mark.parametrize(
@@ -79,6 +101,9 @@ def test_accumulate_is_not_there_yet() -> None:
         ({"strict": "yes"}, "must be True or False"),
         ({"mode": "fast"}, "mode='fast' is not known"),
         ({"inductor": 3}, "must be a dict of Inductor config values"),
+        ({"rank": 0}, "rank must be a whole number of at least 1, got 0"),
+        ({"axis": "rows"}, r"options \['axis'\] say how to project weights, but options\['rank'\] is missing"),
+        ({"rank": 4, "axis": "row"}, "axis='row' is not known. Did you mean 'rows'"),
     ],
 )
 def test_bad_backend_option(options: dict[str, Any], message: str) -> None:

@@ -77,7 +77,7 @@ def test_nothing_imports_through_the_links() -> None:
 
 def test_public_names() -> None:
     names = {name for name in vars(grass_compile) if not name.startswith("_")}
-    public = {"AdamW", "ConfigError", "GrassError", "GrassWarning", "GraphError", "Report", "StateError", "explain"}
+    public = {"AdamW", "ConfigError", "GrassError", "GrassWarning", "GraphError", "Report", "StateError", "explain", "train_step"}
     modules = {"backend", "config", "errors", "explain", "passes", "report", "runtime"}
     assert public <= names and names <= public | modules
     assert (PACKAGE / "py.typed").exists()
@@ -106,11 +106,27 @@ def test_logs_and_trace(tmp_path: pathlib.Path) -> None:
 import torch, grass_compile
 model = torch.nn.Linear(16, 16)
 optimizer = grass_compile.AdamW(model.named_parameters(), rank=4)
-torch.compile(model, backend="grass", options={"compiler": "aot_eager"})(torch.randn(3, 16)).sum().backward()
+compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
+compiled(torch.randn(3, 16)).sum().backward()
+optimizer.step()
+with optimizer.accumulate():
+    compiled(torch.randn(3, 16)).sum().backward()
+optimizer.step()
 """
     environment = {**os.environ, "TORCH_LOGS": "+grass_compile", "TORCH_TRACE": str(tmp_path)}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    for line in ("detect: 1 weights projected, 0 dense", "fuse: 1 optimizer steps inlined", "place: 4 tensors written"):
+    for line in (
+        "compiling the refresh variant: 1 weights projected",
+        "detect: 1 weights projected, 0 dense",
+        "rewrite: 0 of 1 weight gradients made compact",
+        "fuse: 1 weights, 1 step",
+        "place: 3 tensors written in the backward",
+        "compiling the regular variant: 1 weights projected",
+        "rewrite: 1 of 1 weight gradients made compact",
+        "fuse: 1 weights, 1 keep",
+        "place: 0 tensors written in the backward",
+        "compiling a step by itself: rank 4 along dimension",
+    ):
         assert line in run.stderr
     trace = "".join(path.read_text() for path in tmp_path.iterdir())
     for name in ("grass_joint_before", "grass_joint_after", "grass_forward", "grass_backward"):

@@ -89,6 +89,9 @@ def fuse(
         arguments: Any = node.args
         number = arguments[-1]
         projection, action = projections[number], actions[number]
+        if action == "skip":
+            values[values.index(node)] = None
+            continue
         with provenance(gm, "fuse", projection.name, node), gm.graph.inserting_before(node):
             gradient = _compact(gm, node, projection, refresh[number], action)
             if action == "step":

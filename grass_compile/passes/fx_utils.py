@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .. import _torch
 from ..errors import GraphError
 
 PROVENANCE = "grass_compile"
@@ -131,7 +132,7 @@ def inline(graph: fx.Graph, traced: fx.GraphModule, args: Sequence[fx.Node], mod
         if node.op in ("placeholder", "output"):
             continue
         copied = graph.node_copy(node, lambda n: mapping[n])
-        copied.meta = {"val": torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: like(mode, t), node.meta["val"])}
+        copied.meta = {"val": _torch.tree_map_only(torch.Tensor, lambda t: like(mode, t), node.meta["val"])}
         mapping[node] = copied
     return [mapping[value] for value in outputs(traced)]
 

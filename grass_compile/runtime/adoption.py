@@ -166,7 +166,9 @@ def _adopt(holder: Holder, parameter: Tensor, group: dict[str, Any], wished: Wis
     assert holder.optimizer is not None and parameter.grad is not None
     loaded = holder.optimizer.state.get(parameter, {})
     if loaded and "index" not in loaded:
-        return  # trained dense so far: its full moments are not thrown away
+        if any(isinstance(value, Tensor) and value.dim() > 0 and bool(value.count_nonzero()) for value in loaded.values()):
+            return  # trained dense so far: its full moments are not thrown away
+        loaded.clear()
     holder.add(parameter, wished.name, group, wished.options, rule)
     record = holder.records[parameter]
     assigned = wished.assigned
@@ -178,7 +180,7 @@ def _adopt(holder: Holder, parameter: Tensor, group: dict[str, Any], wished: Wis
     rows = selection.top(selection.scores(gradient, dim), assigned.rank) if record.due else state["index"]
     compact = gradient.index_select(dim, rows)
     wide = torch.promote_types(compact.dtype, torch.float32)
-    parameter.grad = CompactGrad(compact.to(wide), rows, dim, parameter)
+    parameter.grad = CompactGrad(compact.to(wide), rows, dim, parameter, wished.name, record.due)
 
 
 def _loaded(optimizer: torch.optim.Optimizer) -> None:

@@ -50,7 +50,7 @@ def fitting(record: Record, entry: Mapping[str, Any]) -> tuple[Assigned, dict[st
         if value.dtype != fresh[name].dtype:
             raise refuse(f"has a {name} of {value.dtype}, where {fresh[name].dtype} is kept (model dtype, or state_dtype=)")
     if len(index.unique()) != rank or not bool(((index >= 0) & (index < shape[dim])).all()):
-        raise refuse(f"is damaged: index must hold {rank} different rows or columns")
+        raise refuse(f"is damaged: index must hold {rank} different rows or columns of shape {shape}")
     return assigned, {key: _copied(value, parameter.device) for key, value in entry.items()}
 
 

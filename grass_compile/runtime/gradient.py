@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
+from .. import _torch
 from ..errors import StateError
 
 aten = torch.ops.aten
@@ -25,21 +25,33 @@ class CompactGrad(Tensor):
         compact: the values, ``[r, n]`` or ``[m, r]``, at least fp32.
         rows: their index, ``int64[r]``.
         along: the dimension that it selects along.
+        name_: the name of the weight.
+        fresh: whether ``rows`` were chosen by this very gradient and are not the state's yet.
         zeroed: whether ``zero_grad(set_to_none=False)`` has emptied it, so that nothing waits in it.
     """
 
     compact: Tensor
     rows: Tensor
     along: int
+    name_: str
+    fresh: bool
     zeroed: bool
 
     @staticmethod
-    def __new__(cls, values: Tensor, index: Tensor, dim: int, weight: Tensor) -> CompactGrad:
+    def __new__(cls, values: Tensor, index: Tensor, dim: int, weight: Tensor, name: str = "", fresh: bool = False) -> CompactGrad:
         made: CompactGrad = Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype, device=weight.device)
         return made
 
-    def __init__(self, values: Tensor, index: Tensor, dim: int, weight: Tensor) -> None:
-        self.compact, self.rows, self.along, self.zeroed = values, index, dim, False
+    def __init__(self, values: Tensor, index: Tensor, dim: int, weight: Tensor, name: str = "", fresh: bool = False) -> None:
+        self.compact, self.rows, self.along, self.name_, self.fresh, self.zeroed = values, index, dim, name, fresh, False
+
+    def tolist(self) -> Any:
+        """Of the full gradient."""
+        return self.full().tolist()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """Of the full gradient."""
+        return self.full().numpy(force=force)
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         return f"CompactGrad(shape={tuple(self.shape)}, {len(self.rows)} along dimension {self.along})"
@@ -55,7 +67,8 @@ class CompactGrad(Tensor):
         if func in _SAME:
             return args[0]
         if func is aten.clone.default:
-            return CompactGrad(args[0].compact.clone(), args[0].rows, args[0].along, args[0])
+            grad = args[0]
+            return CompactGrad(grad.compact.clone(), grad.rows.clone(), grad.along, grad, grad.name_, grad.fresh)
         if func is aten.zero_.default:
             args[0].zeroed = True
         if func in _IN_PLACE and _is_number(*args[1:]):
@@ -73,13 +86,28 @@ class CompactGrad(Tensor):
         if func in _ONE_BY_ONE:
             results = _one_by_one(_ONE_BY_ONE[func], *args)
             return results if func._schema.returns else None
-        if any(argument.alias_info is not None and argument.alias_info.is_write for argument in func._schema.arguments):
-            raise StateError(
-                f"{func} would write into the compact gradient of a projected weight, which is zero outside of its rows. "
-                "Scale or clip it by a number, or keep this weight dense with exclude=."
-            )
-        full = tree_map_only(CompactGrad, lambda grad: grad.full(), (args, kwargs))
+        _refuse_writes_and_views(func, args, kwargs)
+        full = _torch.tree_map_only(CompactGrad, lambda grad: grad.full(), (args, kwargs))
         return func(*full[0], **full[1])
+
+
+def _refuse_writes_and_views(func: Any, args: Any, kwargs: Any) -> None:
+    """A full tensor made for the purpose is no place to write to, and neither is a view of one.
+
+    Raises:
+        StateError: naming the weight.
+    """
+    is_view = any(result.alias_info is not None for result in func._schema.returns)
+    for position, argument in enumerate(func._schema.arguments):
+        value = args[position] if position < len(args) else kwargs.get(argument.name)
+        grads = [grad for grad in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(grad, CompactGrad)]
+        writes = argument.alias_info is not None and argument.alias_info.is_write
+        if grads and (writes or (is_view and argument.alias_info is not None)):
+            what = "would write into" if writes else "would make a view of"
+            raise StateError(
+                f"{grads[0].name_}: {func} {what} its compact gradient, which is zero outside of its rows. Scale or clip it by a "
+                "number, read it through grad.full(), or keep this weight dense with exclude=."
+            )
 
 
 def _is_number(*others: Any) -> bool:
@@ -95,13 +123,12 @@ def _one_by_one(single: Callable[..., Any], gradients: list[Any], *rest: Any) ->
     """A ``_foreach`` operator on a list in which compact and full gradients are mixed."""
     if single is _norm and rest and rest[0] <= 0:
         return [_norm(g.full() if isinstance(g, CompactGrad) else g, *rest) for g in gradients]
-    results = []
-    for position, gradient in enumerate(gradients):
-        if isinstance(gradient, CompactGrad) and not all(_is_number(o[position] if isinstance(o, list) else o) for o in rest):
-            raise StateError("a compact gradient can be scaled by numbers only; keep this weight dense with exclude=.")
-        arguments = [other[position] if isinstance(other, (list, tuple)) else other for other in rest]
-        results.append(single(gradient.compact if isinstance(gradient, CompactGrad) else gradient, *arguments))
-    return results
+    arguments = [[other[at] if isinstance(other, (list, tuple)) else other for other in rest] for at in range(len(gradients))]
+    for gradient, others in zip(gradients, arguments, strict=True):
+        if isinstance(gradient, CompactGrad) and not _is_number(*others):
+            raise StateError(f"{gradient.name_}: a compact gradient can be scaled by numbers only; keep it dense with exclude=.")
+    inner = [gradient.compact if isinstance(gradient, CompactGrad) else gradient for gradient in gradients]
+    return [single(gradient, *others) for gradient, others in zip(inner, arguments, strict=True)]
 
 
 def _clamp_(gradient: Tensor, low: Any = None, high: Any = None) -> Tensor:

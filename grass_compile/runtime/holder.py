@@ -157,9 +157,9 @@ class Holder:
         for parameter, gradient in gradients.items():
             record = self.records[parameter]
             assert record.assigned is not None and record.kernel is not None
-            if fresh := gradient.rows is not record.state["index"]:
+            if fresh := gradient.fresh:
                 record.settle(gradient.rows)
-                gradient.rows = record.state["index"]
+                gradient.rows, gradient.fresh = record.state["index"], False
             hyper, dim = self.hyper(record, fresh), record.assigned.dim
             record.kernel(record.config(), dim, gradient.compact, parameter, hyper, *record.tensors())
             record.count(fresh)
@@ -169,7 +169,7 @@ class Holder:
         """Note the end of a step."""
         self.clipped = False
         for record in self.records.values():
-            record.moved = record.in_flight = False
+            record.moved = False
 
 
 @_torch.outside_dynamo

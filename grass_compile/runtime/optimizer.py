@@ -47,9 +47,6 @@ class GrassOptimizer(torch.optim.AdamW):
 
     def _settle(self) -> None:
         """Take from the groups what has to be common to all."""
-        for key in COMMON:
-            if len({group[key] for group in self.param_groups}) > 1:
-                raise ConfigError(f"{key} differs between parameter groups; it belongs to the optimizer as a whole.")
         group = self.param_groups[0]
         self._holder.fused = group["step_in_backward"]
         self._holder.max_norm = None if group["max_grad_norm"] is None else float(group["max_grad_norm"])
@@ -73,12 +70,13 @@ class GrassOptimizer(torch.optim.AdamW):
         tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in given]
         names = [entry[0] if isinstance(entry, tuple) else f"parameter {i}" for i, entry in enumerate(given)]
         self._check_parameters(tensors, names)
+        for key in COMMON:
+            if self.param_groups and self.param_groups[0][key] != param_group[key]:
+                raise ConfigError(f"{key} differs between parameter groups; it belongs to the optimizer as a whole.")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         for parameter, name in zip(group["params"], group.get("param_names") or [""] * len(tensors), strict=True):
             self._holder.add(parameter, name, group, options, self.rule)
-        if hasattr(self, "defaults") and len(self.param_groups) > 1:
-            self._settle()
 
     def _check_parameters(self, tensors: Sequence[Any], names: Sequence[str]) -> None:
         seen: set[int] = {id(parameter) for group in self.param_groups for parameter in group["params"]}
@@ -132,13 +130,6 @@ class GrassOptimizer(torch.optim.AdamW):
         holder.close()
         return loss
 
-    @_torch.outside_dynamo
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop all gradients, compact ones included."""
-        super().zero_grad(set_to_none)
-        for record in self._holder.records.values():
-            record.in_flight = False
-
     def _warn_uncompiled(self) -> None:
         """Say once that nothing is compiled."""
         if self._warned or any(record.assigned for record in self._holder.records.values()):
@@ -155,7 +146,7 @@ class GrassOptimizer(torch.optim.AdamW):
                 f"{len(dense)} weights, {dense[0] or 'unnamed'} the first, got full gradients: no compiled "
                 'backward holds them. Compile the model: model = torch.compile(model, backend="grass").',
                 GrassWarning,
-                stacklevel=4,
+                stacklevel=_torch.stacklevel_of_caller(),
             )
 
     @property
@@ -276,7 +267,7 @@ class GrassOptimizer(torch.optim.AdamW):
             groups.append(merged)
         for key in COMMON:
             if len({group[key] for group in groups}) > 1:
-                raise StateError(f"the loaded parameter groups differ in {key}. Nothing was changed.")
+                raise StateError(f"{key} differs between the loaded parameter groups. Nothing was changed.")
         return groups
 
 

@@ -55,14 +55,14 @@ class Record:
         kernel: the step by itself; supplied by the backend along with ``assigned``.
         outstanding: forwards that wait for their backward.
         moved: whether a backward has updated it since the last ``opt.step()``.
-        in_flight: whether a compact gradient has been computed that autograd has not delivered yet: it waits until every call
-            in the same graph has contributed.
+        flight: the backward in which a compact gradient has been computed that autograd has not delivered yet (it waits until
+            every call in the same graph has contributed), or None.
         rows: the index of that gradient.
         trained_dense: whether full moments are known to be no mere zeros.
     """
 
     __slots__ = (
-        "__weakref__", "_configs", "_holder", "_leaf", "_parameter", "_scratch", "assigned", "group", "in_flight", "kernel",
+        "__weakref__", "_configs", "_holder", "_leaf", "_parameter", "_scratch", "assigned", "flight", "group", "kernel",
         "moved", "name", "options", "outstanding", "rows", "rule", "trained_dense",
     )  # fmt: skip
 
@@ -78,7 +78,8 @@ class Record:
         self.kernel: Kernel | None = None
         self.outstanding: weakref.WeakSet[Call] = weakref.WeakSet()
         self.moved = False
-        self.in_flight = self.trained_dense = False
+        self.trained_dense = False
+        self.flight: int | None = None
         self.rows: Tensor | None = None
         self._scratch: Tensor | None = None
 
@@ -171,11 +172,17 @@ class Record:
         """Whether a compact gradient waits for ``opt.step()``, or is on its way there."""
         return self.in_flight or (self.pending is not None and not self.pending.zeroed)
 
+    @property
+    def in_flight(self) -> bool:
+        """Whether a compact gradient is on its way; one of a backward that has broken off is not."""
+        return self.flight is not None and self.flight == _torch.graph_task()
+
     def forget(self) -> None:
         """Forget what follows from the options; they have changed."""
         self._configs.clear()
         self._leaf = self._scratch = self.rows = None
-        self.in_flight = self.moved = self.trained_dense = False
+        self.moved = self.trained_dense = False
+        self.flight = None
 
     @property
     def pending(self) -> CompactGrad | None:
@@ -236,7 +243,7 @@ class Record:
         """Note that a compact gradient is on its way, of the rows that a region was given or has chosen."""
         if not self.in_flight:
             self.rows = self._scratch if refresh else self.state["index"]
-        self.in_flight = True
+        self.flight = _torch.graph_task()
 
     def settle(self, rows: Tensor) -> None:
         """Make new rows those of the state, which is reset or carried."""
@@ -286,13 +293,14 @@ def _deliver(record: Record | None, leaf: Tensor) -> None:
     values, leaf.grad = leaf.grad, None
     if record is None or values is None:
         return
-    record.in_flight = False
+    record.flight = None
     parameter, pending = record.parameter, record.pending
     if pending is not None and not pending.zeroed:
         pending.compact.add_(values)
         return
     assert record.assigned is not None and record.rows is not None
-    parameter.grad = CompactGrad(values, record.rows, record.assigned.dim, parameter)
+    fresh = record.rows is not record.state["index"]
+    parameter.grad = CompactGrad(values, record.rows, record.assigned.dim, parameter, record.name, fresh)
 
 
 def leaf_like(weight: Tensor, assigned: Assigned) -> Tensor:
@@ -400,13 +408,14 @@ class Call:
                     f"{record.name}: it is projected, yet its .grad holds a full gradient from outside its compiled region. Set "
                     ".grad to None, or keep this weight dense with exclude=."
                 )
+        wanted = [self._wanted(record) for record in self._records]
         steps = [self._may_step(record) for record in self._records]
         holder = self._records[0].holder
         assert holder is not None
-        clip = self._clips and all(steps) and all(parameter.grad is None for parameter in holder.records)
+        clip = self._clips and all(steps) and all(wanted) and all(parameter.grad is None for parameter in holder.records)
         self._actions = tuple(
-            _action(record, step, refresh, clip)
-            for record, step, refresh in zip(self._records, steps, self._refresh, strict=True)
+            _action(record, step, refresh, clip) if want else "skip"
+            for record, want, step, refresh in zip(self._records, wanted, steps, self._refresh, strict=True)
         )
         for record, action in zip(self._records, self._actions, strict=True):
             if action == "step":
@@ -423,6 +432,22 @@ class Call:
                 with _torch.unversioned([tensor]):
                     tensor.copy_(current)
 
+    @staticmethod
+    def _wanted(record: Record) -> bool:
+        """Whether this backward is to train the weight: not ``torch.autograd.grad`` of the inputs alone.
+
+        Raises:
+            StateError: the weight is named in ``backward(inputs=...)``, which its compact gradient cannot reach.
+        """
+        if _torch.will_run(record.leaf):
+            return True
+        if not _torch.will_run(record.parameter):
+            return False
+        raise StateError(
+            f"{record.name}: its gradient cannot be asked for by name (backward(inputs=...) or torch.autograd.grad), since it is "
+            "never formed. Call loss.backward() without inputs, or keep this weight dense with exclude=."
+        )
+
     def _may_step(self, record: Record) -> bool:
         assert record.holder is not None
         alone = len(record.outstanding) == (self in record.outstanding)
@@ -434,8 +459,9 @@ class Call:
         moved = []
         for record, action, refresh in zip(self._records, self._actions, self._refresh, strict=True):
             record.outstanding.discard(self)
-            if action != "step":
+            if action in ("choose", "keep"):
                 record.expect(refresh)
+            if action != "step":
                 continue
             moved.append(record.parameter)
             record.stepped(refresh)

@@ -25,9 +25,10 @@ equally many updates, their number, this one included; where rounding is stochas
 gradients are clipped, the largest norm allowed."""
 
 
-Action = Literal["step", "choose", "keep"]
+Action = Literal["step", "choose", "keep", "skip"]
 """What a backward does with the gradient of one weight: ``step`` moves the weight; ``keep`` leaves the compact gradient for
-``opt.step()``; ``choose`` (on a refresh) chooses new rows first, and then leaves theirs."""
+``opt.step()``; ``choose`` (on a refresh) chooses new rows first, and then leaves theirs; ``skip`` does nothing, since the
+backward is not for the weights."""
 
 
 def apply_all(

@@ -24,15 +24,25 @@ aten = torch.ops.aten
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[fx.GraphModule, fx.GraphModule]]:
-    """Every (forward, backward) pair that the pipeline makes, in order: refresh, regular."""
+    """The forward and the finished backward of each pair that runs, in order: refresh, regular."""
     made: list[tuple[fx.GraphModule, fx.GraphModule]] = []
-    original = pipeline.transform
+    forwards: dict[pipeline.Plan, fx.GraphModule] = {}
+    transform, finish = pipeline.transform, pipeline.finish
 
-    def transform(*args: Any, **kwargs: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
-        made.append(original(*args, **kwargs))
-        return made[-1]
+    def watched_transform(*args: Any, plan: pipeline.Plan, **kwargs: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+        assert plan not in forwards, "partitioned twice"
+        forward, backward = transform(*args, plan=plan, **kwargs)
+        forwards[plan] = forward
+        return forward, backward
 
-    monkeypatch.setattr(pipeline, "transform", transform)
+    def watched_finish(gm: fx.GraphModule, plan: pipeline.Plan, *how: Any) -> fx.GraphModule:
+        before = op_counts(gm)
+        made.append((forwards[plan], finish(gm, plan, *how)))
+        assert op_counts(gm) == before, "the graph with anchors serves other actions too and must stay as it is"
+        return made[-1][1]
+
+    monkeypatch.setattr(pipeline, "transform", watched_transform)
+    monkeypatch.setattr(pipeline, "finish", watched_finish)
     return made
 
 
@@ -64,9 +74,8 @@ def test_no_full_product_on_a_regular_step(name: str, axis: str, graphs: list[An
 def test_gather_is_tokens_by_rank(axis: str, graphs: list[Any]) -> None:
     train(forms.Linear(), axis=axis)
     forward, backward = graphs[1]
-    gathers = [n for gm in (forward, backward) for n in gm.graph.nodes if n.target is aten._unsafe_index.Tensor]
+    gathers = [n for gm in (forward, backward) for n in gm.graph.nodes if n.target is ops.gather]
     assert [tuple(node.meta["val"].shape) for node in gathers] == [(forms.B * forms.S, forms.RANK)]
-    assert gathers[0].args[1][0] is None  # whole rows of dY (X) are walked through
 
 
 def test_columns_save_only_the_gathered_activation(graphs: list[Any]) -> None:
@@ -108,7 +117,8 @@ def test_writes_come_after_every_reader(graphs: list[Any]) -> None:
         decay = [i for i, node in enumerate(nodes) if node.target is aten.copy_.default and node.args[0].name == "primals_4"]
         reader = max(i for i, n in enumerate(nodes) if n.target is aten.mm.default and tuple(n.meta["val"].shape) == (15, 24))
         assert len(update) == 2 and min(update) > 0 and decay and reader < max(update)
-        verify(backward, weights={"primals_1": "a.weight", "primals_4": "b.weight"})
+        assert all(nodes[i].args[0].name in ("primals_1", "primals_4") for i in update)
+        verify(backward, weights={"primals_1": "a.weight", "primals_4": "b.weight"}, names=["a.weight", "b.weight"])
 
 
 def test_slots_of_projected_weights_return_none(graphs: list[Any]) -> None:
@@ -120,11 +130,14 @@ def test_slots_of_projected_weights_return_none(graphs: list[Any]) -> None:
 def test_every_new_node_says_where_it_comes_from(graphs: list[Any]) -> None:
     train(forms.Linear(), axis="rows")
     _, backward = graphs[1]
+    seen = set()
     for node in backward.graph.nodes:
-        if node.target in (ops.row_update_, aten.copy_.default, aten._unsafe_index.Tensor):
+        if node.target in (ops.row_update_, aten.copy_.default, ops.gather):
+            seen.add(node.target)
             assert node.meta[PROVENANCE][1] == "w" and node.meta[PROVENANCE][0] in pipeline.PASSES
             assert "forms.py" in node.meta["stack_trace"]
             assert "val" in node.meta
+    assert len(seen) == 3
 
 
 def test_without_rewrite_the_rows_come_from_the_full_gradient(graphs: list[Any]) -> None:
@@ -139,7 +152,7 @@ def test_without_rewrite_the_rows_come_from_the_full_gradient(graphs: list[Any])
     torch.testing.assert_close(with_pass.w, without.w)
 
 
-@pytest.mark.parametrize("name", ["detect", "fuse", "place"])
+@pytest.mark.parametrize("name", ["detect", "anchor", "fuse", "place"])
 def test_without_an_essential_pass_everything_is_dense(name: str, graphs: list[Any]) -> None:
     optimizer = train(forms.Linear(), options={"disable_passes": [name]})
     assert not graphs
@@ -160,7 +173,7 @@ def test_verify_sees_a_read_after_the_write(graphs: list[Any]) -> None:
         view.meta["val"] = weight.meta["val"].t()
         backward.graph.call_function(aten.sum.default, (view,))
     with pytest.raises(GraphError, match=r"w: .* reads it after it was written"):
-        verify(backward, weights={weight.name: "w"})
+        verify(backward, weights={weight.name: "w"}, names=["w"])
 
 
 def test_verify_wants_exactly_one_update(graphs: list[Any]) -> None:
@@ -168,9 +181,47 @@ def test_verify_wants_exactly_one_update(graphs: list[Any]) -> None:
     _, backward = graphs[1]
     node = next(iter(backward.graph.find_nodes(op="call_function", target=ops.row_update_)))
     name = node.args[0].name  # type: ignore[union-attr]
-    backward.graph.erase_node(node)
+    with backward.graph.inserting_after(node):
+        backward.graph.node_copy(node)
+    with pytest.raises(GraphError, match="w: 2 row updates"):
+        verify(backward, weights={name: "w"}, names=["w"])
+    for update in list(backward.graph.find_nodes(op="call_function", target=ops.row_update_)):
+        backward.graph.erase_node(update)
     with pytest.raises(GraphError, match="w: 0 row updates"):
-        verify(backward, weights={name: "w"})
+        verify(backward, weights={name: "w"}, names=["w"])
+    with pytest.raises(GraphError, match="w: nothing updates it in the backward graph"):
+        verify(backward, weights={}, names=["w"])
+
+
+def test_verify_sees_a_read_before_the_refresh(graphs: list[Any]) -> None:
+    """Of the index and of the moments, which a refresh writes."""
+    train(forms.Linear(), axis="rows")
+    backward, _ = (backward for _, backward in graphs)
+    (refresh,) = backward.graph.find_nodes(op="call_function", target=ops.refresh_)
+    (update,) = backward.graph.find_nodes(op="call_function", target=ops.row_update_)
+    verify(backward, weights={update.args[0].name: "w"}, names=["w"])
+    for node in refresh.all_input_nodes[1:]:
+        with backward.graph.inserting_before(refresh):
+            early = backward.graph.call_function(aten.neg.default, (node,))
+        with pytest.raises(GraphError, match=f"{node.name}: {early.name} reads it before the refresh has written it"):
+            verify(backward, weights={update.args[0].name: "w"}, names=["w"])
+        backward.graph.erase_node(early)
+
+
+def test_verify_sees_an_anchor_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    unfinished: list[fx.GraphModule] = []
+    finish = pipeline.finish
+
+    def watched(gm: fx.GraphModule, plan: pipeline.Plan, *how: Any) -> fx.GraphModule:
+        unfinished.append(gm)
+        return finish(gm, plan, *how)
+
+    monkeypatch.setattr(pipeline, "finish", watched)
+    train(forms.Linear(), axis="rows")
+    for gm in unfinished:
+        assert op_counts(gm)["grass_compile.anchor.default"] == 1
+        with pytest.raises(GraphError, match="an anchor is left"):
+            verify(gm, weights={}, names=[])
 
 
 def test_partitioner_key_covers_the_plan() -> None:
@@ -180,6 +231,33 @@ def test_partitioner_key_covers_the_plan() -> None:
 
 def test_op_counts(graphs: list[Any]) -> None:
     train(forms.Linear(), axis="rows")
-    counts = op_counts(graphs[1][1])
-    assert counts["grass_compile.row_update_.default"] == 1 and counts["aten.copy_.default"] == 2
-    assert "grass_compile.row_update.default" not in counts
+    refresh, regular = (op_counts(backward) for _, backward in graphs)
+    for counts in (refresh, regular):
+        assert counts["grass_compile.row_update_.default"] == 1 and counts["aten.copy_.default"] == 2
+        assert not {"grass_compile.row_update.default", "grass_compile.anchor.default"} & set(counts)
+    assert refresh["grass_compile.refresh_.default"] == 1 and "grass_compile.gather.default" not in refresh
+    assert regular["grass_compile.gather.default"] == 1 and "grass_compile.refresh_.default" not in regular
+
+
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_deferred_backward_returns_the_compact_gradient(axis: str, accumulate: int, graphs: list[Any]) -> None:
+    """Of a refresh, the first backward chooses rows, which writes index and moments; every other writes nothing at all."""
+    optimizer = grass_compile.AdamW((model := forms.Linear()).named_parameters(), rank=4, axis=axis, step_in_backward=False)
+    compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
+    for step in range(2):
+        for _ in range(accumulate):
+            forms.loss_of(compiled(forms.batch(torch.float32, step))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    kinds = ["choose", "keep of a refresh", "keep"] if accumulate > 1 else ["choose", "keep"]
+    assert len(graphs) == len(kinds)
+    shape = (4, forms.N) if axis == "rows" else (forms.M, 4)
+    for kind, (forward, backward) in zip(kinds, graphs, strict=True):
+        counts = op_counts(backward)
+        assert counts.get("grass_compile.refresh_.default", 0) == (kind == "choose")
+        gathers = counts.get("grass_compile.gather.default", 0) + op_counts(forward).get("grass_compile.gather.default", 0)
+        assert gathers == (kind == "keep") and products(backward, (forms.M, forms.N)) == (kind != "keep")
+        assert not {"grass_compile.row_update_.default", "aten.copy_.default", "aten.sqrt.default"} & set(counts)
+        compact = [value for value in outputs(backward) if isinstance(value, fx.Node)]
+        assert [tuple(value.meta["val"].shape) for value in compact] == [shape]

@@ -25,6 +25,15 @@ def loss(output: torch.Tensor) -> torch.Tensor:
     return (output - 1).square().mean()
 
 
+def steps(model: Any, optimizer: torch.optim.Optimizer, count: int, first: int = 0, dtype: torch.dtype = torch.float32) -> None:
+    """Train on fixed batches, one for each step."""
+    for step in range(first, first + count):
+        x = torch.randn(7, 24, dtype=dtype, generator=torch.Generator().manual_seed(step))
+        loss(model(x)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)])
 @pytest.mark.parametrize("axis", ["rows", "columns"])
 def test_full_rank_equals_torch_adamw(axis: str, compiler: str) -> None:
@@ -34,14 +43,8 @@ def test_full_rank_equals_torch_adamw(axis: str, compiler: str) -> None:
     optimizer = grass_compile.AdamW(model.named_parameters(), rank=40, axis=axis, update_proj_gap=1000, **keywords)
     reference = torch.optim.AdamW(twin.parameters(), **keywords)
     compiled = torch.compile(model, backend="grass", options={"compiler": compiler})
-    for step in range(20):
-        x = torch.randn(7, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
-        loss(compiled(x)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        loss(twin(x)).backward()
-        reference.step()
-        reference.zero_grad()
+    steps(compiled, optimizer, 20, dtype=torch.float64)
+    steps(twin, reference, 20, dtype=torch.float64)
     for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12, msg=name)
     for index in (0, 3):
@@ -111,14 +114,8 @@ def test_dense_rest_is_torch_adamw() -> None:
     optimizer = grass_compile.AdamW(model.named_parameters(), lr=1e-2, rank=None)
     reference = torch.optim.AdamW(twin.parameters(), lr=1e-2, weight_decay=0.0)
     compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
-    for step in range(3):
-        x = torch.randn(7, 24, generator=torch.Generator().manual_seed(step))
-        loss(compiled(x)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        loss(twin(x)).backward()
-        reference.step()
-        reference.zero_grad()
+    steps(compiled, optimizer, 3)
+    steps(twin, reference, 3)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q)
         assert set(optimizer.state[p]) == set(reference.state[q])
@@ -132,21 +129,14 @@ def test_state_dict_resumes_bit_for_bit(tmp_path: Any) -> None:
         optimizer = grass_compile.AdamW(model.named_parameters(), lr=1e-2, rank=6, update_proj_gap=3, on_refresh="carry")
         return model, optimizer, torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
 
-    def steps(run: Any, first: int, last: int) -> None:
-        _, optimizer, compiled = run
-        for step in range(first, last):
-            loss(compiled(torch.randn(7, 24, generator=torch.Generator().manual_seed(step)))).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
     whole, first, second = fresh(), fresh(), fresh()
-    steps(whole, 0, 9)
-    steps(first, 0, 5)
+    steps(whole[2], whole[1], 9)
+    steps(first[2], first[1], 5)
     torch.save({"model": first[0].state_dict(), "optimizer": first[1].state_dict()}, tmp_path / "state.pt")
     saved = torch.load(tmp_path / "state.pt", weights_only=True)
     second[0].load_state_dict(saved["model"])
     second[1].load_state_dict(saved["optimizer"])
-    steps(second, 5, 9)
+    steps(second[2], second[1], 4, first=5)
     for p, q in zip(whole[0].parameters(), second[0].parameters(), strict=True):
         assert torch.equal(p, q)
     assert second[1].state[second[0][0].weight]["index"].dtype is torch.int64
@@ -160,6 +150,11 @@ def test_state_of_another_rank_is_refused_and_changes_nothing() -> None:
     optimizer.step()
     saved = copy.deepcopy(optimizer.state_dict())
     other = grass_compile.AdamW(mlp().named_parameters(), rank=5)
+    with pytest.raises(grass_compile.StateError, match=r"0\.weight: the loaded state was made with rank=6, .* with rank=5"):
+        other.load_state_dict(saved)
+    assert not other.state
+    for group in saved["param_groups"]:
+        group["rank"] = 5  # the groups lie: the tensors do not fit
     with pytest.raises(grass_compile.StateError, match=r"0\.weight: the loaded state has rank 6"):
         other.load_state_dict(saved)
     assert not other.state
