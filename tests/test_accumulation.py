@@ -296,17 +296,22 @@ def test_gradient_of_the_inputs_alone_is_no_backward_of_the_weights(how: str, de
 
 
 @pytest.mark.parametrize("deferred", [False, True])
-def test_backward_with_the_weights_as_inputs(deferred: bool) -> None:
-    """``loss.backward(inputs=parameters)``, as scripts with two networks have it."""
+def test_backward_with_the_weights_as_inputs_is_refused(deferred: bool) -> None:
+    """``loss.backward(inputs=parameters)``: autograd would drop the compact gradients, so it is refused before anything moves."""
     run = pair(mlp(), [x()], rank=5, axis="rows", step_in_backward=not deferred)
-    for step in range(5):
-        loss_on(step)(run.compiled).backward(inputs=list(run.model.parameters()))
+    before = [p.detach().clone() for p in run.model.parameters()]
+    with pytest.raises(StateError, match=r"0\.weight: its gradient cannot be asked for by name"):
+        loss_on(0)(run.compiled).backward(inputs=list(run.model.parameters()))
+    run.optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(run.model.parameters(), before, strict=True))
+    run.optimizer.zero_grad()
+    for step in range(3):
+        loss_on(step)(run.compiled).backward()
         run.optimizer.step()
         run.optimizer.zero_grad()
         loss_on(step)(run.twin).backward()
         run.oracle.step()
-        assert run.difference() < 1e-12
-    assert updates(run.model, run.optimizer) == {5}
+    assert run.difference() < 1e-12 and updates(run.model, run.optimizer) == {3}
 
 
 def test_gradient_of_a_projected_weight_by_autograd_grad() -> None:

@@ -1,6 +1,6 @@
 """A small LLaMA on text with every option at once, killed twice and resumed.
 
-`train` is the script. Each run of it has a process to itself, forked from a server that has done the imports and computed nothing.
+`train` is the script. Each run of it has a process to itself, forked from a server that has imported and not computed anything.
 """
 
 from __future__ import annotations
@@ -175,8 +175,8 @@ def test_killed_twice_it_trains_as_if_nothing_had_happened(tmp_path: Path) -> No
     assert list(losses) == list(range(STEPS))
 
     chance = random.Random(0)
-    for step in sorted(chance.sample(range(SAVE_EVERY + 1, STEPS - SAVE_EVERY), 2)):
-        kill_after(killed, step, chance.random() / 10)
+    for earliest in (2 * SAVE_EVERY, STEPS // 2):
+        kill_after(killed, earliest + chance.randrange(STEPS // 3), chance.random() / 10)
     found = finish(killed)
     starts = sorted({note["start"] for note in found})
     assert len(starts) == 3 and all(start % SAVE_EVERY == 0 for start in starts)
@@ -192,8 +192,6 @@ def test_killed_twice_it_trains_as_if_nothing_had_happened(tmp_path: Path) -> No
 
 def check_compilations(run: list[dict[str, Any]]) -> None:
     """One graph of fixed batch size and one of any; nothing is compiled once every kind of step has been seen."""
-    assert run[-1]["graphs"] <= 2
     later = [note for note in run if note["step"] >= run[0]["start"] + WARM_UP]
-    assert len({note["graphs"] for note in later}) <= 1
-    settled = [note for note in later if note["step"] > -(-(run[0]["start"] + WARM_UP) // GAP) * GAP]
-    assert len({note["variants"] for note in settled}) <= 1
+    assert run[-1]["graphs"] <= 2
+    assert len({(note["graphs"], note["variants"]) for note in later}) <= 1

@@ -86,28 +86,64 @@ class CompactGrad(Tensor):
         if func in _ONE_BY_ONE:
             results = _one_by_one(_ONE_BY_ONE[func], *args)
             return results if func._schema.returns else None
-        _refuse_writes_and_views(func, args, kwargs)
-        full = _torch.tree_map_only(CompactGrad, lambda grad: grad.full(), (args, kwargs))
-        return func(*full[0], **full[1])
+        return _read(func, args, kwargs)
 
 
-def _refuse_writes_and_views(func: Any, args: Any, kwargs: Any) -> None:
-    """A full tensor made for the purpose is no place to write to, and neither is a view of one.
+class Reading(Tensor):
+    """A view of a full gradient that was made for reading: what would write into it is refused, for it would be lost."""
+
+    full: Tensor
+    name_: str
+
+    @staticmethod
+    def __new__(cls, full: Tensor, name: str) -> Reading:
+        made: Reading = Tensor._make_wrapper_subclass(
+            cls, full.shape, strides=full.stride(), storage_offset=full.storage_offset(), dtype=full.dtype, device=full.device
+        )
+        return made
+
+    def __init__(self, full: Tensor, name: str) -> None:
+        self.full, self.name_ = full, name
+
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
+        return repr(self.full)
+
+    def tolist(self) -> Any:
+        """Of what it holds."""
+        return self.full.tolist()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """Of what it holds."""
+        return self.full.numpy(force=force)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        return _read(func, args, kwargs or {})
+
+
+def _read(func: Any, args: Any, kwargs: Any) -> Any:
+    """Run an operator on full tensors, if it writes into no gradient; a view of one is for reading too.
 
     Raises:
         StateError: naming the weight.
     """
-    is_view = any(result.alias_info is not None for result in func._schema.returns)
+    name = ""
     for position, argument in enumerate(func._schema.arguments):
         value = args[position] if position < len(args) else kwargs.get(argument.name)
-        grads = [grad for grad in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(grad, CompactGrad)]
-        writes = argument.alias_info is not None and argument.alias_info.is_write
-        if grads and (writes or (is_view and argument.alias_info is not None)):
-            what = "would write into" if writes else "would make a view of"
-            raise StateError(
-                f"{grads[0].name_}: {func} {what} its compact gradient, which is zero outside of its rows. Scale or clip it by a "
-                "number, read it through grad.full(), or keep this weight dense with exclude=."
-            )
+        for grad in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(grad, (CompactGrad, Reading)):
+                name = name or grad.name_
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    raise StateError(
+                        f"{grad.name_}: {func} would write into its compact gradient, which is zero outside of its rows. "
+                        "Scale or clip it by a number, or keep this weight dense with exclude=."
+                    )
+    args, kwargs = _torch.tree_map_only(CompactGrad, lambda grad: grad.full(), (args, kwargs))
+    args, kwargs = _torch.tree_map_only(Reading, lambda view: view.full, (args, kwargs))
+    result = func(*args, **kwargs)
+    if any(returned.alias_info is not None and not returned.alias_info.is_write for returned in func._schema.returns):
+        return _torch.tree_map_only(Tensor, lambda view: Reading(view, name), result)
+    return result
 
 
 def _is_number(*others: Any) -> bool:

@@ -108,7 +108,7 @@ def test_reading_gives_what_the_full_gradient_would(name: str, dim: int) -> None
     gradient, plain = made(dim)
     before = gradient.compact.clone()
     found, expected = READS[name](gradient), READS[name](plain)
-    assert type(found) is type(expected) and not isinstance(found, CompactGrad)
+    assert not isinstance(found, CompactGrad) and isinstance(found, type(expected))
     torch.testing.assert_close(found, expected)
     assert torch.equal(gradient.compact, before)
 
