@@ -174,7 +174,7 @@ class Holder:
 
 @_torch.outside_dynamo
 def _take_norm(holder: Holder | None, leaf: Tensor) -> None:
-    if holder is not None:
+    if holder is not None and leaf.grad is not None:
         holder.grad_norm = leaf.grad
     leaf.grad = None
 
