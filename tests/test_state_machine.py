@@ -31,7 +31,9 @@ TOKENS, IN, HIDDEN, OUT, RANK, GAP = 4, 6, 8, 5, 3, 2
 BETAS, EPS = (0.9, 0.999), 1e-3
 LRS, DECAYS = (1e-2, 3e-3), (0.1, 0.2)
 OUTSTANDING = 3
-SETTINGS = hypothesis.settings(max_examples=6, stateful_step_count=20, deadline=None, derandomize=True)
+SETTINGS = hypothesis.settings(
+    max_examples=12, stateful_step_count=20, deadline=None, derandomize=True, phases=(hypothesis.Phase.generate,)
+)
 
 
 class Net(nn.Module):

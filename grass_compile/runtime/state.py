@@ -458,7 +458,8 @@ class Call:
         """Note what the backward has done."""
         moved = []
         for record, action, refresh in zip(self._records, self._actions, self._refresh, strict=True):
-            record.outstanding.discard(self)
+            if action != "skip":  # a backward that was not for the weights leaves theirs still to come
+                record.outstanding.discard(self)
             if action in ("choose", "keep"):
                 record.expect(refresh)
             if action != "step":
