@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import io
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import hypothesis
@@ -267,6 +267,7 @@ class Loop(RuleBasedStateMachine):
         super().__init__()
         self.forwards: list[tuple[Tensor, Forward]] = []
         self.scheduled = (LRS[0], DECAYS[0])
+        self.kept: list[tuple[Any, Tensor]] = []
 
     @initialize(seed=st.integers(0, 9))
     def start(self, seed: int) -> None:
@@ -374,6 +375,10 @@ class Loop(RuleBasedStateMachine):
 
     @rule(set_to_none=st.booleans(), model=st.booleans())
     def zero_grad(self, set_to_none: bool, model: bool) -> None:
+        """A gradient that is let go belongs to whoever has kept it, and stays what it is."""
+        gradients = [self.parameters[name].grad for name in PROJECTED]
+        if set_to_none and gradients[0] is not None:
+            self.kept = [(gradient, gradient.full().clone()) for gradient in gradients]  # type: ignore[union-attr]
         (self.model if model else self.optimizer).zero_grad(set_to_none=set_to_none)
         self.oracle.zero_grad(set_to_none)
 
@@ -444,6 +449,7 @@ class Loop(RuleBasedStateMachine):
             if gradient is not None:
                 self._close(gradient, expected, f"{name}.grad")
             self._state_agrees(name, self.optimizer.state.get(parameter, {}), self.oracle.moments[name])
+        assert all(torch.equal(gradient.full(), value) for gradient, value in self.kept), "a gradient that was kept"
         if self.oracle.norm is not None:
             assert self.optimizer.grad_norm is not None
             self._close(self.optimizer.grad_norm, self.oracle.norm, "grad_norm")
@@ -467,11 +473,46 @@ class Loop(RuleBasedStateMachine):
         assert float((found - expected).abs().max()) < 1e-9, what
 
 
+ONCE_WRONG: dict[str, Callable[[Loop], Any]] = {
+    "a learning rate that came after the forward was ignored": lambda loop: (
+        loop.forward(0, 1.0), loop.schedule(LRS[1], DECAYS[1]), loop.backward(0, False, False), loop.step(),
+    ),
+    "the bias correction began anew where the rows stayed": lambda loop: (
+        loop.train(0, 3, 1.0, False), loop.zero_grad(True, False), loop.train(3, 3, 1.0, True),
+    ),
+    "rows were never chosen again once gradients were zeroed": lambda loop: [
+        (loop.train(seed, 1, 1.0, False), loop.zero_grad(False, False)) for seed in range(5)
+    ],
+    "rows took effect although their gradient was dropped": lambda loop: (
+        loop.train(0, 2, 1.0, True), loop.forward_and_backward(5, 1.0, True), loop.zero_grad(True, True),
+        loop.save_and_load(), loop.train(2, 3, 1.0, True),
+    ),
+    "a backward that did not clip lost the norm": lambda loop: (loop.train(0, 1, 1.0, False), loop.forward_and_backward(1, 1.0, True)),
+    "a look at a gradient gave up the claim of a forward": lambda loop: (
+        loop.forward(0, 1.0), loop.look_at_a_gradient(0), loop.forward(1, 1.0), loop.backward_together(False), loop.step(),
+    ),
+    "a forward changed the rows of a zeroed gradient": lambda loop: (
+        loop.forward_and_backward(0, 1.0, True), loop.zero_grad(False, False), loop.forward(1, 1.0), loop.step(),
+    ),
+    "a backward changed the rows of a gradient that was kept": lambda loop: (
+        loop.forward_and_backward(0, 1.0, True), loop.zero_grad(True, False), loop.agrees(), loop.train(7, 3, 1.0, True),
+    ),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_any_order_of_events(variant: Variant) -> None:
     machine: Any = type("Loop", (Loop,), {"variant": variant})
     hypothesis.seed(VARIANTS.index(variant))(machine)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     with functorch_config.patch(donated_buffer=False):  # torch compiles backwards that cannot retain their graph otherwise
+        for what, happens in ONCE_WRONG.items():
+            loop = machine()
+            loop.start(0)
+            happens(loop)
+            try:
+                loop.agrees()
+            except AssertionError as error:
+                raise AssertionError(what) from error
         run_state_machine_as_test(machine, settings=SETTINGS)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs <= 2  # with and without gradients

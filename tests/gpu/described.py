@@ -189,13 +189,11 @@ def described_device() -> Iterator[None]:
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Generated]]:
     """Compile every graph of the grass backend for the described device, keep what was generated, and run none."""
-    from torch._inductor.compile_fx import compile_fx
-
     from grass_compile import _torch
 
     graphs: list[Generated] = []
     inner: Any = functools.partial(_compile_inner, graphs=graphs)
-    with mock.patch.object(_torch, "compile_fx", functools.partial(compile_fx, inner_compile=inner)):
+    with mock.patch.object(_torch, "compile_fx_inner", inner):
         yield graphs
 
 
