@@ -141,7 +141,7 @@ def notes(folder: Path) -> list[dict[str, Any]]:
 
 def finish(folder: Path) -> list[dict[str, Any]]:
     process = launch(folder)
-    process.join()
+    process.join(timeout=600)
     assert process.exitcode == 0
     return notes(folder)
 

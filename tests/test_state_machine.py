@@ -487,7 +487,9 @@ ONCE_WRONG: dict[str, Callable[[Loop], Any]] = {
         loop.train(0, 2, 1.0, True), loop.forward_and_backward(5, 1.0, True), loop.zero_grad(True, True),
         loop.save_and_load(), loop.train(2, 3, 1.0, True),
     ),
-    "a backward that did not clip lost the norm": lambda loop: (loop.train(0, 1, 1.0, False), loop.forward_and_backward(1, 1.0, True)),
+    "a backward that did not clip lost the norm": lambda loop: (
+        loop.train(0, 1, 1.0, False), loop.forward_and_backward(1, 1.0, True),
+    ),
     "a look at a gradient gave up the claim of a forward": lambda loop: (
         loop.forward(0, 1.0), loop.look_at_a_gradient(0), loop.forward(1, 1.0), loop.backward_together(False), loop.step(),
     ),
@@ -508,9 +510,9 @@ def test_any_order_of_events(variant: Variant) -> None:
     with functorch_config.patch(donated_buffer=False):  # torch compiles backwards that cannot retain their graph otherwise
         for what, happens in ONCE_WRONG.items():
             loop = machine()
-            loop.start(0)
-            happens(loop)
             try:
+                loop.start(0)
+                happens(loop)
                 loop.agrees()
             except AssertionError as error:
                 raise AssertionError(what) from error
