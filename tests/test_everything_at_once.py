@@ -96,6 +96,7 @@ def train(folder: Path) -> None:
     compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
 
     with (folder / "losses").open("a", buffering=1) as losses:
+        losses.write("\n")  # ends a line that a kill has cut off
         for step in range(start, STEPS):
             if step % SAVE_EVERY == 0 and step > start:
                 states = {name: part.state_dict() for name, part in parts.items()}
