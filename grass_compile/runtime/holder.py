@@ -159,7 +159,7 @@ class Holder:
             assert record.assigned is not None and record.kernel is not None
             if fresh := gradient.fresh:
                 record.settle(gradient.rows)
-                gradient.rows, gradient.fresh = record.state["index"], False
+                gradient.fresh = False
             hyper, dim = self.hyper(record, fresh), record.assigned.dim
             record.kernel(record.config(), dim, gradient.compact, parameter, hyper, *record.tensors())
             record.count(fresh)

@@ -300,7 +300,7 @@ def _deliver(record: Record | None, leaf: Tensor) -> None:
         return
     assert record.assigned is not None and record.rows is not None
     fresh = record.rows is not record.state["index"]
-    parameter.grad = CompactGrad(values, record.rows, record.assigned.dim, parameter, record.name, fresh)
+    parameter.grad = CompactGrad(values, record.rows.clone(), record.assigned.dim, parameter, record.name, fresh)
 
 
 def leaf_like(weight: Tensor, assigned: Assigned) -> Tensor:
