@@ -29,7 +29,9 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.decomposition import select_decomp_table
 from torch._logging._internal import trace_structured
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_map_only
 
 Compiled = Callable[..., Any]
@@ -173,46 +175,100 @@ class Partitioner(CustomPartitionerFn):
         return {"function": None, "key": self.key}
 
 
-class Backwards:
-    """The backward of one compiled pair, compiled for each ``key`` when a backward first runs with it.
-
-    The saved tensors are the same for every key, so the choice can wait until the backward begins.
+@dataclasses.dataclass
+class Half:
+    """The forward or the backward of one graph, compiled for each ``key`` when it first runs with it.
 
     Attributes:
-        key: which backward runs next; set by whoever starts it.
+        finish: makes a runnable copy of the graph for a key.
+        expected: the keys that are needed first. With dynamic shapes all of them are compiled at once, while Dynamo still
+            collects guards.
+        key: what runs next; set by whoever starts it.
+        values: for each key, the fake values that the compiled graph returns, with the strides that the compiler chose.
     """
 
-    def __init__(self, finish: Callable[[fx.GraphModule, Any], fx.GraphModule], expected: Any) -> None:
-        """Nothing is compiled yet.
+    finish: Callable[[fx.GraphModule, Any], fx.GraphModule]
+    expected: tuple[Any, ...]
+    key: Any = None
+    values: dict[Any, list[Any]] = dataclasses.field(default_factory=dict)
 
-        Args:
-            finish: makes a runnable copy of the backward graph for a key.
-            expected: the key that is probably needed first. With dynamic shapes it is compiled along with the forward, while
-                Dynamo still collects guards.
-        """
+    def __post_init__(self) -> None:
         self._boxed_call = True
-        self.key: Any = expected
-        self._finish = finish
         self._contexts: tuple[Any, Any] = (None, None)
         self._gm: fx.GraphModule | None = None
         self._compile: Callable[[fx.GraphModule], Compiled] | None = None
         self._compiled: dict[Any, Compiled] = {}
 
-    def accept(self, gm: fx.GraphModule, compile: Callable[[fx.GraphModule], Compiled]) -> Backwards:
-        """Take what AOTAutograd hands to a backward compiler: the graph, and how it would have been compiled."""
+    def accept(self, gm: fx.GraphModule, compile: Callable[[fx.GraphModule], Compiled]) -> Half:
+        """Take what AOTAutograd hands to a compiler: the graph, and how it would have been compiled."""
         self._gm, self._compile = gm, compile
         self._contexts = copy.copy(TracingContext.try_get()), CompileContext.try_get()
         if any(isinstance(node.meta.get("val"), torch.SymInt) for node in gm.graph.find_nodes(op="placeholder")):
-            self._compiled[self.key] = self._compile(self._finish(gm, self.key))
+            for key in self.expected:
+                self._prepare(key)
         return self
+
+    def outputs(self) -> list[Any]:
+        """What the unfinished graph returns, as nodes."""
+        assert self._gm is not None
+        return _returned(self._gm)
 
     def __call__(self, args: Any) -> Any:
         if self.key not in self._compiled:
-            assert self._gm is not None and self._compile is not None
             tracing_context, context = self._contexts
             with tracing(tracing_context), compile_context(context), torch._C._DisableAutocast(), torch.no_grad():
-                self._compiled[self.key] = self._compile(self._finish(self._gm, self.key))
+                self._prepare(self.key)
         return self._compiled[self.key](args)
+
+    def _prepare(self, key: Any) -> None:
+        assert self._gm is not None and self._compile is not None
+        gm = self.finish(self._gm, key)
+        values = [node.meta["val"] if isinstance(node, fx.Node) else None for node in _returned(gm)]
+        with _kept_buffers(self._gm, gm), TracingContext.report_output_strides() as strides:
+            self._compiled[key] = self._compile(gm)
+        for number, stride in enumerate(strides or []):
+            value = values[number]
+            if stride is not None and isinstance(value, Tensor) and tuple(value.stride()) != tuple(stride):
+                values[number] = value.as_strided(value.size(), stride)
+        self.values[key] = values
+
+
+def _returned(gm: fx.GraphModule) -> list[Any]:
+    values: Any = next(iter(gm.graph.find_nodes(op="output"))).args[0]
+    return list(values)
+
+
+@contextlib.contextmanager
+def _kept_buffers(original: fx.GraphModule, finished: fx.GraphModule) -> Iterator[None]:
+    """Inside, the compiler may not reuse the memory of inputs that are others than in the original graph: AOTAutograd's
+    finding that nobody else holds them was about those."""
+    context: Any = TracingContext.try_get()
+    metadata = context.fw_metadata if context is not None else None
+    donated = getattr(metadata, "bw_donated_idxs", None)
+    if not donated:
+        yield
+        return
+    pairs = zip(original.graph.find_nodes(op="placeholder"), finished.graph.find_nodes(op="placeholder"), strict=True)
+    same = [number for number, (old, new) in enumerate(pairs) if old.meta.get("val") is new.meta.get("val")]
+    context.fw_metadata = copy.copy(metadata)
+    context.fw_metadata.bw_donated_idxs = [number for number in donated if number in same]
+    try:
+        yield
+    finally:
+        context.fw_metadata = metadata
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Both halves of one graph."""
+
+    forward: Half
+    backward: Half
+
+    def saved(self, key: Any) -> dict[str, Any]:
+        """Fake values of what the forward returns for ``key``, by the names that they have as inputs of the backward."""
+        pairs = zip(self.forward.outputs(), self.forward.values.get(key, ()), strict=False)
+        return {node.name: value for node, value in pairs if node is not None}
 
 
 def compile_graph(
@@ -225,7 +281,7 @@ def compile_graph(
     patches: Mapping[str, Any],
     partition: Partition | None,
     key: str,
-    backwards: Backwards | None = None,
+    pair: Pair | None = None,
 ) -> Compiled:
     """Compile a graph under the contexts that Dynamo had when it called the backend.
 
@@ -238,46 +294,47 @@ def compile_graph(
         patches: Inductor config values.
         partition: splits the joint graph into forward and backward; None for torch's own.
         key: stands for ``partition`` in cache keys.
-        backwards: what compiles the backward; None for a backward that is what it is.
+        pair: what finishes and compiles both halves; None for halves that are what they are.
     """
     # AOTAutograd's own cache would skip the partitioner, and with it our passes; Inductor's cache, keyed by the
     # rewritten graphs, still serves a second start.
     with captured.contexts(), functorch_config.patch(enable_autograd_cache=False):
         if compiler == "aot_eager":
-            return _compile_eager(gm, inputs, partition, backwards)
+            return _compile_eager(gm, inputs, partition, pair)
         config = {**_mode_options(mode), **patches}
         if partition is not None:
             config["custom_partitioner_fn"] = Partitioner(partition, key)
 
         def inner_compile(gm: fx.GraphModule, example_inputs: Any, **kwargs: Any) -> Any:
-            if backwards is None or not kwargs.get("is_backward"):
+            if pair is None:
                 return compile_fx_inner(gm, example_inputs, **kwargs)
-            patched = inductor_config.patch(config)(functools.partial(_inner, example_inputs=example_inputs, **kwargs))
-            return backwards.accept(gm, patched)
+            compile = inductor_config.patch(config)(functools.partial(_inner, **kwargs))
+            return (pair.backward if kwargs.get("is_backward") else pair.forward).accept(gm, compile)
 
         compiled: Any = compile_fx(gm, list(inputs), inner_compile=inner_compile, config_patches=config)
         return cast(Compiled, compiled)
 
 
-def _inner(gm: fx.GraphModule, example_inputs: Any, **kwargs: Any) -> Compiled:
-    """Compile one finished backward graph."""
+def _inner(gm: fx.GraphModule, **kwargs: Any) -> Compiled:
+    """Compile one finished graph."""
     output = next(iter(gm.graph.find_nodes(op="output")))
     visible = output.meta.get("user_visible_output_idxs", ())
     output.meta["user_visible_output_idxs"] = [i for i in visible if isinstance(output.args[0][i], fx.Node)]
+    for node in gm.graph.nodes:  # found when nothing in the graph wrote; stale, they let patterns move reads behind our writes
+        node.meta.pop("mutation_region_id", None)
+    example_inputs = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
     with _use_lazy_graph_module(True):
         compiled: Any = compile_fx_inner(gm, example_inputs, **kwargs)
     return cast(Compiled, compiled)
 
 
-def _compile_eager(
-    gm: fx.GraphModule, inputs: Sequence[Any], partition: Partition | None, backwards: Backwards | None
-) -> Compiled:
-    def backward(gm: fx.GraphModule, example_inputs: Any) -> Any:
-        return boxed_nop(gm, example_inputs) if backwards is None else backwards.accept(gm, _unversioned)
+def _compile_eager(gm: fx.GraphModule, inputs: Sequence[Any], partition: Partition | None, pair: Pair | None) -> Compiled:
+    def run(gm: fx.GraphModule) -> Compiled:
+        return boxed_nop(gm, [])
 
     compiled: Compiled = aot_autograd(
-        fw_compiler=boxed_nop,
-        bw_compiler=backward,
+        fw_compiler=boxed_nop if pair is None else lambda gm, _: pair.forward.accept(gm, run),
+        bw_compiler=boxed_nop if pair is None else lambda gm, _: pair.backward.accept(gm, _unversioned),
         partition_fn=functools.partial(partition or min_cut_rematerialization_partition, compiler="inductor"),
         decompositions=select_decomp_table,
         keep_inference_input_mutations=True,
@@ -304,8 +361,15 @@ def _unversioned(gm: fx.GraphModule) -> Compiled:
     return call
 
 
-def compile_kernel(gm: fx.GraphModule, *, compiler: str, mode: str, patches: Mapping[str, Any]) -> Compiled:
+def compile_kernel(gm: fx.GraphModule, *, compiler: str, mode: str, patches: Mapping[str, Any], key: str) -> Compiled:
     """Compile a flat graph of fake-valued nodes that needs no autograd.
+
+    Args:
+        gm: the graph.
+        compiler: as for `compile_graph`; so are the next two.
+        mode: ...
+        patches: ...
+        key: stands for how our operators are lowered, in cache keys.
 
     Returns:
         A function of the graph's inputs.
@@ -315,10 +379,16 @@ def compile_kernel(gm: fx.GraphModule, *, compiler: str, mode: str, patches: Map
     if compiler == "aot_eager":
         boxed = boxed_nop(gm, inputs)
     else:
-        config = {**_mode_options(mode), **patches, "triton.cudagraphs": False}
+        unused = Partitioner(min_cut_rematerialization_partition, key)
+        config = {**_mode_options(mode), **patches, "triton.cudagraphs": False, "custom_partitioner_fn": unused}
         with tracing(TracingContext(inputs[0].fake_mode)), inductor_config.patch(config), torch.no_grad():
             boxed = compile_fx_inner(gm, inputs, static_input_idxs=range(len(inputs)))
     return lambda *args: boxed(list(args))
+
+
+def fresh_fake_mode() -> FakeTensorMode:
+    """A fake tensor mode of its own; Inductor's cache wants it to know symbolic shapes, be there any or not."""
+    return FakeTensorMode(shape_env=ShapeEnv())
 
 
 def _mode_options(mode: str) -> dict[str, Any]:
@@ -448,7 +518,7 @@ def trace_graph(name: str, gm: fx.GraphModule) -> None:
 
 
 def register_gather_lowering(op: Any) -> None:
-    """Teach Inductor ``gather(features, index)``: a loop without bounds checks on a GPU, ATen's ``index_select`` on a CPU.
+    """Teach Inductor ``gather(features, index)``: a loop without bounds checks on a GPU, an operator of its own on a CPU.
 
     On a CPU, Inductor puts neighbouring loops into one C++ function. A gather among them would make the model's own functions
     differ between the regular variant and the refresh, and the C++ compiler, which takes most of the time, would see them twice.
@@ -464,6 +534,19 @@ def register_gather_lowering(op: Any) -> None:
         return lowerings[torch.ops.aten._unsafe_index.Tensor](features, [None, index])
 
 
+def register_once_lowering(op: Any) -> None:
+    """Teach Inductor ``once(value)``: on a CPU, a loop of its own; on a GPU, where a kernel waits for memory anyway, nothing."""
+    from torch._inductor.lowering import register_lowering
+    from torch._inductor.virtualized import V
+
+    @register_lowering(op, type_promotion_kind=None)
+    def lower(value: Any) -> Any:
+        if value.get_device().type == "cpu":
+            value.realize()
+            V.graph.no_fuse_buffer_names.add(value.get_name())
+        return value
+
+
 def register_row_update_lowering(op: Any) -> None:
     """Teach Inductor ``row_update_(weight, dim, index, update, noise)``: one loop that loads, adds, rounds and stores.
 
@@ -477,6 +560,9 @@ def register_row_update_lowering(op: Any) -> None:
     @register_lowering(op, type_promotion_kind=None)
     def lower(weight: Any, dim: int, index: Any, update: Any, noise: Any = None) -> None:
         weight.realize()
+        apart = dim == 1 and weight.get_device().type == "cpu"
+        if apart:  # a loop that scatters single elements is not vectorised; so what it scatters is computed by another
+            update.realize()
         length = weight.get_size()[dim]
         load_weight, load_index, load_update = weight.make_loader(), index.make_loader(), update.make_loader()
         wide, narrow = update.get_dtype(), weight.get_dtype()
@@ -506,3 +592,5 @@ def register_row_update_lowering(op: Any) -> None:
         buffer = ir.ComputedBuffer(name=None, layout=ir.MutationLayoutSHOULDREMOVE(weight), data=scatter)
         buffer.name = V.graph.register_buffer(buffer)
         V.graph.register_operation(buffer)
+        if apart:
+            V.graph.no_fuse_buffer_names.add(buffer.name)

@@ -1,4 +1,4 @@
-"""The backend: Dynamo graph -> variants -> AOTAutograd and a compiler -> a callable. The only wiring between the passes,
+"""The backend: Dynamo graph -> plan -> AOTAutograd and a compiler -> a callable. The only wiring between the passes,
 which see no tensors, and the runtime, which sees no graphs.
 """
 
@@ -20,9 +20,10 @@ from . import _torch
 from .config import BackendOptions, SiteConfig
 from .errors import ConfigError, GraphError, GrassError, GrassWarning
 from .passes import pipeline
+from .passes.kernel import step_graph
 from .passes.pipeline import PASSES, Plan, PlanMismatch
 from .passes.records import Analysis, WeightInput
-from .runtime import adoption
+from .runtime import adoption, ops
 from .runtime import state as registry
 from .runtime.rules import AdamWRule
 from .runtime.state import Assigned, Call, Record, refusal
@@ -66,14 +67,14 @@ def _raising(error: GrassError) -> Callable[..., Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A compiled forward, and what compiles its backward once it is known what that has to do."""
+    """A compiled function, and its halves, which are told at each call what they have to do."""
 
     call: Callable[..., Any]
-    backwards: _torch.Backwards | None
+    pair: _torch.Pair | None
 
 
 class Region:
-    """One Dynamo graph and the variants compiled from it.
+    """One Dynamo graph and what is compiled from it.
 
     The graph may serve many sets of parameters (blocks compiled one by one, two models of a class), so each call looks up what
     the optimizers want of the parameters that came in, and picks or compiles the variant for that.
@@ -92,20 +93,15 @@ class Region:
             self._compile_first(real)
 
     def _compile_first(self, parameters: Sequence[Tensor]) -> None:
-        """Compile the variant of the first call now, while Dynamo still collects guards on symbolic shapes.
-
-        Where there are any, the regular variant is compiled as well: a guard that came later would be lost.
-        """
+        """Trace for the first call now, while Dynamo still collects guards on symbolic shapes."""
         try:
             if not self.trains:
                 self.variant(None)
                 return
-            asked = self.ask(parameters)
+            weights, records = self.ask(parameters)
             by_position = dict(zip((position for position, _ in self.captured.parameters), parameters, strict=True))
-            clipped = self._clipped(by_position, asked[1])
-            for refresh in (True, False) if self.captured.is_dynamic else (True,):
-                plan = self.plan(*asked, clipped, refresh)
-                self.variant(plan, [asked[1][p.position] for p in plan.projections] if plan is not None else ())
+            plan = self.plan(weights, records, self._clipped(by_position, records))
+            self.variant(plan, [records[p.position] for p in plan.projections] if plan is not None else ())
         except GrassError as error:
             log.debug("compilation failed and is repeated at the call, to raise outside of Dynamo: %s", error)
 
@@ -119,8 +115,9 @@ class Region:
         if plan is None:
             return self.variant(None).call(*args)
         held = [records[projection.position] for projection in plan.projections]
-        state = [tensor for record, new in zip(held, plan.refresh, strict=True) for tensor in record.inputs(new)]
-        numbers = _numbers(plan, held)
+        refresh = tuple(record.due for record in held)
+        state = [tensor for record, new in zip(held, refresh, strict=True) for tensor in record.inputs(new)]
+        numbers = _numbers(plan, held, refresh)
         inputs = (
             *args,
             *state,
@@ -130,11 +127,12 @@ class Region:
         )
         since = _torch.sequence_number()
         variant = self.variant(plan, held)
+        assert variant.pair is not None
+        variant.pair.forward.key = refresh
         results = variant.call(*inputs)
         node = _torch.backward_node(results if isinstance(results, (list, tuple)) else (results,), since)
         if node is not None:
-            assert variant.backwards is not None
-            call = Call(held, plan.refresh, variant.backwards, plan.clipped is not None, numbers)
+            call = Call(held, refresh, variant.pair.backward, plan.clipped is not None, numbers)
             node.register_prehook(call.before_backward)
             node.register_hook(call.after_backward)
         return results
@@ -186,7 +184,7 @@ class Region:
             if position in found:
                 projection = found[position]
                 assigned = Assigned(projection.axis, projection.dim, projection.rank, projection.why)
-                adoption.wish(parameter, adoption.Wish(name, options, assigned, self._kernel))
+                adoption.wish(parameter, adoption.Wish(name, options, assigned, functools.partial(_run_step, self.options)))
 
     def _warn_unheld(self) -> None:
         if not self._warned:
@@ -217,7 +215,6 @@ class Region:
         weights: tuple[WeightInput, ...],
         records: Mapping[int, Record],
         clipped: tuple[int, ...] | None = None,
-        refresh: bool | None = None,
     ) -> Plan | None:
         """The plan for a call, or None if nothing is projected. Assigns compact state to weights that have none.
 
@@ -225,7 +222,6 @@ class Region:
             weights: what the optimizers want.
             records: by position.
             clipped: see `Plan`.
-            refresh: whether all weights choose new rows or none does; None goes by what is due.
 
         Raises:
             GraphError: ``strict``, and a weight that should be projected is not.
@@ -238,17 +234,16 @@ class Region:
         if not analysis.projections:
             return None
         for projection in analysis.projections:
-            record = records[projection.position]
-            record.assign(Assigned(projection.axis, projection.dim, projection.rank, projection.why), self._kernel)
+            assigned = Assigned(projection.axis, projection.dim, projection.rank, projection.why)
+            records[projection.position].assign(assigned, functools.partial(_run_step, self.options))
         held = [records[projection.position] for projection in analysis.projections]
         if clipped is not None:
             clipped = tuple(position for position in clipped if position not in {p.position for p in analysis.projections})
-        new = tuple(record.due if refresh is None else refresh for record in held)
         return Plan(
             weights=weights,
             projections=analysis.projections,
-            refresh=new,
-            hyper=_numbered([record.hyper_key(fresh) for record, fresh in zip(held, new, strict=True)]),
+            hyper=_numbered([record.hyper_key(record.due) for record in held]),
+            kernels=tuple(_kernel_name(self.options, p.config, p.dim) for p in analysis.projections),
             disabled=self.options.disable_passes,
             clipped=clipped,
         )
@@ -292,23 +287,33 @@ class Region:
         return Variant(self._compile(gm, self.captured.example_inputs, None), None)
 
     def _compile_plan(self, plan: Plan, held: Sequence[Record]) -> Variant:
-        kind = "refresh" if all(plan.refresh) else "mixed" if any(plan.refresh) else "regular"
-        log.info("compiling the %s variant: %d weights projected", kind, len(plan.projections))
+        log.info("compiling: %d weights projected", len(plan.projections))
         names = plan.input_names
         gm = _torch.with_inputs(self.captured, names, ["hyper" not in name for name in names])
         inputs = (*self.captured.example_inputs, *_fake_state(_torch.fake_mode(self.captured), self.captured, plan))
         partition = functools.partial(pipeline.transform, plan=plan, partition=_torch.min_cut_rematerialization_partition)
-        likely = registry.expected(held, plan.refresh, plan.clipped is not None)
-        backwards = _torch.Backwards(lambda gm, key: pipeline.finish(gm, plan, *key), likely)
+        pair = self._pair(plan, held)
         try:
-            return Variant(self._compile(gm, inputs, partition, backwards), backwards)
+            return Variant(self._compile(gm, inputs, partition, pair), pair)
         except PlanMismatch as found:
             raise GraphError(
                 f"the graph of {plan.projections[0].name} changed between two traces: {found.analysis}; please report this."
             ) from found
 
+    def _pair(self, plan: Plan, held: Sequence[Record]) -> _torch.Pair:
+        """The halves of a plan; the next call needs what is due now, those that follow a regular step."""
+        due, never = tuple(record.due for record in held), (False,) * len(held)
+        refreshes = (due, never) if due != never else (never,)
+        forward = _torch.Half(lambda gm, key: pipeline.finish_forward(gm, plan, key), refreshes)
+        backward = _torch.Half(
+            lambda gm, key: pipeline.finish_backward(gm, plan, key, pair.saved(key[0])),
+            tuple(registry.expected(held, refresh, plan.clipped is not None) for refresh in refreshes),
+        )
+        pair = _torch.Pair(forward, backward)
+        return pair
+
     def _compile(
-        self, gm: fx.GraphModule, inputs: Sequence[Any], partition: Any, backwards: _torch.Backwards | None = None
+        self, gm: fx.GraphModule, inputs: Sequence[Any], partition: Any, pair: _torch.Pair | None = None
     ) -> Callable[..., Any]:
         return _torch.compile_graph(
             self.captured,
@@ -319,20 +324,53 @@ class Region:
             patches=dict(self.options.inductor),
             partition=partition,
             key=source_hash(),
-            backwards=backwards,
+            pair=pair,
         )
 
-    def _kernel(self, config: SiteConfig, dim: int, *tensors: Tensor) -> None:
-        """Run the step of one weight by itself, in place; weights of one shape share the compiled code."""
-        specs = tuple((tuple(t.shape), tuple(t.stride()), t.dtype, t.device) for t in tensors)
-        _compiled_step(self.options, config, dim, specs)(*tensors)
+
+@functools.cache
+def _kernel_name(options: BackendOptions, config: SiteConfig, dim: int) -> str:
+    """The name under which graphs call this step: the same in every process, so that a compile cache may hold such a graph,
+    unless two settings look alike and are not."""
+    settings = (options, config, dim)
+    name = f"{type(config.rule).__name__}_{hashlib.sha256(repr(settings).encode()).hexdigest()[:16]}"
+    while _named_kernels.setdefault(name, settings) != settings:
+        name += "_"
+    if name not in ops.kernels:
+        ops.kernels[name] = _Step(*settings)
+    return name
+
+
+_named_kernels: dict[str, tuple[BackendOptions, SiteConfig, int]] = {}
+
+
+class _Step:
+    """The step of weights of one configuration, in place; compiled for each shape when it first comes."""
+
+    def __init__(self, options: BackendOptions, config: SiteConfig, dim: int) -> None:
+        self._settings = options, config, dim
+        self._compiled: dict[Any, Callable[..., Any]] = {}
+
+    def __call__(self, *tensors: Tensor) -> None:
+        specs = tuple([(t.shape, t.stride(), t.dtype, t.device) for t in tensors])
+        compiled = self._compiled.get(specs)
+        if compiled is None:
+            plain = tuple((tuple(shape), *rest) for shape, *rest in specs)
+            compiled = self._compiled[specs] = _compiled_step(*self._settings, plain)
+        compiled(*tensors)
+
+
+def _run_step(options: BackendOptions, config: SiteConfig, dim: int, *tensors: Tensor) -> None:
+    """Run the step of one weight by itself."""
+    ops.kernels[_kernel_name(options, config, dim)](*tensors)
 
 
 @functools.cache
 def _compiled_step(options: BackendOptions, config: SiteConfig, dim: int, specs: Any) -> Callable[..., Any]:
-    log.info("compiling a step by itself: rank %d along dimension %d of %s", config.rank, dim, list(specs[1][0]))
-    gm = pipeline.standalone_step(config, dim, specs)
-    return _torch.compile_kernel(gm, compiler=options.compiler, mode=options.mode, patches=dict(options.inductor))
+    log.info("compiling a step: rank %d along dimension %d of %s", config.rank, dim, list(specs[1][0]))
+    gm = step_graph(config, dim, specs)
+    patches = dict(options.inductor)
+    return _torch.compile_kernel(gm, compiler=options.compiler, mode=options.mode, patches=patches, key=source_hash())
 
 
 def _settled(weight: WeightInput, analysis: Analysis) -> WeightInput:
@@ -356,10 +394,10 @@ def _numbered(keys: Sequence[Any]) -> tuple[int, ...]:
     return tuple(numbers.setdefault(key, len(numbers)) for key in keys)
 
 
-def _numbers(plan: Plan, records: Sequence[Record]) -> list[tuple[Tensor, Record, bool]]:
+def _numbers(plan: Plan, records: Sequence[Record], refresh: Sequence[bool]) -> list[tuple[Tensor, Record, bool]]:
     """One tensor of hyper-parameters per distinct group, in the order of the plan's numbers; with a record that it is of."""
     found: dict[int, tuple[Tensor, Record, bool]] = {}
-    for slot, record, fresh in zip(plan.hyper, records, plan.refresh, strict=True):
+    for slot, record, fresh in zip(plan.hyper, records, refresh, strict=True):
         if slot not in found:
             assert record.holder is not None
             found[slot] = record.holder.hyper(record, fresh), record, fresh

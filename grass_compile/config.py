@@ -1,6 +1,6 @@
 """Validated settings: what one weight is asked to do (`SiteConfig`) and what one compilation is asked to do (`BackendOptions`).
 
-Nothing here looks at a tensor's values. Both are frozen and hashable, because compiled variants are keyed by them.
+Nothing here looks at a tensor's values. Both are frozen and hashable, because what is compiled is keyed by them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagrap
 
 @dataclasses.dataclass(frozen=True)
 class SiteConfig:
-    """What the optimizer asks of one weight. Hashable: part of the key of a compiled variant.
+    """What the optimizer asks of one weight. Hashable: part of the key of what is compiled.
 
     Attributes:
         rank: number of rows (columns) that move at a time.

@@ -23,13 +23,13 @@ class Compilations:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.backwards = 0
-        original = pipeline.finish
+        original = pipeline.finish_backward
 
         def finish(*args: Any, **kwargs: Any) -> Any:
             self.backwards += 1
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(pipeline, "finish", finish)
+        monkeypatch.setattr(pipeline, "finish_backward", finish)
 
     def now(self) -> tuple[int, int]:
         return self.backwards, counters["stats"]["unique_graphs"]

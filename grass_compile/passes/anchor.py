@@ -2,7 +2,7 @@
 
 Before (one weight of rank r along its rows)::
 
-    mm: f32[r, n]                                              <- made by `rewrite` on a regular step; the slot on a refresh
+    mm: f32[r, n]                                              <- made by `rewrite`
     return (loss, ..., grad_weight, None, None, None, ...)     <- one slot per primal
 
 After::
@@ -42,8 +42,7 @@ def anchor(
 
     Args:
         gm: the joint graph.
-        sites: every site, in the order of the plan's projections; those missing from ``compact`` refresh, from the full
-            gradient in their slot.
+        sites: in the order of the plan's projections.
         compact: compact gradients by weight position.
         inputs: for each weight position, the placeholders ``weight``, ``hyper``, ``leaf`` and those of its state.
         slots: for each primal, the position of its gradient slot among all outputs.
@@ -54,7 +53,7 @@ def anchor(
     for number, site in enumerate(sites):
         position = site.weight.position
         named = inputs[position]
-        gradient = compact.get(position, site.slot)
+        gradient = compact[position]
         state = [named[name] for name in graph_state(site.weight.config)]
         shape = list(shape_of(named["leaf"]))
         with provenance(gm, "anchor", site.weight.name, site.slot), gm.graph.inserting_before(output_node(gm)):

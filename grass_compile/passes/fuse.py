@@ -1,4 +1,4 @@
-"""Replace each anchor of a backward graph by what this backward does with the gradient: the optimizer's compact step, inlined.
+"""Replace each anchor of a backward graph by what this backward does with the gradient: the optimizer's compact step, in place.
 
 Before (one weight of rank r along its rows)::
 
@@ -8,81 +8,57 @@ Before (one weight of rank r along its rows)::
 
 After, for the action ``step``::
 
-    mul, add, ...: f32[r, n]                                  <- the traced update rule: new moments and the update
-    row_update: f32[m, n] = grass_compile.row_update(weight, 0, idx, update)
-    return (..., None, ...)                                   <- and a list of new values for `place` to write
+    step_:  grass_compile.step_(mm, weight, hyper, idx, [exp_avg, exp_avg_sq], kernel)     <- the traced and compiled rule
+    return (..., None, ...)
 
-For ``keep`` and ``choose`` the compact gradient is returned; the update rule stays out. On a refresh, ``refresh_`` makes the
-compact gradient and writes the index and the state in place, so that what follows is the regular step, to the very kernel.
+For ``keep`` and ``choose`` the compact gradient is returned instead. On a refresh, ``refresh_`` makes the compact gradient and
+writes the index and the state in place, so that what follows is the regular step, to the very kernel.
 
-Only what is traced with `make_fx` and Inductor's decomposition table is inlined, since operators that have a decomposition must
-not be inserted by hand.
+Contract: what is written is an input of the graph; `place` gives each node its place.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from .. import _torch
-from ..config import SiteConfig
 from ..errors import GraphError
 from ..runtime import ops
-from ..runtime.step import Action, apply_all, clip_scale, kept, scaled, selected
+from ..runtime.step import Action, clip_scale, kept, scaled, selected
 from .anchor import anchors
-from .fx_utils import call, inline, output_node, outputs, provenance, set_outputs
+from .fx_utils import call, inline, outputs, provenance, set_outputs, specs_of, trace
 from .records import Projection
-
-
-@dataclasses.dataclass(frozen=True)
-class Write:
-    """A new value for an input of a graph.
-
-    Attributes:
-        target: the placeholder.
-        value: a node; for a weight, a ``row_update``.
-        weight: the name of the weight that it belongs to.
-    """
-
-    target: fx.Node
-    value: fx.Node
-    weight: str
 
 
 def fuse(
     gm: fx.GraphModule,
     *,
     projections: Sequence[Projection],
+    kernels: Sequence[str],
     refresh: Sequence[bool],
     actions: Sequence[Action],
     clip: bool = False,
-) -> list[Write]:
+) -> None:
     """Replace every anchor, in place.
 
     Args:
         gm: a backward graph.
         projections: what the anchors' numbers stand for.
+        kernels: for each projection, the name of its compiled step.
         refresh: for each projection, whether its anchor holds the full gradient.
         actions: for each projection, what to do.
         clip: whether to clip all gradients by their common norm; every action is then ``step``.
-
-    Returns:
-        What has to be written.
 
     Raises:
         GraphError: a tensor that has to be written is not an input of the backward graph.
     """
     norms = list(gm.graph.find_nodes(op="call_function", target=ops.norm))
     if clip:
-        return _clipped(gm, norms[0], projections, refresh)
-    values, writes = outputs(gm), []
+        _clipped(gm, norms[0], projections, kernels, refresh)
+        return
+    values = outputs(gm)
     for node in norms:
         values[values.index(node)] = None
     for node in anchors(gm):
@@ -95,15 +71,16 @@ def fuse(
         with provenance(gm, "fuse", projection.name, node), gm.graph.inserting_before(node):
             gradient = _compact(gm, node, projection, refresh[number], action)
             if action == "step":
-                writes += _step(gm, node, gradient, projection)
+                _step(gm, node, gradient, projection, kernels[number])
             values[values.index(node)] = None if action == "step" else _trace(gm, kept, (), [gradient])[0]
     set_outputs(gm, values)
-    return writes
 
 
-def _clipped(gm: fx.GraphModule, norm: fx.Node, projections: Sequence[Projection], refresh: Sequence[bool]) -> list[Write]:
+def _clipped(
+    gm: fx.GraphModule, norm: fx.Node, projections: Sequence[Projection], kernels: Sequence[str], refresh: Sequence[bool]
+) -> None:
     """First every compact gradient, then the norm of all gradients and the factor, then the steps and the scaled rest."""
-    values, writes, found = outputs(gm), [], anchors(gm)
+    values, found = outputs(gm), anchors(gm)
     arguments: Any = norm.args
     numbers = [int(node.args[-1]) for node in found]  # type: ignore[arg-type]
     gradients = []
@@ -116,10 +93,9 @@ def _clipped(gm: fx.GraphModule, norm: fx.Node, projections: Sequence[Projection
     for node, number, gradient in zip(found, numbers, gradients, strict=True):
         with provenance(gm, "fuse", projections[number].name, node), gm.graph.inserting_before(norm):
             (wide,) = _trace(gm, kept, (), [gradient])
-            writes += _step(gm, node, _trace(gm, scaled, (), [wide, scale])[0], projections[number])
+            _step(gm, node, _trace(gm, scaled, (), [wide, scale])[0], projections[number], kernels[number])
         values[values.index(node)] = None
     set_outputs(gm, [total if value is norm else small.get(value, value) for value in values])
-    return writes
 
 
 def _compact(gm: fx.GraphModule, node: fx.Node, projection: Projection, refresh: bool, action: Action) -> fx.Node:
@@ -137,76 +113,22 @@ def _compact(gm: fx.GraphModule, node: fx.Node, projection: Projection, refresh:
     return call(gm.graph, ops.refresh_, gradient, index, state, projection.dim, projection.rank, on_refresh)
 
 
-def _step(gm: fx.GraphModule, node: fx.Node, gradient: fx.Node, projection: Projection) -> list[Write]:
-    """Inline the step of one weight; returns what has to be written.
+def _step(gm: fx.GraphModule, node: fx.Node, gradient: fx.Node, projection: Projection, kernel: str) -> None:
+    """Insert the step of one weight.
 
     Raises:
-        GraphError: one of these tensors is not an input of this graph.
+        GraphError: one of the tensors that it writes is not an input of this graph.
     """
     arguments: Any = node.args
     _, weight, hyper, (index, *state), _, _ = arguments
-    new = _trace(gm, apply_all, (projection.config, projection.dim), [gradient, weight, hyper, index, *state])
-    targets = zip((weight, *state), new, strict=True)
-    return [Write(_input(target, projection.name), value, projection.name) for target, value in targets]
+    for written in (weight, *state):
+        if written.op != "placeholder":
+            raise GraphError(
+                f"{projection.name}: its tensor {written.name} does not reach the backward graph; please report this."
+            )
+    call(gm.graph, ops.step_, gradient, weight, hyper, index, state, kernel)
 
 
 def _trace(gm: fx.GraphModule, function: Callable[..., Any], settings: tuple[Any, ...], args: list[Any]) -> list[fx.Node]:
     """Trace a function over tensors and inline it at the insertion point."""
-    return inline(gm.graph, trace_step(function, settings, _specs(args)), args)
-
-
-def _input(node: fx.Node, weight: str) -> fx.Node:
-    if node.op != "placeholder":
-        raise GraphError(f"{weight}: its tensor {node.name} does not reach the backward graph; please report this.")
-    return node
-
-
-def standalone(config: SiteConfig, dim: int, specs: tuple[tuple[Any, ...], ...]) -> tuple[fx.GraphModule, list[Write]]:
-    """The graph of a step by itself, for a compact gradient that a backward has left.
-
-    Args:
-        config: what the optimizer asked of the weight.
-        dim: the stored dimension that is indexed.
-        specs: ``(shape, stride, dtype, device)`` of the compact gradient, the weight, ``hyper`` and each state tensor.
-
-    Returns:
-        A graph with these inputs and no outputs yet, and what has to be written.
-    """
-    traced = trace_step(apply_all, (config, dim), specs)
-    gm = fx.GraphModule(torch.nn.Module(), fx.Graph())
-    nodes = []
-    with FakeTensorMode() as mode:
-        for number, (shape, stride, dtype, device) in enumerate(specs):
-            nodes.append(gm.graph.placeholder(f"input_{number}"))
-            nodes[-1].meta["val"] = torch.empty_strided(shape, stride, dtype=dtype, device=device)
-    output = gm.graph.output(())
-    with provenance(gm, "fuse", "step", output), gm.graph.inserting_before(output_node(gm)):
-        new = inline(gm.graph, traced, nodes, mode)
-    _, weight, _, _, *rest = nodes
-    return gm, [Write(target, value, "step") for target, value in zip((weight, *rest), new, strict=True)]
-
-
-def _specs(nodes: Sequence[fx.Node]) -> tuple[tuple[Any, ...], ...]:
-    values = [node.meta["val"] for node in nodes]
-    return tuple((tuple(value.shape), tuple(value.stride()), value.dtype, value.device) for value in values)
-
-
-@functools.lru_cache(maxsize=256)
-def trace_step(step: Callable[..., Any], settings: tuple[Any, ...], specs: tuple[tuple[Any, ...], ...]) -> fx.GraphModule:
-    """Trace a step function with Inductor's decompositions; layers of one shape share the trace.
-
-    Args:
-        step: takes ``settings``, then tensors.
-        settings: everything that is not a tensor.
-        specs: ``(shape, stride, dtype, device)`` of each tensor.
-    """
-
-    def function(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        new: tuple[torch.Tensor, ...] = step(*settings, *tensors)
-        return new
-
-    with FakeTensorMode():
-        args = [torch.empty_strided(shape, stride, dtype=dtype, device=device) for shape, stride, dtype, device in specs]
-        traced = make_fx(function, decomposition_table=_torch.decompositions())(*args)
-    traced.graph.eliminate_dead_code()
-    return traced
+    return inline(gm.graph, trace(function, settings, specs_of(args)), args)

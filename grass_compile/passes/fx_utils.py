@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from .. import _torch
 from ..errors import GraphError
@@ -114,6 +117,16 @@ def call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
     return node
 
 
+def propagate(gm: fx.GraphModule, changed: Collection[fx.Node]) -> None:
+    """Recompute the fake values of some nodes, and of all that depend on them."""
+    stale = set(changed)
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and (node in stale or any(source in stale for source in node.all_input_nodes)):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+            node.meta["val"] = node.target(*args, **kwargs)
+            stale.add(node)
+
+
 def inline(graph: fx.Graph, traced: fx.GraphModule, args: Sequence[fx.Node], mode: Any = None) -> list[Any]:
     """Copy ``traced`` into ``graph`` at the insertion point.
 
@@ -135,6 +148,35 @@ def inline(graph: fx.Graph, traced: fx.GraphModule, args: Sequence[fx.Node], mod
         copied.meta = {"val": _torch.tree_map_only(torch.Tensor, lambda t: like(mode, t), node.meta["val"])}
         mapping[node] = copied
     return [mapping[value] for value in outputs(traced)]
+
+
+def specs_of(nodes: Sequence[fx.Node]) -> tuple[tuple[Any, ...], ...]:
+    """``(shape, stride, dtype, device)`` of each node's value."""
+    values = [node.meta["val"] for node in nodes]
+    return tuple((tuple(value.shape), tuple(value.stride()), value.dtype, value.device) for value in values)
+
+
+@functools.lru_cache(maxsize=256)
+def trace(function: Callable[..., Any], settings: tuple[Any, ...], specs: tuple[tuple[Any, ...], ...]) -> fx.GraphModule:
+    """Trace a function over tensors with Inductor's decompositions; weights of one shape share the trace.
+
+    Only what is traced so is inlined, since operators that have a decomposition must not be inserted by hand.
+
+    Args:
+        function: takes ``settings``, then tensors; returns a tuple of tensors.
+        settings: everything that is not a tensor.
+        specs: ``(shape, stride, dtype, device)`` of each tensor.
+    """
+
+    def traceable(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        new: tuple[torch.Tensor, ...] = function(*settings, *tensors)
+        return new
+
+    with FakeTensorMode():
+        args = [torch.empty_strided(shape, stride, dtype=dtype, device=device) for shape, stride, dtype, device in specs]
+        traced = make_fx(traceable, decomposition_table=_torch.decompositions())(*args)
+    traced.graph.eliminate_dead_code()
+    return traced
 
 
 def like(mode: Any, tensor: torch.Tensor) -> torch.Tensor:

@@ -5,8 +5,12 @@
     joint graph --normalize--> --detect--> sites --rewrite--> compact gradients --anchor--> one operator per site
                                                                                                |  min-cut partition
     forward graph, backward graph with anchors  <----------------------------------------------+
-                        |
-                        +--fuse--> new values --place--> writes --verify--> one backward for each way to use the gradients
+         |              |
+         +--undo        +--undo--fuse--> steps --place--> --verify-->     a backward for each way to use the gradients
+         |                 for those weights that choose new rows
+         +--> a forward that keeps all of their activations
+
+One trace and one partition serve every step: copies of the two halves are finished when they are first needed.
 """
 
 from __future__ import annotations
@@ -16,21 +20,19 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from .. import _torch
-from ..config import SiteConfig
-from ..runtime import ops
 from ..runtime.step import Action, graph_state
 from . import costs
 from .anchor import anchor
 from .detect import detect, input_positions
-from .fuse import fuse, standalone
-from .fx_utils import copy, op_counts, primals
+from .fuse import fuse
+from .fx_utils import copy, op_counts, placeholders, primals
 from .normalize import normalize
 from .place import place
 from .records import Analysis, Projection, Refusal, Site, WeightInput
-from .rewrite import rewrite
+from .rewrite import rewrite, undo
 from .verify import verify
 
 log = logging.getLogger(__name__)
@@ -52,13 +54,13 @@ class PlanMismatch(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What one compiled variant does; hashable, the variant's key.
+    """What is compiled from one joint graph; hashable.
 
     Attributes:
         weights: what the optimizer asked for, refusals known beforehand included.
         projections: the weights that are projected.
-        refresh: for each projection, whether this step chooses new rows.
         hyper: for each projection, which of the tensors of hyper-parameters it reads.
+        kernels: for each projection, the name under which `grass_compile.runtime.ops` finds its step.
         disabled: names of passes to leave out.
         clipped: positions of the dense parameters whose gradients are clipped along with the compact ones, inside the graph;
             None if nothing is clipped there.
@@ -66,8 +68,8 @@ class Plan:
 
     weights: tuple[WeightInput, ...]
     projections: tuple[Projection, ...]
-    refresh: tuple[bool, ...]
     hyper: tuple[int, ...]
+    kernels: tuple[str, ...]
     disabled: tuple[str, ...] = ()
     clipped: tuple[int, ...] | None = None
 
@@ -144,7 +146,7 @@ def transform(
         **kwargs: for ``partition``.
 
     Returns:
-        The forward graph, and the backward graph with anchors; `finish` makes a runnable copy of the latter.
+        The forward graph, and the backward graph with anchors; `finish_forward` and `finish_backward` make runnable copies.
 
     Raises:
         PlanMismatch: the sites of this graph are not those of the plan.
@@ -155,49 +157,67 @@ def transform(
     if analysis.projections != plan.projections:
         raise PlanMismatch(analysis)
     inputs, nodes = _inputs(gm, plan)
-    regular = tuple(site for site, refresh in zip(sites, plan.refresh, strict=True) if not refresh)
-    dense = "rewrite" in plan.disabled
     index = {position: named["index"] for position, named in inputs.items()}
-    compact = rewrite(gm, sites=regular, index=index, from_slot=dense)
-    log.info("rewrite: %d of %d weight gradients made compact", len(regular), len(sites))
+    compact = rewrite(gm, sites=sites, index=index, from_slot="rewrite" in plan.disabled)
+    log.info("rewrite: %d weight gradients made compact", len(sites))
     slots = {node: num_fwd_outputs + i for i, node in enumerate(primals(gm))}
     clipped = [nodes[position] for position in plan.clipped or () if position in nodes]
     norm_leaf = None if plan.clipped is None else nodes[max(nodes)]
     anchor(gm, sites=sites, compact=compact, inputs=inputs, slots=slots, clipped=clipped, norm_leaf=norm_leaf)
     log.debug("anchor: operators %s", _difference(before, op_counts(gm)))
     _torch.trace_graph("grass_joint_after", gm)
-    forward, backward = partition(gm, joint_inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
-    _torch.trace_graph("grass_forward", forward)
-    return forward, backward
+    return partition(gm, joint_inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
 
 
-def finish(gm: fx.GraphModule, plan: Plan, actions: tuple[Action, ...], clip: bool = False) -> fx.GraphModule:
+def finish_forward(gm: fx.GraphModule, plan: Plan, refresh: tuple[bool, ...]) -> fx.GraphModule:
+    """A copy of a forward graph that keeps what the backward needs.
+
+    Args:
+        gm: the forward graph that `transform` returned.
+        plan: the plan it was made for.
+        refresh: for each projection, whether its backward forms the full gradient.
+    """
+    gm = copy(gm)
+    undo(gm, _chosen(plan, refresh))
+    gm.recompile()
+    log.info("forward: %d of %d weights choose new rows", sum(refresh), len(refresh))
+    _torch.trace_graph("grass_forward", gm)
+    return gm
+
+
+def finish_backward(
+    gm: fx.GraphModule, plan: Plan, key: tuple[tuple[bool, ...], tuple[Action, ...], bool], saved: Mapping[str, Any]
+) -> fx.GraphModule:
     """A copy of a backward graph in which every anchor has become what this backward does with the gradient.
 
     Args:
         gm: the backward graph that `transform` returned.
         plan: the plan it was made for.
-        actions: for each projection, what to do.
-        clip: whether to clip all gradients by their common norm.
+        key: for each projection, whether to form the full gradient and, for most actions, choose new rows; for each, what to do;
+            and whether to clip all gradients by their common norm.
+        saved: fake values of what the forward saves, by the names of the inputs here.
     """
+    refresh, actions, clip = key
     gm = copy(gm)
-    writes = fuse(gm, projections=plan.projections, refresh=plan.refresh, actions=actions, clip=clip)
+    changed = [node for node in placeholders(gm) if node.name in saved and not _alike(node.meta["val"], saved[node.name])]
+    for node in changed:
+        node.meta["val"] = saved[node.name]
+    undo(gm, _chosen(plan, refresh), changed)
+    fuse(gm, projections=plan.projections, kernels=plan.kernels, refresh=refresh, actions=actions, clip=clip)
     log.info("fuse: %d weights, %s", len(actions), ", ".join(f"{actions.count(a)} {a}" for a in sorted(set(actions))))
-    place(gm, writes)
-    log.info("place: %d tensors written in the backward", len(writes))
+    place(gm)
     _torch.trace_graph("grass_backward", gm)
     if "verify" not in plan.disabled:
-        steps = [p.name for p, action in zip(plan.projections, actions, strict=True) if action == "step"]
-        weights = {write.target.name: write.weight for write in writes if write.value.target is ops.row_update}
-        verify(gm, weights=weights, names=steps)
+        verify(gm, names=[p.name for p, action in zip(plan.projections, actions, strict=True) if action == "step"])
     return gm
 
 
-def standalone_step(config: SiteConfig, dim: int, specs: tuple[Any, ...]) -> fx.GraphModule:
-    """The graph of one weight's step by itself, see `grass_compile.passes.fuse.standalone`."""
-    gm, writes = standalone(config, dim, specs)
-    place(gm, writes)
-    return gm
+def _chosen(plan: Plan, refresh: tuple[bool, ...]) -> set[int]:
+    return {projection.position for projection, new in zip(plan.projections, refresh, strict=True) if new}
+
+
+def _alike(one: Any, other: Any) -> bool:
+    return not isinstance(one, Tensor) or (one.shape == other.shape and one.stride() == other.stride())
 
 
 def _inputs(gm: fx.GraphModule, plan: Plan) -> tuple[dict[int, dict[str, fx.Node]], dict[int, fx.Node]]:

@@ -144,7 +144,7 @@ class Refusal:
 
 @dataclasses.dataclass(frozen=True)
 class Projection:
-    """What the runtime needs to know of a site; free of graph nodes, hashable, part of a variant's key."""
+    """What the runtime needs to know of a site; free of graph nodes, hashable, part of the key of what is compiled."""
 
     name: str = dataclasses.field(compare=False)
     position: int

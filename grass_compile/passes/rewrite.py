@@ -21,23 +21,49 @@ The gather makes a ``[b, r]`` buffer (neighbouring threads read one row of ``gra
 
 ``gather`` checks no bounds: the index is ours, and always valid.
 
+On a refresh, `undo` takes the gathers out of a copy of the forward and of the backward graph again. What remains forms the full
+gradient; the output of the forward that held the gathered activations holds all of ``x``.
+
 Contract: adds nodes only; the value made for a site equals ``slot[idx]`` (``slot[:, idx]``) up to rounding, in the slot's
 dtype. The dense product dies with its slot, which `fuse` gives a new meaning.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import fx
 
 from ..runtime import ops
-from .fx_utils import call, provenance, shape_of
+from .fx_utils import call, propagate, provenance, shape_of
 from .records import Cast, Gradient, Operand, Product, Site, Sum
 
 aten = torch.ops.aten
 prims = torch.ops.prims
+
+
+SELECTION = "grass_compile_selection"
+"""``node.meta`` key of every node that selects features; its value is a `Selection`."""
+
+
+class Selection(NamedTuple):
+    """Which features a node selects from: those of the weight at ``position``, ``length`` of them from ``start`` on."""
+
+    position: int
+    start: int
+    length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Which rows of a gradient to compute: those at ``index``, for the weight at ``position``, along stored dimension ``dim``."""
+
+    index: fx.Node
+    position: int
+    dim: int
 
 
 def rewrite(
@@ -47,7 +73,7 @@ def rewrite(
 
     Args:
         gm: the joint graph, changed in place.
-        sites: what `detect` found; sites of a refresh step are not to be passed.
+        sites: what `detect` found.
         index: for each site's weight position, the placeholder that holds ``idx``, ``int64[r]``.
         from_slot: take the rows from the dense gradient instead of computing them alone (to debug the rewrite).
 
@@ -57,40 +83,69 @@ def rewrite(
     compact = {}
     for site in sites:
         position = site.weight.position
+        rows = Rows(index[position], position, site.dim)
         with provenance(gm, "rewrite", site.weight.name, site.slot), gm.graph.inserting_before(site.slot.next):
             if from_slot:
-                where = [None, index[position]] if site.dim else [index[position]]
+                where = [None, rows.index] if site.dim else [rows.index]
                 compact[position] = call(gm.graph, aten.index.Tensor, site.slot, where)
+                compact[position].meta[SELECTION] = Selection(position, 0, site.shape[site.dim])
             else:
-                compact[position] = _select(gm.graph, site.gradient, site.dim, index[position])
+                compact[position] = _select(gm.graph, site.gradient, rows)
     return compact
 
 
-def _select(graph: fx.Graph, gradient: Gradient, dim: int, index: fx.Node) -> fx.Node:
-    """The rows ``index`` of ``gradient`` along stored dimension ``dim``."""
+def undo(gm: fx.GraphModule, positions: Collection[int], changed: Collection[fx.Node] = ()) -> None:
+    """Form the full gradients of some weights again, in place.
+
+    Args:
+        gm: a copy of a forward or of a backward graph.
+        positions: of the weights.
+        changed: inputs whose values are others than when the graph was traced.
+    """
+    changed = {user for node in changed for user in node.users}
+    for node in list(gm.graph.nodes):
+        selection = node.meta.get(SELECTION)
+        if node.op != "call_function" or selection is None or selection.position not in positions:
+            continue
+        features = node.all_input_nodes[0]
+        if node.target is ops.gather and selection.length != shape_of(features)[1]:
+            with gm.graph.inserting_before(node):
+                end = selection.start + selection.length
+                features = call(gm.graph, aten.slice.Tensor, features, 1, selection.start, end)
+        changed.update(node.users)
+        node.replace_all_uses_with(features)
+        gm.graph.erase_node(node)
+    propagate(gm, changed)
+
+
+def _select(graph: fx.Graph, gradient: Gradient, rows: Rows) -> fx.Node:
+    """These rows of ``gradient``."""
+    dim = rows.dim
     if isinstance(gradient, Product):
-        gathered = _gather(graph, _features_last(graph, gradient.operand(dim), whole=True), gradient.operand(dim), index)
+        operand = gradient.operand(dim)
+        gathered = _gather(graph, _features_last(graph, operand, whole=True), rows, operand.start, operand.length)
         return _matmul(graph, gathered, _features_last(graph, gradient.operand(1 - dim)), dim)
     if isinstance(gradient, Cast):
-        return call(graph, prims.convert_element_type.default, _select(graph, gradient.inner, dim, index), gradient.dtype)
+        return call(graph, prims.convert_element_type.default, _select(graph, gradient.inner, rows), gradient.dtype)
     if isinstance(gradient, Sum):
-        total, *rest = [_select(graph, term, dim, index) for term in gradient.terms]
+        total, *rest = [_select(graph, term, rows) for term in gradient.terms]
         for term in rest:
             total = call(graph, aten.add.Tensor, total, term)
         return total
     if gradient.dim != dim:
-        return call(graph, aten.cat.default, [_select(graph, part, dim, index) for part in gradient.parts], gradient.dim)
+        return call(graph, aten.cat.default, [_select(graph, part, rows) for part in gradient.parts], gradient.dim)
     products = [part for part in gradient.parts if isinstance(part, Product)]
     joined = call(graph, aten.cat.default, [_features_last(graph, p.operand(dim)) for p in products], 1)
-    gathered = call(graph, ops.gather, joined, index)
+    gathered = _gather(graph, joined, rows, 0, shape_of(joined)[1])
     return _matmul(graph, gathered, _features_last(graph, products[0].operand(1 - dim)), dim)
 
 
-def _gather(graph: fx.Graph, features: fx.Node, operand: Operand, index: fx.Node) -> fx.Node:
+def _gather(graph: fx.Graph, features: fx.Node, rows: Rows, start: int, length: int) -> fx.Node:
     """``features[:, start + index]``, ``[b, r]``."""
-    if operand.start:
-        index = call(graph, aten.add.Tensor, index, operand.start)
-    return call(graph, ops.gather, features, index)
+    index = call(graph, aten.add.Tensor, rows.index, start) if start else rows.index
+    gathered = call(graph, ops.gather, features, index)
+    gathered.meta[SELECTION] = Selection(rows.position, start, length)
+    return gathered
 
 
 def _features_last(graph: fx.Graph, operand: Operand, whole: bool = False) -> fx.Node:
@@ -107,6 +162,15 @@ def _features_last(graph: fx.Graph, operand: Operand, whole: bool = False) -> fx
 
 
 def _matmul(graph: fx.Graph, gathered: fx.Node, other: fx.Node, dim: int) -> fx.Node:
-    """``gathered^T other`` (``[r, n]``) along dimension 0, ``other^T gathered`` (``[m, r]``) along dimension 1."""
-    left, right = (other, gathered) if dim else (gathered, other)
-    return call(graph, aten.mm.default, call(graph, aten.permute.default, left, [1, 0]), right)
+    """``gathered^T other`` (``[r, n]``) along dimension 0, ``other^T gathered`` (``[m, r]``) along dimension 1.
+
+    On a CPU the latter is a view of ``gathered^T other`` too: BLAS is much faster at few rows than at few columns.
+    """
+    if dim and not _on_cpu(other):
+        return call(graph, aten.mm.default, call(graph, aten.permute.default, other, [1, 0]), gathered)
+    product = call(graph, aten.mm.default, call(graph, aten.permute.default, gathered, [1, 0]), other)
+    return call(graph, aten.permute.default, product, [1, 0]) if dim else product
+
+
+def _on_cpu(node: fx.Node) -> bool:
+    return str(node.meta["val"].device.type) == "cpu"

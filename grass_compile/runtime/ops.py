@@ -6,8 +6,10 @@
 ``index_put(weight, idx, weight[idx] + update)`` is two kernels with an ``r x n`` buffer between them. The selected rows are
 distinct, so a plain read-modify-write is right; it adds in the precision of ``update`` and rounds to the weight's dtype once.
 
-It is functional, for the joint graph; ``row_update_`` writes, for the backward graph after partitioning.
-Inductor lowers the latter to one loop that is fused with the computation of ``update``.
+It is functional, for tracing; ``row_update_`` writes. Inductor lowers the latter to one loop that is fused with the computation
+of ``update``.
+
+``step_`` runs the compiled step of one weight inside a backward graph (`grass_compile.passes.kernel` says why it is not inlined).
 
 ``refresh_`` makes one operator of `grass_compile.runtime.refresh`, which says why.
 
@@ -17,7 +19,7 @@ the backward while the partitioner runs, and is replaced afterwards (`grass_comp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -73,7 +75,9 @@ _torch.register_row_update_lowering(row_update_)
 # ----------------------------------------------------------------------------------------------------------------- gather
 
 _library.define("gather(Tensor features, Tensor index) -> Tensor")
-_library.impl("gather", lambda features, index: features.index_select(1, index), "CompositeExplicitAutograd")
+_library.impl(
+    "gather", lambda features, index: features.gather(1, index.expand(features.shape[0], -1)), "CompositeExplicitAutograd"
+)  # `index_select` runs on one thread only on a CPU
 torch.library.register_fake(
     "grass_compile::gather", lambda features, index: features.new_empty((features.shape[0], index.shape[0]))
 )
@@ -82,6 +86,26 @@ gather = torch.ops.grass_compile.gather.default
 """``gather(features [b, m], index int64[r]) -> [b, r]``; ``index`` must be in range."""
 
 _torch.register_gather_lowering(gather)
+
+
+# ------------------------------------------------------------------------------------------------------------------- once
+
+_library.define("once(Tensor value) -> Tensor")
+_library.impl("once", torch.clone, "CompositeExplicitAutograd")
+torch.library.register_fake("grass_compile::once", torch.empty_like)
+
+
+def once(value: Tensor) -> Tensor:
+    """``value``, computed once rather than for every element that it is broadcast to.
+
+    For what a rule derives from its numbers or from the step counts of rows: inlined in a loop over ``r x n`` elements, an
+    ``expm1`` there costs a CPU more than all the rest of the step.
+    """
+    computed: Tensor = torch.ops.grass_compile.once.default(value)
+    return computed
+
+
+_torch.register_once_lowering(torch.ops.grass_compile.once.default)
 
 
 # ---------------------------------------------------------------------------------------------------------------- refresh
@@ -110,6 +134,25 @@ torch.library.register_fake("grass_compile::refresh_", _fake_refresh_)
 refresh_ = torch.ops.grass_compile.refresh_.default
 """``refresh_(gradient [m, n], index int64[r], state, dim, rank, on_refresh)`` returns the compact gradient of the rows that it
 has chosen; ``index`` and ``state`` are written."""
+
+
+# ------------------------------------------------------------------------------------------------------------------- step
+
+_library.define("step_(Tensor gradient, Tensor(a!) weight, Tensor hyper, Tensor index, Tensor(b!)[] state, str kernel) -> ()")
+
+kernels: dict[str, Callable[..., None]] = {}
+"""Compiled steps by name; each takes ``(gradient, weight, hyper, index, *state)``. Filled by the backend."""
+
+
+def _step_(gradient: Tensor, weight: Tensor, hyper: Tensor, index: Tensor, state: Sequence[Tensor], kernel: str) -> None:
+    kernels[kernel](gradient, weight, hyper, index, *state)
+
+
+_library.impl("step_", _step_, "CompositeExplicitAutograd")
+torch.library.register_fake("grass_compile::step_", lambda *args: None)
+
+step_ = torch.ops.grass_compile.step_.default
+"""``step_(gradient [r, n] or [m, r], weight [m, n], hyper, index int64[r], state, kernel)`` moves the weight and its state."""
 
 
 # ----------------------------------------------------------------------------------------------------------------- anchor

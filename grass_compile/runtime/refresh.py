@@ -1,6 +1,6 @@
 """What a refresh does to one weight: choose new rows from the full gradient, and reset or carry the compact state.
 
-This runs eagerly, as one operator of the compiled refresh variant (`grass_compile.runtime.ops.refresh`): it is a handful of
+This runs eagerly, as one operator of the compiled backward (`grass_compile.runtime.ops.refresh`): it is a handful of
 small kernels every ``update_proj_gap`` steps, so generated code would gain nothing and cost a kernel per weight to compile.
 What comes out feeds the same traced step as on any other day. Being opaque, it also keeps Inductor from fusing the refreshes
 of several weights, which would keep all their full gradients alive.

@@ -355,13 +355,13 @@ class Call:
     drops its `Call`, and with it the claim on the weights.
     """
 
-    __slots__ = ("__weakref__", "_actions", "_backwards", "_clips", "_numbers", "_records", "_refresh", "_updates")
+    __slots__ = ("__weakref__", "_actions", "_backward", "_clips", "_numbers", "_records", "_refresh", "_updates")
 
     def __init__(
         self,
         records: Sequence[Record],
         refresh: Sequence[bool],
-        backwards: _torch.Backwards,
+        backward: _torch.Half,
         clips: bool,
         numbers: Sequence[tuple[Tensor, Record, bool]],
     ) -> None:
@@ -369,14 +369,14 @@ class Call:
 
         Args:
             records: the weights that it projects.
-            refresh: for each, whether the compiled pair forms the full gradient.
-            backwards: the backward of the compiled pair.
+            refresh: for each, whether its backward forms the full gradient.
+            backward: that backward.
             clips: whether that can clip all gradients of the optimizer.
             numbers: each tensor of hyper-parameters that went in, with a record that it is of, and whether that is a refresh.
         """
         self._numbers = tuple(numbers)
         self._clips = clips
-        self._records, self._refresh, self._backwards = tuple(records), tuple(refresh), backwards
+        self._records, self._refresh, self._backward = tuple(records), tuple(refresh), backward
         self._updates = [record.state["updates"] for record in records]
         self._actions: tuple[Action, ...] = ()
         for record in records:
@@ -421,7 +421,7 @@ class Call:
             if action == "step":
                 record.parameter.grad = None  # at most what zero_grad(set_to_none=False) has left
         self._refresh_numbers()
-        self._backwards.key = self._actions, clip
+        self._backward.key = self._refresh, self._actions, clip
 
     def _refresh_numbers(self) -> None:
         """Bring the numbers that went in with the forward up to date: the learning rate may have changed since."""
@@ -469,11 +469,14 @@ class Call:
         _torch.mark_written(moved)
 
 
-def expected(records: Sequence[Record], refresh: Sequence[bool], clips: bool) -> tuple[tuple[Action, ...], bool]:
+def expected(
+    records: Sequence[Record], refresh: tuple[bool, ...], clips: bool
+) -> tuple[tuple[bool, ...], tuple[Action, ...], bool]:
     """The key of the backward that a call most likely needs; see `Call`."""
     fused = [record.holder is not None and record.holder.fused for record in records]
     clip = clips and all(fused)
-    return tuple(_action(record, step, new, clip) for record, step, new in zip(records, fused, refresh, strict=True)), clip
+    actions = (_action(record, step, new, clip) for record, step, new in zip(records, fused, refresh, strict=True))
+    return refresh, tuple(actions), clip
 
 
 def _action(record: Record, step: bool, refresh: bool, clip: bool) -> Action:

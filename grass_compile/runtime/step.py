@@ -1,9 +1,9 @@
-"""One optimizer step on one weight, as pure functions over tensors. The pass `fuse` traces them into the backward graph.
+"""One optimizer step on one weight, as pure functions over tensors. Traced, never run as they stand.
 
 Grass (arXiv 2406.17660), Algorithm 1, for a selection with unit row scale: ``C = G[idx]``,
 ``(state, update) = rule(C, state)``, ``W[idx] -= scale * update``.
 
-`apply` is the step: inlined in the backward, or compiled by itself for the compact gradients that wait for ``opt.step()``.
+`apply` is the step; `grass_compile.passes.kernel` compiles it.
 """
 
 from __future__ import annotations

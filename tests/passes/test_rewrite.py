@@ -10,11 +10,16 @@ from torch import fx, nn
 
 import grass_compile
 from grass_compile import _torch
+from grass_compile.config import SiteConfig
 from grass_compile.errors import GraphError
 from grass_compile.passes import pipeline
-from grass_compile.passes.fx_utils import PROVENANCE, op_counts, outputs, placeholders
+from grass_compile.passes.fx_utils import PROVENANCE, op_counts, outputs
+from grass_compile.passes.kernel import step_graph
+from grass_compile.passes.place import steps, written
 from grass_compile.passes.verify import verify
 from grass_compile.runtime import ops
+from grass_compile.runtime.rules import AdamWRule
+from grass_compile.runtime.step import SHARED_HYPER
 
 from .. import forms
 from ..harness import products
@@ -24,25 +29,32 @@ aten = torch.ops.aten
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[fx.GraphModule, fx.GraphModule]]:
-    """The forward and the finished backward of each pair that runs, in order: refresh, regular."""
+    """The forward and the backward of each pair that runs, finished, in order: refresh, regular."""
     made: list[tuple[fx.GraphModule, fx.GraphModule]] = []
-    forwards: dict[pipeline.Plan, fx.GraphModule] = {}
-    transform, finish = pipeline.transform, pipeline.finish
+    traced: set[pipeline.Plan] = set()
+    forwards: dict[Any, fx.GraphModule] = {}
+    transform, finish_forward, finish_backward = pipeline.transform, pipeline.finish_forward, pipeline.finish_backward
 
     def watched_transform(*args: Any, plan: pipeline.Plan, **kwargs: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
-        assert plan not in forwards, "partitioned twice"
-        forward, backward = transform(*args, plan=plan, **kwargs)
-        forwards[plan] = forward
-        return forward, backward
+        assert plan not in traced, "partitioned twice"
+        traced.add(plan)
+        return transform(*args, plan=plan, **kwargs)
 
-    def watched_finish(gm: fx.GraphModule, plan: pipeline.Plan, *how: Any) -> fx.GraphModule:
+    def watched_forward(gm: fx.GraphModule, plan: pipeline.Plan, refresh: Any) -> fx.GraphModule:
         before = op_counts(gm)
-        made.append((forwards[plan], finish(gm, plan, *how)))
+        forwards[plan, refresh] = finish_forward(gm, plan, refresh)
+        assert op_counts(gm) == before, "the forward serves other steps too and must stay as it is"
+        return forwards[plan, refresh]
+
+    def watched_backward(gm: fx.GraphModule, plan: pipeline.Plan, key: Any, saved: Any) -> fx.GraphModule:
+        before = op_counts(gm)
+        made.append((forwards[plan, key[0]], finish_backward(gm, plan, key, saved)))
         assert op_counts(gm) == before, "the graph with anchors serves other actions too and must stay as it is"
         return made[-1][1]
 
     monkeypatch.setattr(pipeline, "transform", watched_transform)
-    monkeypatch.setattr(pipeline, "finish", watched_finish)
+    monkeypatch.setattr(pipeline, "finish_forward", watched_forward)
+    monkeypatch.setattr(pipeline, "finish_backward", watched_backward)
     return made
 
 
@@ -94,9 +106,9 @@ def test_columns_save_only_the_gathered_activation(graphs: list[Any]) -> None:
         train(Deep(), axis=axis, rank=4)
         forward, _ = graphs[1]
         shapes = [tuple(v.meta["val"].shape) for v in outputs(forward)[1:] if isinstance(v, fx.Node)]
-        saved[axis] = [shape for shape in shapes if shape[0] == forms.B * forms.S or len(shape) == 3]
+        saved[axis] = [shape for shape in shapes if forms.B * forms.S in shape or len(shape) == 3]
     tokens = forms.B * forms.S
-    assert (tokens, 4) in saved["columns"] and (tokens, 24) not in saved["columns"]
+    assert (4, tokens) in saved["columns"] and (tokens, 24) not in saved["columns"]  # it is saved as the view that is read
     size = {axis: sum(torch.Size(shape).numel() for shape in shapes) for axis, shapes in saved.items()}
     assert size["columns"] < size["rows"]
 
@@ -113,12 +125,13 @@ def test_writes_come_after_every_reader(graphs: list[Any]) -> None:
     train(Chain(), axis="rows", weight_decay=0.1)
     for _, backward in graphs:
         nodes = list(backward.graph.nodes)
-        update = [i for i, node in enumerate(nodes) if node.target is ops.row_update_]
-        decay = [i for i, node in enumerate(nodes) if node.target is aten.copy_.default and node.args[0].name == "primals_4"]
-        reader = max(i for i, n in enumerate(nodes) if n.target is aten.mm.default and tuple(n.meta["val"].shape) == (15, 24))
-        assert len(update) == 2 and min(update) > 0 and decay and reader < max(update)
-        assert all(nodes[i].args[0].name in ("primals_1", "primals_4") for i in update)
-        verify(backward, weights={"primals_1": "a.weight", "primals_4": "b.weight"}, names=["a.weight", "b.weight"])
+        (reader,) = [n for n in nodes if n.target is aten.mm.default and tuple(n.meta["val"].shape) == (15, 24)]
+        first, second = steps(backward)
+        assert {node.args[1].name for node in (first, second)} == {"primals_1", "primals_4"}
+        assert first.args[1].name == "primals_4", "the last layer's gradient is known first"
+        assert nodes.index(reader) < nodes.index(first) < nodes.index(second)
+        assert nodes.index(first) < min(nodes.index(n) for n in second.all_input_nodes if n.op != "placeholder")
+        verify(backward, names=["a.weight", "b.weight"])
 
 
 def test_slots_of_projected_weights_return_none(graphs: list[Any]) -> None:
@@ -132,12 +145,12 @@ def test_every_new_node_says_where_it_comes_from(graphs: list[Any]) -> None:
     _, backward = graphs[1]
     seen = set()
     for node in backward.graph.nodes:
-        if node.target in (ops.row_update_, aten.copy_.default, ops.gather):
+        if node.target in (ops.step_, ops.gather):
             seen.add(node.target)
             assert node.meta[PROVENANCE][1] == "w" and node.meta[PROVENANCE][0] in pipeline.PASSES
             assert "forms.py" in node.meta["stack_trace"]
             assert "val" in node.meta
-    assert len(seen) == 3
+    assert len(seen) == 2
 
 
 def test_without_rewrite_the_rows_come_from_the_full_gradient(graphs: list[Any]) -> None:
@@ -165,32 +178,33 @@ def test_model_without_projected_weights_is_compiled_as_it_is(graphs: list[Any])
 
 
 def test_verify_sees_a_read_after_the_write(graphs: list[Any]) -> None:
+    """Of the weight, be it through a view, and of the moments."""
     train(forms.Linear(), axis="rows")
     _, backward = graphs[1]
-    weight = next(n for n in placeholders(backward) if any(u.target is ops.row_update_ for u in n.users))
-    with backward.graph.inserting_before(next(iter(backward.graph.find_nodes(op="output")))):
-        view = backward.graph.call_function(aten.permute.default, (weight, [1, 0]))
-        view.meta["val"] = weight.meta["val"].t()
-        backward.graph.call_function(aten.sum.default, (view,))
-    with pytest.raises(GraphError, match=r"w: .* reads it after it was written"):
-        verify(backward, weights={weight.name: "w"}, names=["w"])
+    (step,) = steps(backward)
+    verify(backward, names=["w"])
+    for node in written(step):
+        with backward.graph.inserting_before(next(iter(backward.graph.find_nodes(op="output")))):
+            view = backward.graph.call_function(aten.permute.default, (node, [1, 0]))
+            reader = backward.graph.call_function(aten.sum.default, (view,))
+        with pytest.raises(GraphError, match=rf"w: (permute|sum).* uses {node.name} after its step has written it"):
+            verify(backward, names=["w"])
+        backward.graph.erase_node(reader)
+        backward.graph.erase_node(view)
 
 
-def test_verify_wants_exactly_one_update(graphs: list[Any]) -> None:
+def test_verify_wants_exactly_one_step(graphs: list[Any]) -> None:
     train(forms.Linear(), axis="rows")
     _, backward = graphs[1]
-    node = next(iter(backward.graph.find_nodes(op="call_function", target=ops.row_update_)))
-    name = node.args[0].name  # type: ignore[union-attr]
-    with backward.graph.inserting_after(node):
-        backward.graph.node_copy(node)
-    with pytest.raises(GraphError, match="w: 2 row updates"):
-        verify(backward, weights={name: "w"}, names=["w"])
-    for update in list(backward.graph.find_nodes(op="call_function", target=ops.row_update_)):
-        backward.graph.erase_node(update)
-    with pytest.raises(GraphError, match="w: 0 row updates"):
-        verify(backward, weights={name: "w"}, names=["w"])
-    with pytest.raises(GraphError, match="w: nothing updates it in the backward graph"):
-        verify(backward, weights={}, names=["w"])
+    (step,) = steps(backward)
+    with backward.graph.inserting_after(step):
+        backward.graph.node_copy(step)
+    with pytest.raises(GraphError, match="w: 2 steps in one backward graph"):
+        verify(backward, names=["w"])
+    for node in steps(backward):
+        backward.graph.erase_node(node)
+    with pytest.raises(GraphError, match="w: 0 steps in one backward graph"):
+        verify(backward, names=["w"])
 
 
 def test_verify_sees_a_read_before_the_refresh(graphs: list[Any]) -> None:
@@ -198,30 +212,29 @@ def test_verify_sees_a_read_before_the_refresh(graphs: list[Any]) -> None:
     train(forms.Linear(), axis="rows")
     backward, _ = (backward for _, backward in graphs)
     (refresh,) = backward.graph.find_nodes(op="call_function", target=ops.refresh_)
-    (update,) = backward.graph.find_nodes(op="call_function", target=ops.row_update_)
-    verify(backward, weights={update.args[0].name: "w"}, names=["w"])
+    verify(backward, names=["w"])
     for node in refresh.all_input_nodes[1:]:
         with backward.graph.inserting_before(refresh):
             early = backward.graph.call_function(aten.neg.default, (node,))
         with pytest.raises(GraphError, match=f"{node.name}: {early.name} reads it before the refresh has written it"):
-            verify(backward, weights={update.args[0].name: "w"}, names=["w"])
+            verify(backward, names=["w"])
         backward.graph.erase_node(early)
 
 
 def test_verify_sees_an_anchor_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     unfinished: list[fx.GraphModule] = []
-    finish = pipeline.finish
+    finish = pipeline.finish_backward
 
-    def watched(gm: fx.GraphModule, plan: pipeline.Plan, *how: Any) -> fx.GraphModule:
+    def watched(gm: fx.GraphModule, *how: Any) -> fx.GraphModule:
         unfinished.append(gm)
-        return finish(gm, plan, *how)
+        return finish(gm, *how)
 
-    monkeypatch.setattr(pipeline, "finish", watched)
+    monkeypatch.setattr(pipeline, "finish_backward", watched)
     train(forms.Linear(), axis="rows")
     for gm in unfinished:
         assert op_counts(gm)["grass_compile.anchor.default"] == 1
         with pytest.raises(GraphError, match="an anchor is left"):
-            verify(gm, weights={}, names=[])
+            verify(gm, names=[])
 
 
 def test_partitioner_key_covers_the_plan() -> None:
@@ -233,10 +246,29 @@ def test_op_counts(graphs: list[Any]) -> None:
     train(forms.Linear(), axis="rows")
     refresh, regular = (op_counts(backward) for _, backward in graphs)
     for counts in (refresh, regular):
-        assert counts["grass_compile.row_update_.default"] == 1 and counts["aten.copy_.default"] == 2
-        assert not {"grass_compile.row_update.default", "grass_compile.anchor.default"} & set(counts)
+        assert counts["grass_compile.step_.default"] == 1 and "grass_compile.anchor.default" not in counts
+        assert not {"aten.sqrt.default", "aten.copy_.default"} & set(counts), "the rule is compiled by itself"
     assert refresh["grass_compile.refresh_.default"] == 1 and "grass_compile.gather.default" not in refresh
     assert regular["grass_compile.gather.default"] == 1 and "grass_compile.refresh_.default" not in regular
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_the_step_by_itself_writes_in_place(dim: int, weight_decay: float) -> None:
+    """The weight first, then the state; nothing functional is left, and nothing of the weight's size but with decay."""
+    config = SiteConfig(4, "rows", "reset", weight_decay != 0.0, 1.0, AdamWRule())
+    compact, state = torch.zeros((4, 8) if dim == 0 else (6, 4)), torch.zeros((4, 8) if dim == 0 else (6, 4))
+    hyper = torch.zeros(len(AdamWRule().hyper_names) + len(SHARED_HYPER))
+    tensors = (compact, torch.zeros(6, 8), hyper, torch.arange(4), state, state)
+    gm = step_graph(config, dim, tuple((tuple(t.shape), t.stride(), t.dtype, t.device) for t in tensors))
+    counts = op_counts(gm)
+    assert counts["grass_compile.row_update_.default"] == 1 and "grass_compile.row_update.default" not in counts
+    assert counts["aten.copy_.default"] == 2 + (weight_decay != 0.0)
+    calls = [node for node in gm.graph.nodes if node.op == "call_function"]
+    whole = [node for node in calls if getattr(node.meta["val"], "shape", None) == (6, 8)]
+    assert len(whole) == (2 if weight_decay else 0)  # the decayed weight, and its copy_
+    update = next(i for i, node in enumerate(calls) if node.target is ops.row_update_)
+    assert update < min(i for i, node in enumerate(calls) if node.target is aten.copy_.default and node.args[0].name != "input_1")
 
 
 @pytest.mark.parametrize("axis", ["rows", "columns"])
@@ -258,6 +290,6 @@ def test_a_deferred_backward_returns_the_compact_gradient(axis: str, accumulate:
         assert counts.get("grass_compile.refresh_.default", 0) == (kind == "choose")
         gathers = counts.get("grass_compile.gather.default", 0) + op_counts(forward).get("grass_compile.gather.default", 0)
         assert gathers == (kind == "keep") and products(backward, (forms.M, forms.N)) == (kind != "keep")
-        assert not {"grass_compile.row_update_.default", "aten.copy_.default", "aten.sqrt.default"} & set(counts)
+        assert "grass_compile.step_.default" not in counts
         compact = [value for value in outputs(backward) if isinstance(value, fx.Node)]
         assert [tuple(value.meta["val"].shape) for value in compact] == [shape]

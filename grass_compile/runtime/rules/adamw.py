@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..ops import once
 from .base import Rule
 
 
@@ -46,6 +47,6 @@ class AdamWRule(Rule):
         exp_avg_sq = hyper["beta2"] * state["exp_avg_sq"] + hyper["one_minus_beta2"] * (compact_grad * compact_grad)
         bias_correction1 = -torch.expm1(state["step"] * hyper["log_beta1"])
         bias_correction2 = -torch.expm1(state["step"] * hyper["log_beta2"])
-        step_size = hyper["lr"] / bias_correction1
-        denominator = exp_avg_sq.sqrt() / bias_correction2.sqrt() + hyper["eps"]
+        step_size, root = once(torch.stack((hyper["lr"] / bias_correction1, bias_correction2.sqrt()))).unbind()
+        denominator = exp_avg_sq.sqrt() / root + hyper["eps"]
         return step_size * (exp_avg / denominator), {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}

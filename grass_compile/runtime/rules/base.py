@@ -12,8 +12,8 @@ from torch import Tensor
 class Rule(abc.ABC):
     """An optimizer's arithmetic in the compact space.
 
-    A rule is frozen and hashable (it is part of the key of a compiled variant), and holds no tensors. `update` is traced once
-    per shape and inlined in the compiled backward graph, so it must be a pure function of its arguments.
+    A rule is frozen and hashable (it is part of the key of what is compiled), and holds no tensors. `update` is traced and
+    compiled once per shape, so it must be a pure function of its arguments.
     """
 
     state_names: ClassVar[tuple[str, ...]]
