@@ -446,7 +446,7 @@ class Compilations:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ours = 0
-        for module, name in ((_torch, "compile_graph"), (_torch, "compile_kernel"), (pipeline, "finish")):
+        for module, name in ((_torch, "compile_graph"), (_torch, "compile_kernel"), (pipeline, "finish_backward")):
             monkeypatch.setattr(module, name, self._counting(getattr(module, name)))
 
     def _counting(self, function: Callable[..., Any]) -> Callable[..., Any]:
