@@ -560,9 +560,6 @@ def register_row_update_lowering(op: Any) -> None:
     @register_lowering(op, type_promotion_kind=None)
     def lower(weight: Any, dim: int, index: Any, update: Any, noise: Any = None) -> None:
         weight.realize()
-        apart = dim == 1 and weight.get_device().type == "cpu"
-        if apart:  # a loop that scatters single elements is not vectorised; so what it scatters is computed by another
-            update.realize()
         length = weight.get_size()[dim]
         load_weight, load_index, load_update = weight.make_loader(), index.make_loader(), update.make_loader()
         wide, narrow = update.get_dtype(), weight.get_dtype()
@@ -592,5 +589,3 @@ def register_row_update_lowering(op: Any) -> None:
         buffer = ir.ComputedBuffer(name=None, layout=ir.MutationLayoutSHOULDREMOVE(weight), data=scatter)
         buffer.name = V.graph.register_buffer(buffer)
         V.graph.register_operation(buffer)
-        if apart:
-            V.graph.no_fuse_buffer_names.add(buffer.name)

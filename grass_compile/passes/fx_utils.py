@@ -95,13 +95,14 @@ def provenance(gm: fx.GraphModule, pass_name: str, weight: str, template: fx.Nod
                     node.meta.setdefault(key, template.meta[key])
 
 
-def call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
-    """Insert ``target(*args)`` at the graph's insertion point and propagate its fake value.
+def call(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """Insert ``target(*args, **kwargs)`` at the graph's insertion point and propagate its fake value.
 
     Args:
         graph: where to insert; the caller sets the insertion point.
         target: an ATen overload or one of our own ops.
         *args: nodes and plain values.
+        **kwargs: plain values.
 
     Raises:
         GraphError: an argument has no fake value (the graph was not traced by AOTAutograd).
@@ -112,8 +113,8 @@ def call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
             raise GraphError(f"node {node.name} has no fake value; only graphs traced by AOTAutograd can be rewritten.")
         return node.meta["val"]
 
-    node = graph.call_function(target, args)
-    node.meta["val"] = target(*fx.map_arg(args, value))
+    node = graph.call_function(target, args, kwargs)
+    node.meta["val"] = target(*fx.map_arg(args, value), **kwargs)
     return node
 
 

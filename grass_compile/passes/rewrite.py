@@ -124,7 +124,7 @@ def _select(graph: fx.Graph, gradient: Gradient, rows: Rows) -> fx.Node:
     if isinstance(gradient, Product):
         operand = gradient.operand(dim)
         gathered = _gather(graph, _features_last(graph, operand, whole=True), rows, operand.start, operand.length)
-        return _matmul(graph, gathered, _features_last(graph, gradient.operand(1 - dim)), dim)
+        return _matmul(graph, gathered, _features_last(graph, gradient.operand(1 - dim)), rows)
     if isinstance(gradient, Cast):
         return call(graph, prims.convert_element_type.default, _select(graph, gradient.inner, rows), gradient.dtype)
     if isinstance(gradient, Sum):
@@ -137,7 +137,7 @@ def _select(graph: fx.Graph, gradient: Gradient, rows: Rows) -> fx.Node:
     products = [part for part in gradient.parts if isinstance(part, Product)]
     joined = call(graph, aten.cat.default, [_features_last(graph, p.operand(dim)) for p in products], 1)
     gathered = _gather(graph, joined, rows, 0, shape_of(joined)[1])
-    return _matmul(graph, gathered, _features_last(graph, products[0].operand(1 - dim)), dim)
+    return _matmul(graph, gathered, _features_last(graph, products[0].operand(1 - dim)), rows)
 
 
 def _gather(graph: fx.Graph, features: fx.Node, rows: Rows, start: int, length: int) -> fx.Node:
@@ -161,15 +161,21 @@ def _features_last(graph: fx.Graph, operand: Operand, whole: bool = False) -> fx
     return node
 
 
-def _matmul(graph: fx.Graph, gathered: fx.Node, other: fx.Node, dim: int) -> fx.Node:
+def _matmul(graph: fx.Graph, gathered: fx.Node, other: fx.Node, rows: Rows) -> fx.Node:
     """``gathered^T other`` (``[r, n]``) along dimension 0, ``other^T gathered`` (``[m, r]``) along dimension 1.
 
-    On a CPU the latter is a view of ``gathered^T other`` too: BLAS is much faster at few rows than at few columns.
+    On a CPU the latter is ``gathered^T other`` transposed: BLAS is so much faster at few rows than at few columns that a copy is
+    little against it.
     """
-    if dim and not _on_cpu(other):
+    if rows.dim and not _on_cpu(other):
         return call(graph, aten.mm.default, call(graph, aten.permute.default, other, [1, 0]), gathered)
     product = call(graph, aten.mm.default, call(graph, aten.permute.default, gathered, [1, 0]), other)
-    return call(graph, aten.permute.default, product, [1, 0]) if dim else product
+    if not rows.dim:
+        return product
+    transposed = call(graph, aten.permute.default, product, [1, 0])
+    copied = call(graph, aten.clone.default, transposed, memory_format=torch.contiguous_format)
+    copied.meta[SELECTION] = Selection(rows.position, 0, 0)  # of a full gradient, no copy is made
+    return copied
 
 
 def _on_cpu(node: fx.Node) -> bool:

@@ -1,0 +1,105 @@
+"""Time of one regular step, methods side by side in one process: they take turns, step by step.
+
+`python -m benchmarks.side_by_side` forms every ratio between steps that ran within seconds of each other, and reports the
+median and the quartiles of these. So a machine that others use as well, whose speed changes from minute to minute, hardly
+disturbs it. What it cannot tell is memory and compile time: for those each method needs a process of its own, see
+`benchmarks.step`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import record
+from benchmarks.methods import METHODS
+from benchmarks.record import number
+from benchmarks.worker import Trainer
+
+DEFAULT = ("dense", "frozen", "grass-rows", "grass-columns", "grass-auto", "grass-rows-deferred", "grass-columns-deferred")
+BASES = ("dense", "frozen")
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.side_by_side", description=__doc__)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(DEFAULT), metavar="METHOD")
+    parser.add_argument("--turns", type=int, default=30, help="measured steps of every method (default 30)")
+    record.add_settings(parser)
+    return parser.parse_args(arguments)
+
+
+def collect(arguments: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of every measured step, by method; the order within a turn rotates."""
+    torch.set_num_threads(arguments.threads)
+    torch._dynamo.config.recompile_limit = 4 * len(arguments.methods)
+    arguments.gap = arguments.warmup + arguments.turns + 1  # one refresh, the first step
+    trainers = {name: Trainer(record.settings_of(arguments, name), METHODS[name]) for name in arguments.methods}
+    for trainer in tqdm(trainers.values(), desc="compiling", file=sys.stderr):
+        for _ in range(arguments.warmup):
+            trainer.step()
+    seconds: dict[str, list[float]] = {name: [] for name in trainers}
+    names = list(trainers)
+    for turn in tqdm(range(arguments.turns), desc="turns", file=sys.stderr):
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            seconds[name].append(trainers[name].step().seconds)
+    return seconds
+
+
+def quartiles(values: list[float]) -> dict[str, float]:
+    """The median between the quartiles."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return {"low": low, "median": middle, "high": high}
+
+
+def summarise(seconds: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
+    """Seconds of each method, and its ratios to each base, formed within a turn."""
+    summary: dict[str, dict[str, Any]] = {}
+    for name, own in seconds.items():
+        summary[name] = {"seconds": quartiles(own), "fastest": min(own)}
+        for base in BASES:
+            if base in seconds:
+                summary[name][f"to_{base}"] = quartiles([a / b for a, b in zip(own, seconds[base], strict=True)])
+    return summary
+
+
+def report(summary: dict[str, dict[str, Any]]) -> str:
+    """One row per method."""
+
+    def cell(found: dict[str, float] | None, form: str) -> str:
+        return "-" if found is None else f"{found['median']:{form}} ({found['low']:{form}}-{found['high']:{form}})"
+
+    rows = [
+        [
+            name,
+            cell(s["seconds"], ".3f"),
+            number({"median": s["fastest"]}, ".3f"),
+            *(cell(s.get(f"to_{b}"), ".3f") for b in BASES),
+        ]
+        for name, s in summary.items()
+    ]
+    return record.table(["time", "s/step (quartiles)", "fastest", "/ dense", "/ frozen"], rows)
+
+
+def main() -> int:
+    """Measure, print, write."""
+    arguments = parse()
+    os.environ.setdefault("MALLOC_ARENA_MAX", "1")
+    seconds = collect(arguments)
+    summary = summarise(seconds)
+    print(report(summary))
+    content = {"summary": summary, "seconds": seconds}
+    default = record.default_output("side_by_side", record.settings_of(arguments, arguments.methods[0]))
+    record.write(arguments.out or default, "side_by_side", arguments, content)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
