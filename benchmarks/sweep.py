@@ -37,6 +37,8 @@ def main() -> None:
         steps=options.steps,
         axis=options.axis,
         on_refresh=options.on_refresh,
+        selection=options.selection,
+        stagger=options.stagger,
         update_proj_gap=options.update_proj_gap,
     )
     methods = {"dense": TrainConfig(lr=0.0, steps=options.steps)}
@@ -80,7 +82,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dense-lrs", nargs="+", type=float, default=list(DENSE_LRS), metavar="LR")
     parser.add_argument("--grass-lrs", nargs="+", type=float, default=list(GRASS_LRS), metavar="LR")
     parser.add_argument("--axis", choices=("auto", "rows", "columns"), default=TrainConfig.axis)
-    parser.add_argument("--on-refresh", choices=("reset", "carry"), default=TrainConfig.on_refresh)
+    parser.add_argument("--selection", choices=("top", "norm", "norm2", "uniform"), default=TrainConfig.selection)
+    parser.add_argument("--on-refresh", choices=("reset", "carry", "keep"), default=TrainConfig.on_refresh)
+    parser.add_argument("--stagger", action="store_true")
     parser.add_argument("--update-proj-gap", type=int, default=TrainConfig.update_proj_gap, metavar="K")
     parser.add_argument("--steps", type=int, default=TrainConfig.steps)
     parser.add_argument("--out", type=Path, default=RECORDED_SWEEP)

@@ -35,7 +35,13 @@ def main(arguments: list[str] | None = None) -> None:
         device=options.device,
         text=options.text,
     )
-    grass = replace(base, axis=options.axis, update_proj_gap=options.update_proj_gap, on_refresh=options.on_refresh)
+    grass = replace(
+        base,
+        axis=options.axis,
+        update_proj_gap=options.update_proj_gap,
+        on_refresh=options.on_refresh,
+        selection=options.selection,
+    )
     ranks = options.rank or [base.hidden_size // 8, base.hidden_size // 4]
     methods = {"dense AdamW": base} | {f"grass, rank {rank}": replace(grass, rank=rank) for rank in ranks}
 
@@ -56,7 +62,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=int(os.environ.get("DEMO_STEPS", TrainConfig.steps)))
     parser.add_argument("--rank", type=int, nargs="+", help="ranks of the grass runs (default: d/8 and d/4)")
     parser.add_argument("--axis", choices=("auto", "rows", "columns"), default=TrainConfig.axis)
-    parser.add_argument("--on-refresh", choices=("reset", "carry"), default=TrainConfig.on_refresh)
+    parser.add_argument("--selection", choices=("top", "norm", "norm2", "uniform"), default=TrainConfig.selection)
+    parser.add_argument("--on-refresh", choices=("reset", "carry", "keep"), default=TrainConfig.on_refresh)
     parser.add_argument("--update-proj-gap", type=int, default=TrainConfig.update_proj_gap, metavar="K")
     parser.add_argument("--seed", type=int, default=TrainConfig.seed)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -18,7 +18,8 @@ FALLBACK_GRASS_LR = 6e-3
 
 # A run of another length, other text or another device keeps the learning rates found.
 _NOT_COMPARED = {"lr", "dense_lr", "steps", "validations", "validation_windows", "text", "device", "seed"}
-_GRASS_ONLY = {"axis", "update_proj_gap", "on_refresh"}
+_GRASS_ONLY = {"axis", "update_proj_gap", "on_refresh", "selection", "stagger"}
+_BEFORE = {"selection": "top", "stagger": False}  # what runs did whose record does not say
 
 
 def with_best_rates(config: TrainConfig, sweep: Path = RECORDED_SWEEP) -> tuple[TrainConfig, bool]:
@@ -39,7 +40,8 @@ def with_best_rates(config: TrainConfig, sweep: Path = RECORDED_SWEEP) -> tuple[
 
 def read_sweep(sweep: Path) -> list[Event]:
     """The records of a sweep; none where the file isn't there."""
-    return [json.loads(line) for line in sweep.read_text().splitlines()] if sweep.exists() else []
+    records = [json.loads(line) for line in sweep.read_text().splitlines()] if sweep.exists() else []
+    return [{**record, "config": {**_BEFORE, **record["config"]}} for record in records]
 
 
 def _compared(config: Event) -> Event:

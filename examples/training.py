@@ -37,6 +37,8 @@ class TrainConfig:
     axis: str = "columns"
     update_proj_gap: int = 50
     on_refresh: str = "carry"
+    selection: str = "norm"
+    stagger: bool = False
     dense_lr: float | None = None  # for what grass leaves dense; None: `lr`
 
     hidden_size: int = 256
@@ -128,6 +130,9 @@ def build_optimizer(model: LlamaForCausalLM, config: TrainConfig) -> torch.optim
         axis=config.axis,
         update_proj_gap=config.update_proj_gap,
         on_refresh=config.on_refresh,
+        selection=config.selection,
+        stagger=config.stagger,
+        seed=config.seed,
     )
 
 

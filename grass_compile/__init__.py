@@ -7,7 +7,13 @@ from .errors import GrassWarning as GrassWarning
 from .errors import StateError as StateError
 from .explain import explain as explain
 from .report import Report as Report
+from .runtime.optimizer import SGD as SGD
+from .runtime.optimizer import Adafactor as Adafactor
 from .runtime.optimizer import AdamW as AdamW
+from .runtime.optimizer import Lion as Lion
+from .runtime.optimizer import Optimizer as Optimizer
+from .runtime.rules import Rule as Rule
+from .runtime.rules import register_rule as register_rule
 from .train_step import train_step as train_step
 
 __version__ = "0.1.0"

@@ -177,7 +177,7 @@ class Region:
         """Note which weights could be projected once a known optimizer turns out to hold them."""
         options = self.options.project
         assert options is not None and options.rank is not None
-        config = SiteConfig(options.rank, options.axis, options.on_refresh, False, options.scale, AdamWRule())
+        config = options.site(options.axis, False, AdamWRule())
         asked = tuple(WeightInput(name, at, config, refusal(name, tensor, options)) for name, at, tensor in free)
         found = {p.position: p for p in self.analyse(asked)[1].projections} if asked else {}
         for name, position, parameter in free:
@@ -332,7 +332,7 @@ class Region:
 def _kernel_name(options: BackendOptions, config: SiteConfig, dim: int) -> str:
     """The name under which graphs call this step: the same in every process, so that a compile cache may hold such a graph,
     unless two settings look alike and are not."""
-    settings = (options, config, dim)
+    settings = (options, config.step_alone, dim)
     name = f"{type(config.rule).__name__}_{hashlib.sha256(repr(settings).encode()).hexdigest()[:16]}"
     while _named_kernels.setdefault(name, settings) != settings:
         name += "_"
@@ -420,6 +420,8 @@ def _fake_state(mode: Any, captured: _torch.Captured, plan: Plan) -> list[Tensor
             assigned = Assigned(projection.axis, projection.dim, projection.rank)
             config = projection.config
             made = registry.initial_state(weight, assigned, config.on_refresh, config.rule, config.state_dtype)
+            made["row_count"] = made["row_scale"]
+            made["noise"] = torch.empty(weight.shape[projection.dim], dtype=_state_dtype(weight), device=weight.device)
             state += [made[name] for name in graph_state(config)]
             leaves.append(registry.leaf_like(weight, assigned).requires_grad_())
             if slot not in hyper:

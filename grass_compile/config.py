@@ -18,7 +18,8 @@ from .errors import ConfigError
 
 Axis = Literal["rows", "columns"]
 AxisChoice = Literal["rows", "columns", "auto"]
-OnRefresh = Literal["reset", "carry"]
+OnRefresh = Literal["reset", "carry", "keep"]
+Selection = Literal["top", "norm", "norm2", "uniform"]
 
 SELECTIONS = ("top", "norm", "norm2", "uniform")
 AXES = ("rows", "columns", "auto")
@@ -41,6 +42,9 @@ class SiteConfig:
         rule: the update rule; a frozen, hashable object.
         stochastic_rounding: whether bf16 weights and moments are rounded stochastically.
         state_dtype: dtype of the moments; None for at least fp32.
+        selection: how new rows are chosen.
+        block: neighbouring rows that are chosen together.
+        replacement: whether rows are drawn with replacement, and scaled.
     """
 
     rank: int
@@ -51,6 +55,14 @@ class SiteConfig:
     rule: Any
     stochastic_rounding: bool = False
     state_dtype: torch.dtype | None = None
+    selection: Selection = "top"
+    block: int = 1
+    replacement: bool = False
+
+    @property
+    def step_alone(self) -> SiteConfig:
+        """The same as far as a step between refreshes goes; configurations for which this is equal share compiled steps."""
+        return dataclasses.replace(self, on_refresh="carry" if self.on_refresh == "carry" else "reset", selection="top", block=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +79,19 @@ class GroupOptions:
     stochastic_rounding: bool = False
     state_dtype: torch.dtype | None = None
     seed: int = 0
+    selection: Selection = "top"
+    block: int = 1
+    stagger: int = 1
+    replacement: bool = False
+
+    def site(self, axis: AxisChoice, decays: bool, rule: Any) -> SiteConfig:
+        """What these keywords ask of one weight; ``rank`` must not be None."""
+        assert self.rank is not None
+        return SiteConfig(
+            rank=self.rank, axis=axis, on_refresh=self.on_refresh, decays=decays, scale=self.scale, rule=rule,
+            stochastic_rounding=self.stochastic_rounding, state_dtype=self.state_dtype, selection=self.selection,
+            block=self.block, replacement=self.replacement,
+        )  # fmt: skip
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -104,22 +129,23 @@ def parse_group(group: Mapping[str, Any]) -> GroupOptions:
         ConfigError: a value is out of range, unknown, or belongs to a feature that this version does not have.
     """
     rank = None if group["rank"] is None else positive_int("rank", group["rank"])
-    one_of("selection", group["selection"], SELECTIONS)
+    selection = one_of("selection", group["selection"], SELECTIONS)
     on_refresh = one_of("on_refresh", group["on_refresh"], ON_REFRESH)
-    unavailable = {
-        f"selection={group['selection']!r}": group["selection"] != "top",
-        "replacement=True": bool(group["replacement"]),
-        "on_refresh='keep'": on_refresh == "keep",
-    }
-    for what, asked in unavailable.items():
-        if asked:
-            raise ConfigError(
-                f"{what} is not available in this version of grass_compile; it has selection='top' without replacement, and "
-                "on_refresh='reset' or 'carry'."
-            )
-    for key in ("step_in_backward", "stochastic_rounding"):
+    block = positive_int("block", group["block"])
+    if rank is not None and rank % block:
+        raise ConfigError(f"rank={rank} is not a multiple of block={block}: rows are chosen {block} at a time.")
+    stagger = group["stagger"]
+    stagger = STAGGER_SLOTS if stagger is True else 1 if stagger is False else positive_int("stagger", stagger)
+    for key in ("step_in_backward", "stochastic_rounding", "replacement"):
         if not isinstance(group[key], bool):
             raise ConfigError(f"{key} must be True or False, got {group[key]!r}.")
+    if group["replacement"] and selection == "top":
+        raise ConfigError("replacement=True is for selections that draw: 'norm', 'norm2' or 'uniform', not 'top'.")
+    if group["replacement"] and on_refresh == "carry":
+        raise ConfigError(
+            "replacement=True scales every row by its own probability, which changes at a refresh, so moments cannot be carried. "
+            "Use on_refresh='reset' or 'keep'."
+        )
     if group["max_grad_norm"] is not None and finite("max_grad_norm", group["max_grad_norm"]) <= 0:
         raise ConfigError(f"max_grad_norm must be above 0, got {group['max_grad_norm']!r}.")
     if group["state_dtype"] not in STATE_DTYPES:
@@ -142,15 +168,22 @@ def parse_group(group: Mapping[str, Any]) -> GroupOptions:
         stochastic_rounding=group["stochastic_rounding"],
         state_dtype=group["state_dtype"],
         seed=int(group["seed"]),
+        selection=selection,
+        block=block,
+        stagger=stagger,
+        replacement=group["replacement"],
     )
 
+
+STAGGER_SLOTS = 4
+"""Parts of an interval over which ``stagger=True`` spreads the refreshes."""
 
 DEFAULT_EXCLUDE = ("*lm_head*", "*embed*")
 
 PROJECT: dict[str, Any] = dict(
     rank=None, update_proj_gap=200, selection="top", replacement=False, axis="auto", on_refresh="reset", scale=1.0,
     exclude=DEFAULT_EXCLUDE, step_in_backward=True, max_grad_norm=None, refresh_warmup=0, stochastic_rounding=False,
-    state_dtype=None, seed=0,
+    state_dtype=None, seed=0, block=1, stagger=False,
 )  # fmt: skip
 """The keywords of a grass optimizer that are ours rather than torch's, with their defaults."""
 

@@ -18,6 +18,7 @@ from grass_compile.passes.pipeline import find
 from grass_compile.passes.records import Analysis, Site, WeightInput
 from grass_compile.runtime.reference import CompactState, ReferenceAdamW
 from grass_compile.runtime.rules import AdamWRule
+from grass_compile.runtime.selection import fill_with_noise
 
 KEYWORDS = dict(lr=1e-2, eps=1e-3, weight_decay=0.0, update_proj_gap=3)
 
@@ -51,21 +52,21 @@ class Oracle(ReferenceAdamW):
             return
         for name, (dim, rank) in self.projected.items():
             gradient = gradients.get(name, self.parameters[name].grad)
-            due = self.updates % self.update_proj_gap == 0
-            if due and gradient is not None and not self._is_chosen(self.state.get(name)):
+            if self.due(name) and gradient is not None and not self._is_chosen(self.state.get(name)):
                 wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-                self.state[name] = self._refreshed(self.state.get(name), wide, dim, rank)
+                self.state[name] = self._refreshed(name, wide, dim, rank)
 
     def _is_chosen(self, state: CompactState | None) -> bool:
         return any(state is other for other in self._chosen)
 
-    def _refreshed(self, old: CompactState | None, gradient: Tensor, dim: int, rank: int) -> CompactState:
+    def _refreshed(self, name: str, gradient: Tensor, dim: int, rank: int) -> CompactState:
+        old = self.state.get(name)
         if old is not None and self._is_chosen(old):
             return old
         norms = gradient.norm(dim=1 - dim).sort(descending=True).values.tolist()
         if rank < len(norms):
             self.margin = min(self.margin, norms[rank - 1] / norms[rank] - 1)
-        self._chosen.append(super()._refreshed(old, gradient, dim, rank))
+        self._chosen.append(super()._refreshed(name, gradient, dim, rank))
         return self._chosen[-1]
 
     @torch.no_grad()
@@ -146,11 +147,20 @@ def pair(
     """Set up both sides; the oracle projects what `grass_compile.explain` says."""
     twin = copy.deepcopy(model)
     asked = {**KEYWORDS, **keywords}
-    extra = {key: asked.pop(key) for key in ("exclude", "step_in_backward") if key in asked}
+    extra = {key: asked.pop(key) for key in ("exclude", "step_in_backward", "stagger", "seed") if key in asked}
     optimizer = grass_compile.AdamW(model.named_parameters(), rank=rank, axis=axis, **asked, **extra)
     report = grass_compile.explain(model, *inputs, optimizer=optimizer)
     projected = {row.name: (row.dim, row.rank) for row in report if row.projected}
-    oracle = Oracle(twin.named_parameters(), projected=projected, **asked)
+    records = {record.name: record for record in optimizer._holder.records.values()}
+
+    def noise(name: str, updates: int) -> Tensor:
+        record, drawn = records[name], torch.empty(max(records[name].parameter.shape), dtype=torch.float64)
+        drawn = drawn[: record.parameter.shape[projected[name][0]]]
+        fill_with_noise(drawn, record.options.seed, record.number, updates)
+        return drawn
+
+    offsets = {name: records[name].offset for name in projected}
+    oracle = Oracle(twin.named_parameters(), projected=projected, noise=noise, offsets=offsets, **asked)
     compiled = torch.compile(model, backend="grass", options={"compiler": compiler})
     return Pair(model, optimizer, compiled, twin, oracle)
 

@@ -77,7 +77,9 @@ def test_nothing_imports_through_the_links() -> None:
 
 def test_public_names() -> None:
     names = {name for name in vars(grass_compile) if not name.startswith("_")}
-    public = {"AdamW", "ConfigError", "GrassError", "GrassWarning", "GraphError", "Report", "StateError", "explain", "train_step"}
+    optimizers = {"Adafactor", "AdamW", "Lion", "Optimizer", "Rule", "SGD", "register_rule"}
+    errors = {"ConfigError", "GrassError", "GrassWarning", "GraphError", "StateError"}
+    public = {*optimizers, *errors, "Report", "explain", "train_step"}
     modules = {"backend", "config", "errors", "explain", "passes", "report", "runtime"}
     assert public <= names and names <= public | modules
     assert (PACKAGE / "py.typed").exists()

@@ -26,7 +26,7 @@ from torch import fx
 
 from ..errors import GraphError
 from ..runtime import ops
-from ..runtime.step import Action, clip_scale, kept, scaled, selected
+from ..runtime.step import SCALES, Action, clip_scale, graph_state, kept, layout_of, scaled, selected, step_state
 from .anchor import anchors
 from .fx_utils import call, inline, outputs, provenance, set_outputs, specs_of, trace
 from .records import Projection
@@ -101,16 +101,25 @@ def _clipped(
 def _compact(gm: fx.GraphModule, node: fx.Node, projection: Projection, refresh: bool, action: Action) -> fx.Node:
     """The compact gradient where an anchor stands; on a refresh, that of new rows unless older ones are to be kept."""
     arguments: Any = node.args
-    gradient, _, _, (index, *state), _, _ = arguments
+    gradient, state, config = arguments[0], _state(node, projection), projection.config
     if not refresh:
         return gradient  # type: ignore[no-any-return]
+    index, noise = state.pop("index"), state.pop("noise", None)
     if action == "keep":
         (compact,) = _trace(gm, selected, (projection.dim,), [gradient, index])
         return compact
-    on_refresh = projection.config.on_refresh
-    if action == "choose":  # the state follows when the weight moves
-        state, on_refresh = [], "reset"
-    return call(gm.graph, ops.refresh_, gradient, index, state, projection.dim, projection.rank, on_refresh)
+    # Where the weight does not move, its state follows when it does.
+    if action != "step":
+        state = {name: tensor for name, tensor in state.items() if name in SCALES}
+    layouts = "".join(layout_of(config.rule, name)[0] for name in state)
+    how = (projection.dim, projection.rank, config.on_refresh, config.selection, config.block, config.replacement, layouts)
+    return call(gm.graph, ops.refresh_, gradient, index, noise, list(state.values()), *how)
+
+
+def _state(node: fx.Node, projection: Projection) -> dict[str, fx.Node]:
+    """The state that an anchor was given, by name."""
+    arguments: Any = node.args
+    return dict(zip(graph_state(projection.config), arguments[3], strict=True))
 
 
 def _step(gm: fx.GraphModule, node: fx.Node, gradient: fx.Node, projection: Projection, kernel: str) -> None:
@@ -120,7 +129,9 @@ def _step(gm: fx.GraphModule, node: fx.Node, gradient: fx.Node, projection: Proj
         GraphError: one of the tensors that it writes is not an input of this graph.
     """
     arguments: Any = node.args
-    _, weight, hyper, (index, *state), _, _ = arguments
+    _, weight, hyper, *_ = arguments
+    named = _state(node, projection)
+    index, *state = (named[name] for name in step_state(projection.config))
     for written in (weight, *state):
         if written.op != "placeholder":
             raise GraphError(

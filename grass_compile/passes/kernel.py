@@ -58,7 +58,8 @@ def step_graph(config: SiteConfig, dim: int, specs: tuple[tuple[Any, ...], ...])
         call(gm.graph, aten.copy_.default, weight, base)
     call(gm.graph, ops.row_update_, weight, *update)
     for old, new in zip(state, new_state, strict=True):
-        call(gm.graph, aten.copy_.default, old, new)
+        if new is not old:
+            call(gm.graph, aten.copy_.default, old, new)
     gm.graph.output(())
     gm.recompile()
     return gm

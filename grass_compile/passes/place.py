@@ -37,7 +37,7 @@ def written(node: fx.Node) -> list[fx.Node]:
     """What a step or a refresh writes: the weight and the state, the index and the state."""
     if node.target is ops.step_:
         return [node.args[1], *node.args[4]]  # type: ignore[list-item, misc]
-    return node.all_input_nodes[1:] if node.target is ops.refresh_ else []
+    return [node.args[1], *node.args[3]] if node.target is ops.refresh_ else []  # type: ignore[list-item, misc]
 
 
 def refreshes(gm: fx.GraphModule) -> list[fx.Node]:

@@ -22,7 +22,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .. import _torch
 from ..config import GroupOptions
 from ..errors import GrassWarning, StateError
-from . import selection
 from . import state as registry
 from .checkpoint import fitting, protect, unprotect
 from .gradient import CompactGrad
@@ -177,7 +176,7 @@ def _adopt(holder: Holder, parameter: Tensor, group: dict[str, Any], wished: Wis
     record.assign(assigned, wished.kernel)
     state = record.state
     gradient, dim = parameter.grad, assigned.dim
-    rows = selection.top(selection.scores(gradient, dim), assigned.rank) if record.due else state["index"].clone()
+    rows = record.select(gradient) if record.due else state["index"].clone()
     compact = gradient.index_select(dim, rows)
     wide = torch.promote_types(compact.dtype, torch.float32)
     parameter.grad = CompactGrad(compact.to(wide), rows, dim, parameter, wished.name, record.due)

@@ -24,7 +24,8 @@ def fitting(record: Record, entry: Mapping[str, Any]) -> tuple[Assigned, dict[st
         return StateError(f"{record.name}: the loaded state {what}. Nothing was changed.")
 
     parameter, wanted, options = record.parameter, record.options.rank, record.options
-    names = ("index", "row_scale", "step", *record.rule.state_names)
+    counted = ("row_count",) if options.replacement else ()
+    names = ("index", "row_scale", *counted, "step", *record.rule.state_names)
     if missing := sorted({*names, "updates", "axis", "dim"} - set(entry)):
         raise refuse(f"lacks {missing}")
     tensors = {name: entry[name] for name in names}
@@ -43,6 +44,7 @@ def fitting(record: Record, entry: Mapping[str, Any]) -> tuple[Assigned, dict[st
         raise refuse(f"was made with another on_refresh than {options.on_refresh!r}")
     assigned = Assigned(axis, dim, rank)
     fresh = initial_state(parameter, assigned, options.on_refresh, record.rule, options.state_dtype)
+    fresh["row_count"] = fresh["row_scale"]
     for name, value in tensors.items():
         if value.shape != fresh[name].shape:
             found, needed = tuple(value.shape), tuple(fresh[name].shape)
@@ -62,7 +64,8 @@ def check_dense(record: Record, entry: Mapping[str, Any]) -> None:
     """
     shape = tuple(record.parameter.shape)
     for key, value in entry.items():
-        if isinstance(value, Tensor) and value.dim() > 0 and tuple(value.shape) != shape:
+        whole = key not in record.rule.state_names or record.rule.layout(key) == "full"
+        if isinstance(value, Tensor) and whole and value.dim() > 0 and tuple(value.shape) != shape:
             raise StateError(
                 f"{record.name}: the loaded {key} has shape {tuple(value.shape)}, the parameter {shape}; the state belongs to "
                 "another model. Nothing was changed."

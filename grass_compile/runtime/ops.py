@@ -20,6 +20,7 @@ the backward while the partitioner runs, and is replaced afterwards (`grass_comp
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,11 +111,16 @@ _torch.register_once_lowering(torch.ops.grass_compile.once.default)
 
 # ---------------------------------------------------------------------------------------------------------------- refresh
 
-_library.define("refresh_(Tensor gradient, Tensor(a!) index, Tensor(b!)[] state, int dim, int rank, str on_refresh) -> Tensor")
+_library.define(
+    "refresh_(Tensor gradient, Tensor(a!) index, Tensor? noise, Tensor(b!)[] state, int dim, int rank, str on_refresh, "
+    "str selection, int block, bool replacement, str layouts) -> Tensor"
+)
 
 
-def _refresh_(gradient: Tensor, index: Tensor, state: Sequence[Tensor], dim: int, rank: int, on_refresh: str) -> Tensor:
-    compact, chosen, rest = choose_anew(gradient, index, state, dim, rank, on_refresh)
+def _refresh_(
+    gradient: Tensor, index: Tensor, noise: Tensor | None, state: Sequence[Tensor], dim: int, rank: int, *how: Any
+) -> Tensor:
+    compact, chosen, rest = choose_anew(gradient, index, noise, state, dim, rank, *how)
     with _torch.unversioned((index, *state)):
         index.copy_(chosen)
         for old, new in zip(state, rest, strict=True):
@@ -122,7 +128,9 @@ def _refresh_(gradient: Tensor, index: Tensor, state: Sequence[Tensor], dim: int
     return compact
 
 
-def _fake_refresh_(gradient: Tensor, index: Tensor, state: Sequence[Tensor], dim: int, rank: int, on_refresh: str) -> Tensor:
+def _fake_refresh_(
+    gradient: Tensor, index: Tensor, noise: Tensor | None, state: Sequence[Tensor], dim: int, rank: int, *how: Any
+) -> Tensor:
     shape = list(gradient.shape)
     shape[dim] = rank
     return gradient.new_empty(shape)
@@ -132,7 +140,8 @@ _library.impl("refresh_", _refresh_, "CompositeExplicitAutograd")
 torch.library.register_fake("grass_compile::refresh_", _fake_refresh_)
 
 refresh_ = torch.ops.grass_compile.refresh_.default
-"""``refresh_(gradient [m, n], index int64[r], state, dim, rank, on_refresh)`` returns the compact gradient of the rows that it
+"""``refresh_(gradient [m, n], index int64[r], noise, state, dim, rank, on_refresh, selection, block, replacement, layouts)``
+returns the compact gradient of the rows that it
 has chosen; ``index`` and ``state`` are written."""
 
 

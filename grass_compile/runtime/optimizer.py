@@ -1,4 +1,4 @@
-"""``grass_compile.AdamW``: a ``torch.optim.Optimizer`` whose linear weights move inside the compiled backward."""
+"""The optimizers: each a ``torch.optim.Optimizer`` whose linear weights move inside the compiled backward."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ import torch
 from torch import Tensor
 
 from .. import _torch
-from ..config import DEFAULT_EXCLUDE, AxisChoice, parse_group
+from ..config import DEFAULT_EXCLUDE, PROJECT, AxisChoice, nearest, parse_group
 from ..errors import ConfigError, GrassWarning, StateError
 from .checkpoint import check_dense, fitting, unprotect
 from .holder import Holder
-from .rules import AdamWRule, Rule
+from .rules import AdafactorRule, AdamWRule, Layout, LionRule, Rule, SGDRule, registered_rules
+from .step import run_rule
 
 COMMON = ("step_in_backward", "max_grad_norm")
 """Keywords that belong to an optimizer as a whole."""
 
 
-class GrassOptimizer(torch.optim.AdamW):
-    """What every grass optimizer shares: a holder for the backend, and the dense rest through torch's own AdamW.
+class GrassOptimizer(torch.optim.Optimizer):
+    """What every grass optimizer shares: a holder for the backend. The dense rest is stepped by the class that comes next, most
+    often torch's own.
 
     A parameter is *projected* once a compiled backward has found its gradient; from then on it moves there and its ``.grad``
     stays None, or its ``.grad`` is a `CompactGrad` and it moves in `step`.
@@ -41,7 +43,12 @@ class GrassOptimizer(torch.optim.AdamW):
         self._own = dict(own)
         self._holder = Holder(self, fused=True)
         self._warned = False
-        super().__init__(params, **torch_keywords)
+        try:
+            super().__init__(params, **torch_keywords)
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise ConfigError(f"{type(self).__name__}: {error}") from error
         self.defaults.update(self._own)
         self._settle()
 
@@ -123,12 +130,16 @@ class GrassOptimizer(torch.optim.AdamW):
         try:
             for parameter in waiting:
                 parameter.grad = None
-            super().step()
+            self._dense_step()
         finally:
             for parameter, gradient in waiting.items():
                 parameter.grad = gradient
         holder.close()
         return loss
+
+    def _dense_step(self) -> None:
+        """Move what is not projected."""
+        super().step()
 
     def _warn_uncompiled(self) -> None:
         """Say once that nothing is compiled."""
@@ -150,7 +161,7 @@ class GrassOptimizer(torch.optim.AdamW):
             )
 
     @property
-    def _step_supports_amp_scaling(self) -> bool:  # type: ignore[override]
+    def _step_supports_amp_scaling(self) -> bool:
         """What ``GradScaler.step`` asks first.
 
         Raises:
@@ -177,8 +188,8 @@ class GrassOptimizer(torch.optim.AdamW):
     def grad_norm(self) -> Tensor | None:
         """The gradient norm before the last clipping, 0-d, on the device; None if nothing was clipped yet.
 
-        The norm is that of what is computed: the dense gradients, and of each projected weight the selected rows, row scale
-        included. It is therefore smaller than the norm of all full gradients.
+        The norm is that of what is computed: the dense gradients, and of each projected weight the selected rows, without their
+        row scale. It is therefore smaller than the norm of all full gradients.
         """
         return self._holder.grad_norm
 
@@ -271,7 +282,7 @@ class GrassOptimizer(torch.optim.AdamW):
         return groups
 
 
-class AdamW(GrassOptimizer):
+class AdamW(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
     """AdamW with structured sparse gradients (Grass, arXiv 2406.17660), fused into the compiled backward.
 
     Of the gradient ``m x n`` of each linear weight only ``rank`` rows or columns are ever computed; the moments have that
@@ -292,10 +303,19 @@ class AdamW(GrassOptimizer):
         weight_decay: decoupled weight decay, on the whole weight.
         rank: r, the number of rows or columns that move at a time; None keeps the group dense.
         update_proj_gap: steps between refreshes; the first backward is always a refresh.
-        selection: ``"top"``, the rows of largest norm.
-        replacement: not available in this version.
+        selection: ``"top"``, the rows of largest norm; ``"norm"``, ``"norm2"`` or ``"uniform"``: rows drawn without
+        replacement, with
+            probabilities proportional to the norm, its square, or one.
+        replacement: draw with replacement, independently, and scale each row by ``rho = 1 / sqrt(rank * probability)`` before and
+            after the update rule, once for each time it was drawn: what is applied is unbiased for a linear rule.
         axis: ``"rows"`` (out-features), ``"columns"`` (in-features) or ``"auto"`` (the cheaper by the cost model).
-        on_refresh: ``"reset"`` zeroes the moments; ``"carry"`` keeps those of rows that stay selected.
+        on_refresh: ``"reset"`` zeroes the moments; ``"carry"`` keeps those of rows that stay selected; ``"keep"`` hands the
+        moments of
+            the old rows to the new ones, slot by slot.
+        block: neighbouring rows that are chosen together; divides ``rank``.
+        stagger: spread the refreshes of different weights over the interval, in 4 parts or in as many as it says; in a model
+        that is
+            compiled as a whole each part costs a compilation.
         scale: the paper's alpha, a factor on the update.
         exclude: name patterns (``fnmatch``) that stay dense.
         step_in_backward: the weights move inside ``loss.backward()``; if False, compact gradients are left in ``.grad``
@@ -306,7 +326,8 @@ class AdamW(GrassOptimizer):
         stochastic_rounding: round bf16 weights (and bf16 moments) stochastically, so that updates below half a unit in the
             last place are not lost.
         state_dtype: dtype of the moments; None for at least fp32.
-        seed: of the stochastic rounding; None draws one from torch's default generator. It is part of the state.
+        seed: of drawn rows and of the stochastic rounding; None draws one from torch's default generator. It is part of the
+            state.
 
     Raises:
         ConfigError: an argument is out of range, unknown, or not available in this version.
@@ -334,18 +355,189 @@ class AdamW(GrassOptimizer):
         stochastic_rounding: bool = False,
         state_dtype: torch.dtype | None = None,
         seed: int | None = None,
+        block: int = 1,
+        stagger: bool | int = False,
     ) -> None:
         self.rule = AdamWRule()
-        own = dict(
+        own = _own_keywords(
             rank=rank, update_proj_gap=update_proj_gap, selection=selection, replacement=replacement, axis=axis,
-            on_refresh=on_refresh, scale=scale, exclude=tuple(exclude) if not isinstance(exclude, str) else exclude,
+            on_refresh=on_refresh, scale=scale, exclude=exclude,
             step_in_backward=step_in_backward, max_grad_norm=max_grad_norm, refresh_warmup=refresh_warmup,
-            stochastic_rounding=stochastic_rounding, state_dtype=state_dtype,
-            seed=int(torch.randint(2**31, ())) if seed is None and stochastic_rounding else seed or 0,
+            stochastic_rounding=stochastic_rounding, state_dtype=state_dtype, block=block, stagger=stagger, seed=seed,
         )  # fmt: skip
-        try:
-            super().__init__(params, own=own, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=True)
-        except ConfigError:
-            raise
-        except ValueError as error:
-            raise ConfigError(f"AdamW: {error}") from error
+        super().__init__(params, own=own, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=True)
+
+
+class SGD(GrassOptimizer, torch.optim.SGD):  # type: ignore[override]
+    """SGD with momentum in the compact space; the dense rest through ``torch.optim.SGD``, whose arguments keep their names.
+
+    ``state[p]`` of a projected weight holds ``momentum_buffer`` if there is momentum. Weight decay is added to the gradient, of
+    projected weights to that of the selected rows.
+
+    Args:
+        params: as of `AdamW`.
+        lr: learning rate.
+        momentum: factor on the buffer.
+        dampening: what a gradient lacks in the buffer.
+        weight_decay: the L2 penalty.
+        nesterov: Nesterov's momentum.
+        **project: ``rank`` and the other keywords of `AdamW` from there on.
+
+    Raises:
+        ConfigError: as of `AdamW`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        **project: Any,
+    ) -> None:
+        self.rule = SGDRule(momentum != 0, nesterov)
+        keywords = dict(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov)
+        super().__init__(params, own=_own_keywords(**{"rank": 128, **project}), **keywords, foreach=True)
+
+
+class Adafactor(GrassOptimizer, torch.optim.Adafactor):
+    """Adafactor in the compact space; the dense rest through ``torch.optim.Adafactor``, whose arguments keep their names.
+
+    ``state[p]`` of a projected weight holds ``row_var`` (``[r]``) and ``col_var`` (``[n]``, ``[m]`` for columns): the state of
+    a weight is a few vectors.
+
+    Args:
+        params: as of `AdamW`.
+        lr: an upper bound of the relative step size.
+        beta2_decay: the exponent by which the second moment's memory grows.
+        eps: a floor for squares, None for fp32's epsilon, and one for the size of the weight.
+        d: an upper bound of the update's root mean square.
+        weight_decay: decoupled weight decay, on the whole weight.
+        **project: ``rank`` and the other keywords of `AdamW` from there on.
+
+    Raises:
+        ConfigError: as of `AdamW`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-2,
+        beta2_decay: float = -0.8,
+        eps: tuple[float | None, float] = (None, 1e-3),
+        d: float = 1.0,
+        weight_decay: float = 0.0,
+        **project: Any,
+    ) -> None:
+        self.rule = AdafactorRule()
+        keywords = dict(lr=lr, beta2_decay=beta2_decay, eps=eps, d=d, weight_decay=weight_decay)
+        super().__init__(params, own=_own_keywords(**{"rank": 128, **project}), **keywords, foreach=True)
+
+
+class Optimizer(GrassOptimizer):
+    """Any update rule in the compact space; the dense rest goes through the same rule, eagerly.
+
+    Args:
+        params: as of `AdamW`.
+        rule: a `Rule`, or the name of a registered one (``grass_compile.register_rule``).
+        **keywords: those of the rule (its ``defaults``), and ``rank`` and the other keywords of `AdamW` from there on.
+
+    Raises:
+        ConfigError: the rule is not known; or as of `AdamW`.
+    """
+
+    def __init__(self, params: Iterable[Any], rule: Rule | str, **keywords: Any) -> None:
+        known = registered_rules()
+        if isinstance(rule, str):
+            if rule not in known:
+                raise ConfigError(f"rule={rule!r} is not known.{nearest(rule, known)}")
+            rule = known[rule]
+        if not isinstance(rule, Rule):
+            raise ConfigError(f"rule must be a grass_compile.Rule or the name of one, got {type(rule).__name__}.")
+        self.rule = rule
+        defaults = {"weight_decay": 0.0, **rule.defaults}
+        own = {key: value for key, value in keywords.items() if key not in defaults}
+        chosen = {**defaults, **{key: value for key, value in keywords.items() if key in defaults}}
+        super().__init__(params, own=_own_keywords(**{"rank": 128, **own}), defaults=chosen)
+
+    @torch.no_grad()
+    def _dense_step(self) -> None:
+        for group in self.param_groups:
+            names, values = self.rule.hyper_names, self.rule.hyper(group)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    wide = torch.promote_types(parameter.dtype, torch.float32)
+                    numbers = torch.tensor(values, dtype=wide, device=parameter.device)
+                    self._move(parameter, dict(zip(names, numbers.unbind(), strict=True)), group, wide)
+
+    def _move(self, parameter: Tensor, hyper: Mapping[str, Tensor], group: Mapping[str, Any], wide: torch.dtype) -> None:
+        """One dense parameter, seen as a matrix of which all rows are selected; a vector is a single row."""
+        assert parameter.grad is not None
+        rule, state = self.rule, self.state[parameter]
+        shape = (parameter.shape[0], -1) if parameter.dim() > 1 else (1, -1)
+        weight, gradient = (tensor.reshape(shape).to(wide) for tensor in (parameter, parameter.grad))
+        if not state:
+            state["step"] = torch.zeros(())
+            sizes = {"full": gradient.shape, "selected": gradient.shape[:1], "others": gradient.shape[1:]}
+            for name in rule.state_names:
+                state[name] = gradient.new_zeros(sizes[rule.layout(name)])
+        state["step"] += 1
+        seen = {name: _broadcast(rule.layout(name), state[name]) for name in rule.state_names}
+        seen |= {"step": state["step"].to(weight), **({"weight": weight} if rule.reads_weight else {})}
+        if rule.coupled_decay:
+            gradient = gradient + float(group["weight_decay"]) * weight
+        update, new = run_rule(rule, gradient, seen, hyper)
+        if not rule.coupled_decay:
+            weight = weight * (1.0 - float(group["lr"]) * float(group["weight_decay"]))
+        parameter.copy_((weight - update).view(parameter.shape))
+        for name, tensor in new.items():
+            state[name].copy_(tensor.view(state[name].shape))
+
+
+def _broadcast(layout: Layout, tensor: Tensor) -> Tensor:
+    return tensor.unsqueeze(1 if layout == "selected" else 0) if layout != "full" else tensor
+
+
+class Lion(Optimizer):
+    """Lion (arXiv 2302.06675) in the compact space and for the dense rest.
+
+    Args:
+        params: as of `AdamW`.
+        lr: learning rate.
+        betas: of the interpolation and of the momentum.
+        weight_decay: decoupled weight decay, on the whole weight.
+        **project: ``rank`` and the other keywords of `AdamW` from there on.
+
+    Raises:
+        ConfigError: as of `AdamW`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        **project: Any,
+    ) -> None:
+        super().__init__(params, LionRule(), lr=lr, betas=betas, weight_decay=weight_decay, **project)
+
+
+def _own_keywords(**given: Any) -> dict[str, Any]:
+    """Our keywords, completed.
+
+    Raises:
+        ConfigError: an unknown one.
+    """
+    for key in given:
+        if key not in PROJECT:
+            raise ConfigError(f"{key}={given[key]!r}: this optimizer has no such argument.{nearest(key, PROJECT)}")
+    own = {**PROJECT, **given}
+    if not isinstance(own["exclude"], str):
+        own["exclude"] = tuple(own["exclude"])
+    if given.get("seed") is None:
+        draws = own["stochastic_rounding"] or own["selection"] != "top"
+        own["seed"] = int(torch.randint(2**31, ())) if draws else 0
+    return own

@@ -17,46 +17,85 @@ from . import selection
 
 
 def refresh(
-    gradient: Tensor, index: Tensor, state: Sequence[Tensor], dim: int, rank: int, on_refresh: str
+    gradient: Tensor,
+    index: Tensor,
+    noise: Tensor | None,
+    state: Sequence[Tensor],
+    dim: int,
+    rank: int,
+    on_refresh: str,
+    chosen_by: str,
+    block: int,
+    replacement: bool,
+    layouts: str,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Choose new rows.
 
     Args:
         gradient: ``[m, n]``, full.
         index: ``int64[r]``, of the last refresh.
-        state: with ``carry``, ``step`` ``[r]`` first; then the rule's state, ``[r, n]`` or ``[m, r]``.
+        noise: ``[m]``, uniform in (0, 1), where rows are drawn.
+        state: with ``carry``, ``step`` ``[r]`` first; then the rule's state.
         dim: the stored dimension that is indexed.
         rank: r.
-        on_refresh: ``reset`` or ``carry``.
+        on_refresh: ``reset``, ``carry`` or ``keep``.
+        chosen_by: the selection.
+        block: neighbouring rows that are chosen together.
+        replacement: whether rows are drawn with replacement.
+        layouts: what each tensor of ``state`` has a number for, see `settled`.
 
     Returns:
         The compact gradient, the new index and the state that belongs to it, all new tensors.
     """
-    chosen = selection.top(selection.scores(gradient, dim), rank)
-    if on_refresh == "carry":
-        rest = carried(gradient.shape[dim], dim, index, chosen, state)
-    else:
-        rest = [torch.zeros_like(moment) for moment in state]
-    return gradient.index_select(dim, chosen), chosen, rest
+    chosen, *scales = chosen_rows(selection.scores(gradient, dim), noise, rank, chosen_by, block, replacement)
+    scaled = iter(scales)
+    kept = [tensor for layout, tensor in zip(layouts, state, strict=True) if layout != "c"]
+    rest = iter(settled(on_refresh, layouts.replace("c", ""), gradient.shape[dim], dim, index, chosen, kept))
+    state = [next(scaled if layout == "c" else rest) for layout in layouts]
+    return gradient.index_select(dim, chosen), chosen, state
 
 
-def carried(length: int, dim: int, old_index: Tensor, index: Tensor, state: Sequence[Tensor]) -> list[Tensor]:
-    """The state of the rows ``index``: rows that ``old_index`` already held keep theirs, the others start from zero.
+def chosen_rows(
+    scores: Tensor, noise: Tensor | None, rank: int, chosen_by: str, block: int, replacement: bool
+) -> tuple[Tensor, ...]:
+    """New rows; where they are drawn with replacement, also the scale of each and how often it was drawn."""
+    if replacement:
+        assert noise is not None
+        return selection.draw(chosen_by, scores, noise, rank, block)
+    return (selection.select(chosen_by, scores, noise, rank, block),)
+
+
+def settled(
+    on_refresh: str, layouts: str, length: int, dim: int, old_index: Tensor, index: Tensor, state: Sequence[Tensor]
+) -> list[Tensor]:
+    """The state that goes with new rows.
 
     Args:
+        on_refresh: ``reset``: zero; ``keep``: slot by slot that of the old rows; ``carry``: rows that ``old_index`` already
+        held keep
+            theirs, the others start from zero.
+        layouts: for each tensor of ``state``, ``f`` (full), ``s`` (one number for each selected row) or ``o`` (one for each other
+            feature, which rows have in common).
         length: number of rows of the weight along ``dim``.
         dim: the stored dimension that is indexed.
         old_index: ``int64[r]``, before the refresh.
         index: ``int64[r]``, after it.
-        state: ``step`` ``[r]``, then tensors ``[r, n]`` or ``[m, r]``.
+        state: tensors ``[r, n]`` or ``[m, r]``, ``[r]``, and ``[n]`` or ``[m]``.
     """
+    if on_refresh == "reset":
+        return [torch.zeros_like(tensor) for tensor in state]
+    if on_refresh == "keep":
+        return [tensor.clone() for tensor in state]
     slots = torch.arange(old_index.shape[0], device=index.device)
     slot_of = torch.full((length,), -1, dtype=torch.int64, device=index.device).index_put([old_index], slots)
     slot = slot_of.index_select(0, index)
     kept, slot = slot >= 0, slot.clamp(min=0)
-    step, *moments = state
-    mask = kept.unsqueeze(1 - dim)
-    return [
-        torch.where(kept, step.index_select(0, slot), 0.0),
-        *(torch.where(mask, moment.index_select(dim, slot), 0.0) for moment in moments),
-    ]
+
+    def carried(layout: str, tensor: Tensor) -> Tensor:
+        if layout == "o":
+            return tensor.clone()
+        along = 0 if layout == "s" else dim
+        mask = kept if layout == "s" else kept.unsqueeze(1 - dim)
+        return torch.where(mask, tensor.index_select(along, slot), torch.zeros((), dtype=tensor.dtype, device=tensor.device))
+
+    return [carried(layout, tensor) for layout, tensor in zip(layouts, state, strict=True)]

@@ -19,10 +19,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .. import _torch
 from ..config import Axis, GroupOptions, SiteConfig
 from ..errors import StateError
+from . import selection
 from .gradient import CompactGrad
-from .refresh import carried
+from .refresh import chosen_rows, settled
 from .rules import Rule
-from .step import Action, graph_state
+from .step import SCALES, Action, layout_of, step_state
 
 if TYPE_CHECKING:
     from .holder import Holder
@@ -47,6 +48,7 @@ class Record:
 
     Attributes:
         name: its qualified name, or ``""`` if the optimizer was given parameters without names.
+        number: how many parameters its optimizer was given before.
         group: its parameter group, read live.
         options: our keywords of that group, validated.
         rule: the update rule.
@@ -62,8 +64,8 @@ class Record:
     """
 
     __slots__ = (
-        "__weakref__", "_configs", "_holder", "_leaf", "_parameter", "_scratch", "assigned", "flight", "group", "kernel",
-        "moved", "name", "options", "outstanding", "rows", "rule", "trained_dense",
+        "__weakref__", "_configs", "_holder", "_leaf", "_noise", "_parameter", "_scratch", "assigned", "flight", "group",
+        "kernel", "moved", "name", "number", "options", "outstanding", "rows", "rule", "trained_dense",
     )  # fmt: skip
 
     def __init__(
@@ -74,6 +76,7 @@ class Record:
         self._configs: dict[Any, SiteConfig] = {}
         self._leaf: Tensor | None = None
         self.name, self.group, self.options, self.rule = name, group, options, rule
+        self.number = len(holder.records)
         self.assigned: Assigned | None = None
         self.kernel: Kernel | None = None
         self.outstanding: weakref.WeakSet[Call] = weakref.WeakSet()
@@ -81,7 +84,8 @@ class Record:
         self.trained_dense = False
         self.flight: int | None = None
         self.rows: Tensor | None = None
-        self._scratch: Tensor | None = None
+        self._scratch: list[Tensor] | None = None
+        self._noise: Tensor | None = None
 
     @property
     def parameter(self) -> Tensor:
@@ -107,10 +111,7 @@ class Record:
         axis = self.assigned.axis if self.assigned else self.options.axis
         key = (decays, axis)
         if key not in self._configs:
-            assert self.options.rank is not None
-            rank, on_refresh, scale = self.options.rank, self.options.on_refresh, self.options.scale
-            rounding, state_dtype = self.options.stochastic_rounding, self.options.state_dtype
-            self._configs[key] = SiteConfig(rank, axis, on_refresh, decays, scale, self.rule, rounding, state_dtype)
+            self._configs[key] = self.options.site(axis, decays, self.rule)
         return self._configs[key]
 
     def refusal(self, name: str) -> str | None:
@@ -155,7 +156,10 @@ class Record:
             self.assigned = assigned
         if "index" not in self.state:
             options = self.options
-            self.state.update(initial_state(self.parameter, assigned, options.on_refresh, self.rule, options.state_dtype))
+            made = initial_state(self.parameter, assigned, options.on_refresh, self.rule, options.state_dtype)
+            if options.replacement:
+                made["row_count"] = torch.ones_like(made["row_scale"])
+            self.state.update(made)
 
     @property
     def leaf(self) -> Tensor:
@@ -180,7 +184,7 @@ class Record:
     def forget(self) -> None:
         """Forget what follows from the options; they have changed."""
         self._configs.clear()
-        self._leaf = self._scratch = self.rows = None
+        self._leaf = self._scratch = self._noise = self.rows = None
         self.moved = self.trained_dense = False
         self.flight = None
 
@@ -193,7 +197,15 @@ class Record:
     @property
     def due(self) -> bool:
         """Whether the next backward has to choose new rows."""
-        return bool(self.state["updates"] % self.options.update_proj_gap == 0)
+        return self.since_refresh == 0
+
+    @property
+    def offset(self) -> int:
+        """Steps by which its refreshes, but for the first, come early."""
+        gap, slots = self.options.update_proj_gap, self.options.stagger
+        if slots == 1 or self.holder is None:
+            return 0
+        return self.number * slots // len(self.holder.records) * gap // slots
 
     def next_step(self, fresh: bool) -> int:
         """Updates since the moments were last zero, the next one included; 0 where that is counted per row.
@@ -203,67 +215,108 @@ class Record:
         """
         if self.options.on_refresh == "carry":
             return 0
-        return 1 if fresh else int(self.state["step"]) + 1
+        return 1 if fresh and self.options.on_refresh == "reset" else int(self.state["step"]) + 1
 
     @property
     def since_refresh(self) -> int:
         """Updates since the last refresh, the next one not included; of a refresh itself, 0."""
-        return int(self.state["updates"] % self.options.update_proj_gap)
+        updates = int(self.state["updates"])
+        return min(updates, (updates + self.offset) % self.options.update_proj_gap)
 
     def hyper_key(self, fresh: bool) -> tuple[Any, ...]:
         """Weights for which this is equal may share one tensor of hyper-parameters."""
         warm = self.since_refresh if self.options.refresh_warmup else 0
         seed = self.state["updates"] if self.options.stochastic_rounding else 0
-        return id(self.group), self.parameter.dtype, self.parameter.device, self.next_step(fresh), warm, seed
+        alike = id(self.group), self.parameter.dtype, self.parameter.device, self.offset
+        return *alike, self.next_step(fresh), warm, seed
 
     def tensors(self) -> list[Tensor]:
-        """The state tensors that a step reads and writes, in their order as inputs of a graph."""
+        """The state tensors that a step reads and writes, in their order."""
         state = self.state
-        return [state[name] for name in graph_state(self.config())]
+        return [state[name] for name in step_state(self.config())]
+
+    def noise(self, drawn: bool) -> Tensor:
+        """The noise that draws new rows, ``[m]``; not part of the state, since the seed and the updates are.
+
+        Args:
+            drawn: whether its values matter.
+        """
+        if self._noise is None:
+            assert self.assigned is not None
+            wide = torch.promote_types(self.parameter.dtype, torch.float32)
+            self._noise = torch.full((self.parameter.shape[self.assigned.dim],), 0.5, dtype=wide, device=self.parameter.device)
+        if drawn:
+            with _torch.unversioned([self._noise]):
+                selection.fill_with_noise(self._noise, self.options.seed, self.number, self.state["updates"])
+        return self._noise
+
+    def select(self, gradient: Tensor) -> Tensor:
+        """New rows from a full gradient, as a refresh chooses them; what is chosen along with them waits in the scratch."""
+        assert self.assigned is not None
+        config = self.config()
+        noise = self.noise(True) if config.selection in selection.SAMPLED else None
+        scores, how = selection.scores(gradient, self.assigned.dim), (config.selection, config.block, config.replacement)
+        chosen = chosen_rows(scores, noise, self.assigned.rank, *how)
+        for scratch, new in zip(self.scratch(), chosen, strict=True):
+            scratch.copy_(new)
+        return chosen[0]
+
+    def scratch(self) -> list[Tensor]:
+        """Where a refresh puts what it chooses: the index, and the scales if there are any."""
+        if self._scratch is None:
+            self._scratch = [tensor.clone() for tensor in self.chosen()]
+        return self._scratch
+
+    def chosen(self) -> list[Tensor]:
+        """The same in the state."""
+        return [self.state[name] for name in ("index", *(SCALES if self.options.replacement else ()))]
 
     def inputs(self, refresh: bool) -> list[Tensor]:
-        """`tensors` as the inputs of a compiled region.
+        """`tensors`, and the noise if there is any, as the inputs of a compiled region.
 
         A region that may choose new rows gets a scratch copy of the index: the new rows become the state's when the weight
         moves, and not before, so that a step which is skipped changes nothing.
         """
         tensors = self.tensors()
+        if self.options.selection in selection.SAMPLED:
+            tensors.append(self.noise(refresh))
         if not refresh:
             return tensors
-        if self._scratch is None:
-            self._scratch = tensors[0].clone()
-        current = self.pending.rows if self.pending is not None and not self.pending.zeroed else tensors[0]
-        if not self.in_flight and current is not self._scratch:
-            with _torch.unversioned([self._scratch]):
-                self._scratch.copy_(current)
-        tensors[0] = self._scratch
-        return tensors
+        scratch = self.scratch()
+        waiting = self.pending is not None and not self.pending.zeroed
+        if not self.in_flight:
+            with _torch.unversioned(scratch):
+                if waiting and self.pending is not None:
+                    scratch[0].copy_(self.pending.rows)  # what was chosen along with them is still there
+                else:
+                    for target, value in zip(scratch, self.chosen(), strict=True):
+                        target.copy_(value)
+        return [*scratch, *tensors[len(scratch) :]]
 
     def expect(self, refresh: bool) -> None:
         """Note that a compact gradient is on its way, of the rows that a region was given or has chosen."""
         if not self.in_flight:
-            self.rows = self._scratch if refresh else self.state["index"]
+            self.rows = self.scratch()[0] if refresh else self.state["index"]
         self.flight = _torch.graph_task()
 
     def settle(self, rows: Tensor) -> None:
-        """Make new rows those of the state, which is reset or carried."""
+        """Make new rows those of the state."""
         assert self.assigned is not None
-        index, *rest = self.tensors()
-        if self.options.on_refresh == "carry":
-            new = carried(self.parameter.shape[self.assigned.dim], self.assigned.dim, index, rows, rest)
-        else:
-            new = [torch.zeros_like(tensor) for tensor in rest]
-        with _torch.unversioned([index, *rest]):
-            for old, value in zip((index, *rest), (rows, *new), strict=True):
+        chosen, dim = self.chosen(), self.assigned.dim
+        index, names, rest = chosen[0], step_state(self.config())[len(chosen) :], self.tensors()[len(chosen) :]
+        layouts = "".join(layout_of(self.rule, name)[0] for name in names)
+        new = settled(self.options.on_refresh, layouts, self.parameter.shape[dim], dim, index, rows, rest)
+        with _torch.unversioned([*chosen, *rest]):
+            for old, value in zip((*chosen, *rest), (rows, *self.scratch()[1:], *new), strict=True):
                 old.copy_(value)
 
     def stepped(self, refresh: bool) -> None:
         """Note that a backward has moved the weight."""
         assert self.holder is not None
         if refresh:
-            assert self._scratch is not None
-            with _torch.unversioned([self.state["index"]]):
-                self.state["index"].copy_(self._scratch)
+            with _torch.unversioned(self.chosen()):
+                for state, chosen in zip(self.chosen(), self.scratch(), strict=True):
+                    state.copy_(chosen)
         self.count(refresh)
         self.moved = True
         self.holder.clipped = self.holder.max_norm is not None
@@ -318,7 +371,7 @@ def initial_state(
     Returns:
         ``index`` ``int64[r]``; ``row_scale`` ``[r]``; ``step`` (0-d on the CPU, as torch keeps it; ``[r]`` beside the moments if
         it is counted per row); ``updates`` (how many the weight has had in all); ``axis`` and ``dim`` (the stored dimension that
-        is indexed); and the rule's state, each ``[r, n]`` or ``[m, r]``, in ``state_dtype`` or at least fp32.
+        is indexed); and the rule's state by its layout, in ``state_dtype`` or at least fp32.
     """
     dtype, device = torch.promote_types(parameter.dtype, torch.float32), parameter.device
     shape = list(parameter.shape)
@@ -331,7 +384,12 @@ def initial_state(
         "axis": assigned.axis,
         "dim": assigned.dim,
     }
-    return state | {name: torch.zeros(shape, dtype=state_dtype or dtype, device=device) for name in rule.state_names}
+    shapes = {"full": shape, "selected": [assigned.rank], "others": [shape[1 - assigned.dim]]}
+    for name in rule.state_names:
+        layout = rule.layout(name)
+        kind = state_dtype if state_dtype is not None and layout == "full" else dtype
+        state[name] = torch.zeros(shapes[layout], dtype=kind, device=device)
+    return state
 
 
 _records: WeakIdKeyDictionary = WeakIdKeyDictionary()

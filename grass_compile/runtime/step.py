@@ -8,13 +8,16 @@ Grass (arXiv 2406.17660), Algorithm 1, for a selection with unit row scale: ``C 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
+from ..errors import GraphError
 from .ops import round_stochastically, row_update
+from .rules.base import Layout, Rule
+from .selection import SAMPLED
 
 if TYPE_CHECKING:
     from ..config import SiteConfig
@@ -48,12 +51,29 @@ def selected(dim: int, gradient: Tensor, index: Tensor) -> tuple[Tensor]:
     return (gradient.index_select(dim, index),)
 
 
-def graph_state(config: SiteConfig) -> tuple[str, ...]:
-    """The state tensors of one weight that are inputs of the graph, in their order there.
+SCALES = ("row_scale", "row_count")
+"""What a refresh chooses along with ``index`` where rows are drawn with replacement."""
+
+
+def step_state(config: SiteConfig) -> tuple[str, ...]:
+    """The state tensors of one weight that a step reads, in their order; it writes all but what a refresh has chosen.
 
     ``step`` is among them only where it is kept per row; otherwise it comes with ``hyper``.
     """
-    return ("index", *(("step",) if config.on_refresh == "carry" else ()), *config.rule.state_names)
+    chosen = SCALES if config.replacement else ()
+    return ("index", *chosen, *(("step",) if config.on_refresh == "carry" else ()), *config.rule.state_names)
+
+
+def layout_of(rule: Rule, name: str) -> str:
+    """What a tensor of `step_state` has a number for; ``chosen`` if a refresh chooses it."""
+    if name in SCALES:
+        return "chosen"
+    return "selected" if name == "step" else rule.layout(name)
+
+
+def graph_state(config: SiteConfig) -> tuple[str, ...]:
+    """What a compiled region takes for one weight: `step_state`, and the noise that draws new rows, if any is needed."""
+    return (*step_state(config), *(("noise",) if config.selection in SAMPLED else ()))
 
 
 def apply(
@@ -69,17 +89,32 @@ def apply(
     rule = config.rule
     numbers = dict(zip((*rule.hyper_names, *SHARED_HYPER), hyper.unbind(), strict=True))
     wide = torch.promote_types(weight.dtype, torch.float32)
-    written = []
+    written: list[Tensor] = []
     step = numbers["step"]
+    scales: list[Tensor] = []
+    if config.replacement:
+        row_scale, row_count, *state = state
+        written += [row_scale, row_count]
+        scales = [row_scale.to(wide).unsqueeze(1 - dim), row_count.to(wide).unsqueeze(1 - dim)]
     if config.on_refresh == "carry":
         counted, *state = state
-        written = [counted + 1]
-        step = written[0].to(hyper.dtype).unsqueeze(1 - dim)
-    named = {name: tensor.to(wide) for name, tensor in zip(rule.state_names, state, strict=True)}
+        written += [counted + 1]
+        step = written[-1].to(hyper.dtype).unsqueeze(1 - dim)
     compact_grad = compact_grad.to(wide)
+    if scales:
+        compact_grad = compact_grad * scales[0]
     if config.decays and rule.coupled_decay:
         compact_grad = compact_grad + numbers["weight_decay"] * weight.index_select(dim, index).to(wide)
-    update, new = rule.update(compact_grad, {**named, "step": step}, numbers)
+    given = dict(zip(rule.state_names, state, strict=True))
+    named = {name: _seen(rule, dim, rule.layout(name), tensor.to(wide)) for name, tensor in given.items()}
+    named["step"] = _seen(rule, dim, "full", step)
+    if rule.reads_weight:
+        named["weight"] = _seen(rule, dim, "full", weight.index_select(dim, index).to(wide))
+    update, new = run_rule(rule, _seen(rule, dim, "full", compact_grad), named, numbers)
+    update = _seen(rule, dim, "full", update)
+    new = {name: _stored(rule, dim, rule.layout(name), tensor) for name, tensor in new.items()}
+    if scales:
+        update = update * (scales[0] * scales[1])
     if config.scale != 1.0:
         update = update * config.scale
     noise = None
@@ -93,10 +128,67 @@ def apply(
             weight = decayed.to(weight.dtype)
     moments = []
     for old, name in zip(state, rule.state_names, strict=True):
-        rounding = noise if old.dtype == torch.bfloat16 else None
+        rounding = noise if old.dtype == torch.bfloat16 and rule.layout(name) == "full" else None
         moments.append(new[name].to(old.dtype) if rounding is None else round_stochastically(new[name], rounding))
     weight_noise = noise if weight.dtype == torch.bfloat16 else None
     return (row_update(weight, dim, index, -update, weight_noise), *written, *moments)
+
+
+def _seen(rule: Rule, dim: int, layout: Layout, tensor: Tensor) -> Tensor:
+    """A tensor as the rule sees it: selected rows first, so columns are transposed, unless the rule is elementwise."""
+    if layout == "selected":
+        return tensor.unsqueeze(1)
+    if layout == "others":
+        return tensor.unsqueeze(0)
+    return tensor.t() if dim and not rule.elementwise and tensor.dim() == 2 else tensor
+
+
+def _stored(rule: Rule, dim: int, layout: Layout, tensor: Tensor) -> Tensor:
+    """The inverse of `_seen`."""
+    if layout == "full":
+        return _seen(rule, dim, layout, tensor)
+    return tensor.squeeze(1 if layout == "selected" else 0)
+
+
+def run_rule(
+    rule: Rule, compact_grad: Tensor, state: Mapping[str, Tensor], hyper: Mapping[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """``rule.update``, and a check that it keeps its word.
+
+    Raises:
+        GraphError: it fails, changes its inputs, or returns other tensors than it took.
+    """
+    inputs = [compact_grad, *state.values(), *hyper.values()]
+    versions = [tensor._version for tensor in inputs]
+    try:
+        update, new = rule.update(compact_grad, state, hyper)
+    except Exception as error:
+        raise GraphError(f"{_where(rule, error)}: update() cannot be traced: {error}") from error
+    name = _where(rule)
+    if [tensor._version for tensor in inputs] != versions:
+        raise GraphError(f"{name}: update() changes its arguments in place; return new tensors instead.")
+    if set(new) != set(rule.state_names):
+        raise GraphError(f"{name}: update() returns the states {sorted(new)}, its state_names are {sorted(rule.state_names)}.")
+    for key, tensor in (("update", update), *new.items()):
+        old = compact_grad if key == "update" else state[key]
+        if tensor.shape != old.shape or tensor.dtype != old.dtype:
+            raise GraphError(
+                f"{name}: update() returns {key!r} of shape {list(tensor.shape)} and {tensor.dtype}; it has to be of shape "
+                f"{list(old.shape)} and {old.dtype}."
+            )
+    return update, new
+
+
+def _where(rule: Rule, error: BaseException | None = None) -> str:
+    """The rule's class, and the line of its source that an error comes from, or where ``update`` begins."""
+    update = type(rule).update
+    file, line = update.__code__.co_filename, update.__code__.co_firstlineno
+    frame = error.__traceback__ if error is not None else None
+    while frame is not None:
+        if frame.tb_frame.f_code.co_filename == file:
+            line = frame.tb_lineno
+        frame = frame.tb_next
+    return f"{type(rule).__name__} ({file}:{line})"
 
 
 def clip_scale(hyper: Tensor, *gradients: Tensor) -> tuple[Tensor, Tensor]:

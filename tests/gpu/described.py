@@ -194,7 +194,7 @@ def recorded() -> Iterator[list[Generated]]:
 
     graphs: list[Generated] = []
     inner: Any = functools.partial(_compile_inner, graphs=graphs)
-    with mock.patch.object(_torch, "compile_fx_inner", inner), mock.patch.object(rewrite, "_on_cpu", lambda node: False):
+    with mock.patch.object(_torch, "compile_fx_inner", inner), mock.patch.object(rewrite, "_on_cpu", return_value=False):
         yield graphs
 
 

@@ -1,8 +1,21 @@
-"""Update rules: an optimizer's arithmetic in the compact space, a few lines of PyTorch that are traced into the graph."""
+"""Update rules: an optimizer's arithmetic in the compact space, a few lines of PyTorch that are traced and compiled."""
 
+from .adafactor import AdafactorRule
 from .adam import AdamRule
 from .adamw import AdamWRule
-from .base import Rule
+from .base import Layout, Rule, register_rule, registered_rules
+from .lion import LionRule
 from .sgd import SGDRule
+from .sonew import SONewRule
 
-__all__ = ["AdamRule", "AdamWRule", "Rule", "SGDRule"]
+__all__ = [
+    "AdafactorRule", "AdamRule", "AdamWRule", "Layout", "LionRule", "Rule", "SGDRule", "SONewRule", "register_rule",
+    "registered_rules",
+]  # fmt: skip
+
+register_rule("adamw", AdamWRule())
+register_rule("adam", AdamRule())
+register_rule("sgd", SGDRule())
+register_rule("lion", LionRule())
+register_rule("adafactor", AdafactorRule())
+register_rule("sonew", SONewRule())

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
+
+Layout = Literal["full", "selected", "others"]
+"""What a state tensor has a number for: each element of the compact gradient, each selected row, or each of the features that the
+rows have. On a refresh, what belongs to rows goes with them; ``others`` stays, unless everything is reset."""
 
 
 class Rule(abc.ABC):
@@ -14,21 +18,32 @@ class Rule(abc.ABC):
 
     A rule is frozen and hashable (it is part of the key of what is compiled), and holds no tensors. `update` is traced and
     compiled once per shape, so it must be a pure function of its arguments.
+
+    A worked example is in docs/rules.md.
     """
 
     state_names: ClassVar[tuple[str, ...]]
-    """Names of the state tensors, each of the compact gradient's shape, zero when the rows are new."""
+    """Names of the state tensors, zero when the rows are new."""
+
+    state_layout: ClassVar[Mapping[str, Layout]] = {}
+    """The layout of each; those that are not named are ``full``."""
 
     hyper_names: ClassVar[tuple[str, ...]]
     """Names of the numbers that reach the graph as elements of one tensor, so that changing one never recompiles."""
+
+    defaults: ClassVar[Mapping[str, Any]] = {"lr": 1e-3}
+    """Keywords of `grass_compile.Optimizer` that the rule reads from a parameter group, with their defaults."""
 
     coupled_decay: ClassVar[bool] = False
     """Whether weight decay is added to the gradient (L2, of the selected rows; ``weight_decay`` is then one of ``hyper_names``)
     rather than applied to the whole weight."""
 
-    @abc.abstractmethod
+    reads_weight: ClassVar[bool] = False
+    """Whether `update` finds the selected rows of the weight in ``state["weight"]``."""
+
     def hyper(self, group: Mapping[str, Any]) -> tuple[float, ...]:
         """The values for ``hyper_names`` from a parameter group, computed in double precision on the host."""
+        return tuple(float(group[name]) for name in self.hyper_names)
 
     @abc.abstractmethod
     def update(
@@ -37,11 +52,35 @@ class Rule(abc.ABC):
         """One step.
 
         Args:
-            compact_grad: ``[r, n]`` (rows) or ``[m, r]`` (columns), in the dtype of the state.
-            state: the tensors named by ``state_names``, and ``step``: the number of updates these rows have had since their
-                state was last zero, this one included; broadcasts against ``compact_grad``.
+            compact_grad: ``[r, n]``, the selected rows (columns, transposed) of the gradient, in the dtype of the state.
+            state: the tensors named by ``state_names``, ``[r, n]``, ``[r, 1]`` or ``[1, n]`` by their layout; and ``step``:
+            the number
+                of updates these rows have had since their state was last zero, this one included, 0-d or ``[r, 1]``.
             hyper: 0-d tensors named by ``hyper_names``.
 
         Returns:
             The update, to be *subtracted* from the weight, learning rate included; and the new state.
         """
+
+    def layout(self, name: str) -> Layout:
+        """The layout of one state tensor."""
+        return self.state_layout.get(name, "full")
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether every number is computed from those at its own place, as far as the layouts tell; such a rule gets a compact
+        gradient of columns as it is stored, ``[m, r]``."""
+        return not self.state_layout and not self.reads_weight
+
+
+_rules: dict[str, Rule] = {}
+
+
+def register_rule(name: str, rule: Rule) -> None:
+    """Make a rule known by name, for ``grass_compile.Optimizer(..., rule=name)``; a name that is taken is replaced."""
+    _rules[name] = rule
+
+
+def registered_rules() -> Mapping[str, Rule]:
+    """The rules that are known by name."""
+    return _rules

@@ -22,6 +22,12 @@ class SGDRule(Rule):
 
     hyper_names: ClassVar[tuple[str, ...]] = ("lr", "momentum", "one_minus_dampening", "weight_decay")
     coupled_decay: ClassVar[bool] = True
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "lr": 1e-3,
+        "momentum": 0.0,
+        "dampening": 0.0,
+        "weight_decay": 0.0,
+    }
 
     @property
     def state_names(self) -> tuple[str, ...]:  # type: ignore[override]

@@ -1,0 +1,367 @@
+"""Which rows are chosen: the sampled selections against their probabilities, and whole training runs against the oracle."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import grass_compile
+from grass_compile.runtime import selection
+
+from .. import forms
+from ..harness import pair
+
+SELECTIONS = ("top", *selection.SAMPLED)
+DRAWS = 20_000
+
+
+def uniforms(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).clamp(1e-12, 1 - 1e-12)
+
+
+def weights_of(kind: str, scores: Tensor) -> Tensor:
+    return scores ** {"norm": 1, "norm2": 2, "uniform": 0}[kind]
+
+
+@pytest.mark.parametrize("kind", selection.SAMPLED)
+def test_draws_follow_successive_sampling(kind: str) -> None:
+    """Every set of rows comes as often as drawing one row after another says; all sets of 2 of 5 are enumerated."""
+    scores = torch.tensor([0.5, 1.0, 2.0, 3.0, 0.1], dtype=torch.float64)
+    weights = (weights_of(kind, scores) / weights_of(kind, scores).sum()).tolist()
+    expected: dict[tuple[int, ...], float] = {}
+    for first, second in itertools.permutations(range(5), 2):
+        rows = tuple(sorted((first, second)))
+        expected[rows] = expected.get(rows, 0.0) + weights[first] * weights[second] / (1 - weights[first])
+    assert math.isclose(sum(expected.values()), 1.0)
+    noise = uniforms(DRAWS, 5)
+    chosen = torch.topk(selection.keys(kind, scores, noise), 2).indices.sort(dim=1).values
+    assert chosen[7].tolist() == selection.select(kind, scores, noise[7], 2).tolist()
+    for rows, probability in expected.items():
+        count = int((chosen == torch.tensor(rows)).all(dim=1).sum())
+        error = math.sqrt(DRAWS * probability * (1 - probability))
+        assert abs(count - DRAWS * probability) < 4 * error + 1, (rows, count / DRAWS, probability)
+
+
+def test_uniform_includes_every_row_alike() -> None:
+    """With probability ``r/m``, so that ``m/r`` times the sum of what is drawn is unbiased."""
+    noise = uniforms(DRAWS, 12, seed=1)
+    chosen = torch.topk(selection.keys("uniform", torch.zeros(12), noise), 3).indices
+    counts = torch.bincount(chosen.flatten(), minlength=12).double()
+    assert ((counts - DRAWS / 4).abs() < 4 * math.sqrt(DRAWS * 0.25 * 0.75)).all()
+
+
+@given(
+    st.lists(st.sampled_from([0.0, 1.0, 1e-30, 1e30, math.inf, -0.0, math.nan, 3.0]), min_size=2, max_size=24),
+    st.integers(1, 24),
+    st.sampled_from(SELECTIONS),
+    st.integers(0, 5),
+)
+def test_any_scores_give_distinct_rows(values: list[float], rank: int, kind: str, seed: int) -> None:
+    scores, rank = torch.tensor(values), min(rank, len(values))
+    rows = selection.select(kind, scores, uniforms(len(values), seed=seed).float(), rank)
+    assert rows.shape == (rank,) and rows.dtype == torch.int64
+    assert rows.tolist() == sorted(set(rows.tolist())) and rows.min() >= 0 and rows.max() < len(values)
+
+
+@pytest.mark.parametrize("kind", SELECTIONS)
+def test_blocks_are_whole(kind: str) -> None:
+    gradient = torch.randn(32, 5, generator=torch.Generator().manual_seed(0))
+    rows = selection.select(kind, selection.scores(gradient, 0), uniforms(32), 12, block=4)
+    assert rows.view(3, 4)[:, 0].remainder(4).eq(0).all()
+    assert (rows.view(3, 4) == rows.view(3, 4)[:, :1] + torch.arange(4)).all()
+    if kind == "top":
+        norms = torch.stack([part.norm() for part in gradient.split(4)])
+        assert rows.view(3, 4)[:, 0].tolist() == sorted((norms.topk(3).indices * 4).tolist())
+
+
+def test_noise_is_a_function_of_seed_parameter_and_update() -> None:
+    def draw(*key: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        noise = torch.empty(1000, dtype=dtype)
+        selection.fill_with_noise(noise, *key)
+        return noise
+
+    assert torch.equal(draw(1, 2, 3), draw(1, 2, 3))
+    torch.testing.assert_close(draw(1, 2, 3).float(), draw(1, 2, 3, dtype=torch.float32))
+    for other in ((0, 2, 3), (1, 3, 2), (12, 3, 0), (1, 2, 4)):
+        assert abs(float(torch.corrcoef(torch.stack((draw(1, 2, 3), draw(*other))))[0, 1])) < 0.15
+    assert abs(float(draw(5, 0, 0).mean()) - 0.5) < 0.05
+
+
+class TwoLayers(nn.Module):
+    """Weights of 24 x 48 and 32 x 24, so that blocks of 4 and 8 divide both axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(48, 24), nn.Linear(24, 32, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(x)))  # type: ignore[no-any-return]
+
+
+def batch(seed: int) -> Tensor:
+    return torch.randn(3, 5, 48, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def loss_of(out: Tensor) -> Tensor:
+    return (out - 1.0).square().mean()
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("on_refresh", ["reset", "carry", "keep"])
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+@pytest.mark.parametrize("kind", SELECTIONS)
+def test_training_equals_the_oracle(kind: str, axis: str, on_refresh: str, deferred: bool) -> None:
+    torch.manual_seed(0)
+    run = pair(
+        TwoLayers().double(), [batch(0)], rank=8, axis=axis, selection=kind, on_refresh=on_refresh, seed=3, weight_decay=0.1,
+        step_in_backward=not deferred,
+    )  # fmt: skip
+    for step in range(8):
+        run.step(loss_of, batch(step))
+        assert run.difference() < 1e-10, step
+
+
+@pytest.mark.parametrize("kind", ["top", "norm"])
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+@pytest.mark.parametrize("block", [4, 8])
+def test_blocks_equal_the_oracle(block: int, axis: str, kind: str) -> None:
+    torch.manual_seed(0)
+    run = pair(TwoLayers().double(), [batch(0)], rank=8, axis=axis, selection=kind, block=block, on_refresh="carry", seed=1)
+    for step in range(8):
+        run.step(loss_of, batch(step))
+        assert run.difference() < 1e-10, step
+
+
+@pytest.mark.parametrize("on_refresh", ["reset", "carry", "keep"])
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+def test_staggered_refreshes_equal_the_oracle(axis: str, on_refresh: str) -> None:
+    torch.manual_seed(0)
+    run = pair(
+        TwoLayers().double(), [batch(0)], rank=8, axis=axis, selection="norm2", on_refresh=on_refresh, seed=1, stagger=3,
+        update_proj_gap=6,
+    )  # fmt: skip
+    records = [record for record in run.optimizer._holder.records.values() if record.parameter.dim() == 2]
+    assert [record.offset for record in records] == [0, 4]
+    seen = []
+    for step in range(14):
+        seen.append(tuple(record.assigned is None or record.due for record in records))
+        run.step(loss_of, batch(step))
+        assert run.difference() < 1e-10, step
+    assert [step for step in range(14) if seen[step][0]] == [0, 6, 12]
+    assert [step for step in range(14) if seen[step][1]] == [0, 2, 8]
+
+
+def test_staggering_compiles_each_pattern_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And traces nothing again, also where the step counts of weights meet and part."""
+    from grass_compile.passes import pipeline
+
+    counts = {"transform": 0, "finish_backward": 0}
+
+    def counting(name: str) -> Any:
+        original = getattr(pipeline, name)
+
+        def count(*args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return original(*args, **kwargs)
+
+        return count
+
+    for name in counts:
+        monkeypatch.setattr(pipeline, name, counting(name))
+    model = TwoLayers()
+    optimizer = grass_compile.AdamW(model.named_parameters(), rank=8, axis="rows", stagger=2, update_proj_gap=4)
+    compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
+    for step in range(17):
+        loss_of(compiled(batch(step).float())).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert counts == {"transform": 1, "finish_backward": 4}  # both, neither, the first, the second
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_resumed_run_draws_the_same_rows(deferred: bool) -> None:
+    def make() -> tuple[nn.Module, grass_compile.AdamW, Any]:
+        torch.manual_seed(0)
+        model = TwoLayers()
+        optimizer = grass_compile.AdamW(
+            model.named_parameters(), rank=8, axis="columns", selection="norm", on_refresh="carry", update_proj_gap=2,
+            step_in_backward=not deferred,
+        )  # fmt: skip
+        return model, optimizer, torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
+
+    def train(model: nn.Module, optimizer: grass_compile.AdamW, compiled: Any, steps: range) -> None:
+        for step in steps:
+            loss_of(compiled(batch(step).float())).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    whole = make()
+    train(*whole, range(3))
+    saved = copy.deepcopy((whole[0].state_dict(), whole[1].state_dict()))
+    train(*whole, range(3, 9))
+    torch.manual_seed(77)
+    resumed = make()
+    resumed[0].load_state_dict(saved[0])
+    resumed[1].load_state_dict(saved[1])
+    train(*resumed, range(3, 9))
+    for one, other in zip(whole[0].parameters(), resumed[0].parameters(), strict=True):
+        assert torch.equal(one, other)
+    for one, other in zip(whole[0].parameters(), resumed[0].parameters(), strict=True):
+        if one.dim() == 2:
+            assert torch.equal(whole[1].state[one]["index"], resumed[1].state[other]["index"])
+
+
+def test_a_seed_is_drawn_unless_given() -> None:
+    def seed(**keywords: Any) -> int:
+        return int(grass_compile.AdamW(forms.Linear().named_parameters(), rank=4, **keywords).param_groups[0]["seed"])
+
+    torch.manual_seed(0)
+    assert seed(selection="norm") != seed(selection="norm") and seed(selection="norm", seed=5) == 5 and seed() == 0
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+def test_sampled_selection_under_inductor(axis: str) -> None:
+    torch.manual_seed(0)
+    run = pair(
+        TwoLayers(), [batch(0).float()], compiler="inductor", rank=8, axis=axis, selection="norm", on_refresh="carry", seed=3,
+        stagger=2, block=4,
+    )  # fmt: skip
+    for step in range(7):
+        run.step(loss_of, batch(step).float())
+    assert run.difference() < 1e-5
+
+
+def test_adopted_optimizer_draws_too() -> None:
+    torch.manual_seed(0)
+    model = TwoLayers()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    options = {"compiler": "aot_eager", "rank": 8, "axis": "rows", "selection": "uniform", "seed": 4, "update_proj_gap": 2}
+    compiled = torch.compile(model, backend="grass", options=options)
+    indices = []
+    for step in range(5):
+        loss_of(compiled(batch(step).float())).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        indices.append(optimizer.state[model.a.weight]["index"].clone())
+    assert torch.equal(indices[0], indices[1]) and not torch.equal(indices[1], indices[2])
+
+
+def test_block_that_does_not_fit_is_refused_by_name() -> None:
+    model = nn.Sequential(nn.Linear(24, 20, bias=False))
+    optimizer = grass_compile.AdamW(model.named_parameters(), rank=8, axis="rows", block=8)
+    report = grass_compile.explain(model, torch.randn(3, 24), optimizer=optimizer)
+    (row,) = list(report)
+    assert not row.projected and row.reason == "its 20 rows do not divide into blocks of 8"
+
+
+# ------------------------------------------------------------------------------------------------------ with replacement
+
+
+def applied(gradient: Tensor, kind: str, noise: Tensor, rank: int, block: int = 1) -> Tensor:
+    """What a linear rule adds up: each drawn row scaled twice, once for each time it was drawn."""
+    rows, scale, count = selection.draw(kind, selection.scores(gradient, 0), noise, rank, block)
+    factor = torch.zeros(len(gradient), dtype=gradient.dtype).index_copy(0, rows, (count * scale**2).to(gradient.dtype))
+    return factor.unsqueeze(1) * gradient
+
+
+@pytest.mark.parametrize("kind", selection.SAMPLED)
+def test_replacement_is_unbiased_with_the_variance_of_the_formula(kind: str) -> None:
+    """By enumeration of every pair of draws: ``E = G``, and ``E|. - G|^2 = (sum |G_i|^2 / q_i - |G|^2) / r``."""
+    gradient = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    norms, rank = gradient.norm(dim=1), 2
+    q = weights_of(kind, norms) / weights_of(kind, norms).sum()
+    middles = q.cumsum(0) - q / 2
+    mean, variance = torch.zeros_like(gradient), torch.zeros((), dtype=torch.float64)
+    for first, second in itertools.product(range(4), repeat=2):
+        noise = torch.stack((middles[first], middles[second], q[0], q[0]))
+        estimate, probability = applied(gradient, kind, noise, rank), q[first] * q[second]
+        mean += probability * estimate
+        variance += probability * (estimate - gradient).square().sum()
+    torch.testing.assert_close(mean, gradient)
+    torch.testing.assert_close(variance, ((norms**2 / q).sum() - norms.square().sum()) / rank)
+    if kind == "norm":
+        torch.testing.assert_close(variance, (norms.sum() ** 2 - norms.square().sum()) / rank)
+    else:
+        torch.testing.assert_close((norms**2 / q).sum(), 4 * norms.square().sum())
+
+
+@pytest.mark.parametrize("kind", selection.SAMPLED)
+@pytest.mark.parametrize("block", [1, 4])
+def test_replacement_by_monte_carlo(kind: str, block: int) -> None:
+    """Mean within 4 standard errors, element by element; variance within 5 per cent."""
+    gradient = torch.randn(24, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    noise = uniforms(4000, 24, seed=2)
+    estimates = torch.stack([applied(gradient, kind, row, 8, block) for row in noise])
+    error = estimates.std(dim=0) / math.sqrt(len(noise))
+    assert ((estimates.mean(dim=0) - gradient).abs() <= 4 * error + 1e-12).all()
+    norms = gradient.view(-1, block * 2).norm(dim=1)
+    q = weights_of(kind, norms) / weights_of(kind, norms).sum()
+    expected = float(((norms**2 / q).sum() - norms.square().sum()) / (8 // block))
+    assert float((estimates - gradient).square().sum(dim=(1, 2)).mean()) == pytest.approx(expected, rel=0.05)
+
+
+@given(
+    st.lists(st.sampled_from([0.0, 1.0, 1e-30, 1e30, math.inf, -0.0, math.nan, 3.0]), min_size=2, max_size=24),
+    st.integers(1, 24),
+    st.sampled_from(selection.SAMPLED),
+    st.integers(0, 5),
+)
+def test_any_scores_can_be_drawn_from(values: list[float], rank: int, kind: str, seed: int) -> None:
+    scores, rank = torch.tensor(values), min(rank, len(values))
+    rows, scale, count = selection.draw(kind, scores, uniforms(len(values), seed=seed).float(), rank)
+    assert rows.tolist() == sorted(set(rows.tolist())) and len(rows) == rank and rows.min() >= 0 and rows.max() < len(values)
+    assert int(count.sum()) == rank and bool(scale.isfinite().all()) and bool(((scale > 0) == (count > 0)).all())
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+@pytest.mark.parametrize("kind", selection.SAMPLED)
+@pytest.mark.parametrize("block", [1, 4])
+def test_training_with_replacement_equals_the_oracle(kind: str, axis: str, deferred: bool, block: int) -> None:
+    """The oracle moves a row once for each slot that holds it."""
+    torch.manual_seed(0)
+    run = pair(
+        TwoLayers().double(), [batch(0)], rank=16, axis=axis, selection=kind, replacement=True, seed=3, weight_decay=0.1,
+        step_in_backward=not deferred, block=block,
+    )  # fmt: skip
+    repeated = 0
+    for step in range(8):
+        run.step(loss_of, batch(step))
+        repeated += int((run.optimizer.state[run.model.a.weight]["row_count"] > 1).any())
+        assert run.difference() < 1e-9, step
+    assert repeated, "no row was drawn twice, so counting was not tested"
+
+
+def test_replacement_survives_a_checkpoint_between_choice_and_step() -> None:
+    """Rows, scales and counts are those of the refresh also where several micro-batches follow it."""
+    torch.manual_seed(0)
+    run = pair(TwoLayers().double(), [batch(0)], rank=12, axis="rows", selection="norm", replacement=True, seed=3)
+    for step in range(7):
+        parts = [batch(10 * step + part) for part in range(3)]
+        run.update(*(lambda model, x=x: loss_of(model(x)) for x in parts))
+        assert run.difference() < 1e-9, step
+    state = copy.deepcopy(run.optimizer.state_dict())
+    run.optimizer.load_state_dict(state)
+    for step in range(7, 11):
+        run.step(loss_of, batch(step))
+        assert run.difference() < 1e-9, step
+
+
+@pytest.mark.inductor
+def test_replacement_under_inductor() -> None:
+    torch.manual_seed(0)
+    run = pair(
+        TwoLayers(), [batch(0).float()], compiler="inductor", rank=8, axis="columns", selection="norm", replacement=True, seed=3
+    )
+    for step in range(7):
+        run.step(loss_of, batch(step).float())
+    assert run.difference() < 1e-4
