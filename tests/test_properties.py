@@ -10,7 +10,7 @@ from torch import nn
 
 from grass_compile.passes import costs
 from grass_compile.runtime import ops, selection
-from grass_compile.runtime.refresh import carried
+from grass_compile.runtime.refresh import settled
 
 from .harness import pair
 
@@ -53,7 +53,7 @@ def test_carrying_keeps_what_stays_and_zeroes_what_is_new(length: int, dim: int,
     generator = torch.Generator().manual_seed(seed)
     old, new = (torch.randperm(length, generator=generator)[:rank].sort().values for _ in range(2))
     moment = torch.randn((rank, 3) if dim == 0 else (3, rank), generator=generator)
-    step, moved = carried(length, dim, old, new, [torch.arange(1.0, rank + 1), moment])
+    step, moved = settled("carry", "sf", length, dim, old, new, [torch.arange(1.0, rank + 1), moment])
     for position, row in enumerate(new.tolist()):
         kept = old.tolist().index(row) if row in old.tolist() else None
         expected = torch.zeros(3) if kept is None else moment.select(dim, kept)
