@@ -66,6 +66,7 @@ class Trainer:
             with self.method.accumulate(self.optimizer) if waiting else contextlib.nullcontext():
                 loss: Tensor = self.model(self.input) / self.settings.micro_batches
                 loss.backward()
+                loss = loss.detach()  # lets go of the graph before the next forward
         computed = time.perf_counter()
         self.optimizer.step()
         self.optimizer.zero_grad()
