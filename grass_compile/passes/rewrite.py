@@ -173,7 +173,7 @@ def _matmul(graph: fx.Graph, gathered: fx.Node, other: fx.Node, rows: Rows) -> f
     if not rows.dim:
         return product
     transposed = call(graph, aten.permute.default, product, [1, 0])
-    copied = call(graph, aten.clone.default, transposed, memory_format=torch.contiguous_format)
+    copied = call(graph, ops.contiguous, transposed)
     copied.meta[SELECTION] = Selection(rows.position, 0, 0)  # of a full gradient, no copy is made
     return copied
 

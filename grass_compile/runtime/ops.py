@@ -89,6 +89,14 @@ gather = torch.ops.grass_compile.gather.default
 _torch.register_gather_lowering(gather)
 
 
+_library.define("contiguous(Tensor value) -> Tensor")
+_library.impl("contiguous", lambda value: value.clone(memory_format=torch.contiguous_format), "CompositeExplicitAutograd")
+torch.library.register_fake("grass_compile::contiguous", lambda value: value.new_empty(value.shape))
+
+contiguous = torch.ops.grass_compile.contiguous.default
+"""A copy in row-major order, by ATen: the C++ that Inductor generates for a transposition takes long to compile."""
+
+
 # ------------------------------------------------------------------------------------------------------------------- once
 
 _library.define("once(Tensor value) -> Tensor")
