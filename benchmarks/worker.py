@@ -66,7 +66,6 @@ class Trainer:
             with self.method.accumulate(self.optimizer) if waiting else contextlib.nullcontext():
                 loss: Tensor = self.model(self.input) / self.settings.micro_batches
                 loss.backward()
-                loss = loss.detach()  # lets go of the graph before the next forward
         computed = time.perf_counter()
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -366,9 +366,9 @@ def compile_kernel(gm: fx.GraphModule, *, compiler: str, mode: str, patches: Map
 
     Args:
         gm: the graph.
-        compiler: as for `compile_graph`; so are the next two.
-        mode: ...
-        patches: ...
+        compiler: ``inductor`` or ``aot_eager``.
+        mode: as ``torch.compile(mode=...)``; there are no CUDA graphs of its own.
+        patches: Inductor config values.
         key: stands for how our operators are lowered, in cache keys.
 
     Returns:

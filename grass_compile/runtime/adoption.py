@@ -176,10 +176,10 @@ def _adopt(holder: Holder, parameter: Tensor, group: dict[str, Any], wished: Wis
     record.assign(assigned, wished.kernel)
     state = record.state
     gradient, dim = parameter.grad, assigned.dim
-    rows = record.select(gradient) if record.due else state["index"].clone()
+    rows, *scales = record.select(gradient) if record.due else (state["index"].clone(),)
     compact = gradient.index_select(dim, rows)
     wide = torch.promote_types(compact.dtype, torch.float32)
-    parameter.grad = CompactGrad(compact.to(wide), rows, dim, parameter, wished.name, record.due)
+    parameter.grad = CompactGrad(compact.to(wide), rows, dim, parameter, wished.name, record.due, tuple(scales))
 
 
 def _loaded(optimizer: torch.optim.Optimizer) -> None:

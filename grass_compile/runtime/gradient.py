@@ -27,6 +27,7 @@ class CompactGrad(Tensor):
         along: the dimension that it selects along.
         name_: the name of the weight.
         fresh: whether ``rows`` were chosen by this very gradient and are not the state's yet.
+        scales: what was chosen along with fresh rows where they are drawn with replacement.
         zeroed: whether ``zero_grad(set_to_none=False)`` has emptied it, so that nothing waits in it.
     """
 
@@ -35,15 +36,26 @@ class CompactGrad(Tensor):
     along: int
     name_: str
     fresh: bool
+    scales: tuple[Tensor, ...]
     zeroed: bool
 
     @staticmethod
-    def __new__(cls, values: Tensor, index: Tensor, dim: int, weight: Tensor, name: str = "", fresh: bool = False) -> CompactGrad:
+    def __new__(cls, values: Tensor, index: Tensor, dim: int, weight: Tensor, *rest: Any) -> CompactGrad:
         made: CompactGrad = Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype, device=weight.device)
         return made
 
-    def __init__(self, values: Tensor, index: Tensor, dim: int, weight: Tensor, name: str = "", fresh: bool = False) -> None:
+    def __init__(
+        self,
+        values: Tensor,
+        index: Tensor,
+        dim: int,
+        weight: Tensor,
+        name: str = "",
+        fresh: bool = False,
+        scales: tuple[Tensor, ...] = (),
+    ) -> None:
         self.compact, self.rows, self.along, self.name_, self.fresh, self.zeroed = values, index, dim, name, fresh, False
+        self.scales = scales
 
     def tolist(self) -> Any:
         """Of the full gradient."""
@@ -68,7 +80,8 @@ class CompactGrad(Tensor):
             return args[0]
         if func is aten.clone.default:
             grad = args[0]
-            return CompactGrad(grad.compact.clone(), grad.rows.clone(), grad.along, grad, grad.name_, grad.fresh)
+            scales = tuple(scale.clone() for scale in grad.scales)
+            return CompactGrad(grad.compact.clone(), grad.rows.clone(), grad.along, grad, grad.name_, grad.fresh, scales)
         if func is aten.zero_.default:
             args[0].zeroed = True
         if func in _IN_PLACE and _is_number(*args[1:]):

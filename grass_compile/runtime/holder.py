@@ -158,7 +158,7 @@ class Holder:
             record = self.records[parameter]
             assert record.assigned is not None and record.kernel is not None
             if fresh := gradient.fresh:
-                record.settle(gradient.rows)
+                record.settle(gradient.rows, gradient.scales)
                 gradient.fresh = False
             hyper, dim = self.hyper(record, fresh), record.assigned.dim
             record.kernel(record.config(), dim, gradient.compact, parameter, hyper, *record.tensors())

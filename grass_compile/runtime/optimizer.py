@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _torch
-from ..config import DEFAULT_EXCLUDE, PROJECT, AxisChoice, nearest, parse_group
+from ..config import DEFAULT_EXCLUDE, PROJECT, AxisChoice, finite, nearest, parse_group
 from ..errors import ConfigError, GrassWarning, StateError
 from .checkpoint import check_dense, fitting, unprotect
 from .holder import Holder
@@ -399,7 +399,7 @@ class SGD(GrassOptimizer, torch.optim.SGD):  # type: ignore[override]
     ) -> None:
         self.rule = SGDRule(momentum != 0, nesterov)
         keywords = dict(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov)
-        super().__init__(params, own=_own_keywords(**{"rank": 128, **project}), **keywords, foreach=True)
+        super().__init__(params, own=_own_keywords(**project), **keywords, foreach=True)
 
 
 class Adafactor(GrassOptimizer, torch.optim.Adafactor):
@@ -433,7 +433,7 @@ class Adafactor(GrassOptimizer, torch.optim.Adafactor):
     ) -> None:
         self.rule = AdafactorRule()
         keywords = dict(lr=lr, beta2_decay=beta2_decay, eps=eps, d=d, weight_decay=weight_decay)
-        super().__init__(params, own=_own_keywords(**{"rank": 128, **project}), **keywords, foreach=True)
+        super().__init__(params, own=_own_keywords(**project), **keywords, foreach=True)
 
 
 class Optimizer(GrassOptimizer):
@@ -460,7 +460,8 @@ class Optimizer(GrassOptimizer):
         defaults = {"weight_decay": 0.0, **rule.defaults}
         own = {key: value for key, value in keywords.items() if key not in defaults}
         chosen = {**defaults, **{key: value for key, value in keywords.items() if key in defaults}}
-        super().__init__(params, own=_own_keywords(**{"rank": 128, **own}), defaults=chosen)
+        _check_numbers(type(self).__name__, chosen)
+        super().__init__(params, own=_own_keywords(**own), defaults=chosen)
 
     @torch.no_grad()
     def _dense_step(self) -> None:
@@ -525,6 +526,20 @@ class Lion(Optimizer):
         super().__init__(params, LionRule(), lr=lr, betas=betas, weight_decay=weight_decay, **project)
 
 
+def _check_numbers(what: str, chosen: Mapping[str, Any]) -> None:
+    """Refuse what no rule can mean.
+
+    Raises:
+        ConfigError: a negative learning rate or weight decay, or a beta outside of [0, 1).
+    """
+    for key in ("lr", "weight_decay"):
+        if finite(f"{what}: {key}", chosen[key]) < 0:
+            raise ConfigError(f"{what}: {key} must not be negative, got {chosen[key]!r}.")
+    for beta in chosen.get("betas", ()):
+        if not 0.0 <= finite(f"{what}: betas", beta) < 1.0:
+            raise ConfigError(f"{what}: betas must be in [0, 1), got {chosen['betas']!r}.")
+
+
 def _own_keywords(**given: Any) -> dict[str, Any]:
     """Our keywords, completed.
 
@@ -534,7 +549,7 @@ def _own_keywords(**given: Any) -> dict[str, Any]:
     for key in given:
         if key not in PROJECT:
             raise ConfigError(f"{key}={given[key]!r}: this optimizer has no such argument.{nearest(key, PROJECT)}")
-    own = {**PROJECT, **given}
+    own = {**PROJECT, "rank": 128, **given}
     if not isinstance(own["exclude"], str):
         own["exclude"] = tuple(own["exclude"])
     if given.get("seed") is None:

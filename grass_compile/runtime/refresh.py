@@ -72,8 +72,7 @@ def settled(
 
     Args:
         on_refresh: ``reset``: zero; ``keep``: slot by slot that of the old rows; ``carry``: rows that ``old_index`` already
-        held keep
-            theirs, the others start from zero.
+            held keep theirs, the others start from zero.
         layouts: for each tensor of ``state``, ``f`` (full), ``s`` (one number for each selected row) or ``o`` (one for each other
             feature, which rows have in common).
         length: number of rows of the weight along ``dim``.

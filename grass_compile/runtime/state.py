@@ -250,16 +250,13 @@ class Record:
                 selection.fill_with_noise(self._noise, self.options.seed, self.number, self.state["updates"])
         return self._noise
 
-    def select(self, gradient: Tensor) -> Tensor:
-        """New rows from a full gradient, as a refresh chooses them; what is chosen along with them waits in the scratch."""
+    def select(self, gradient: Tensor) -> tuple[Tensor, ...]:
+        """New rows from a full gradient, as a refresh chooses them, and what is chosen along with them."""
         assert self.assigned is not None
         config = self.config()
         noise = self.noise(True) if config.selection in selection.SAMPLED else None
         scores, how = selection.scores(gradient, self.assigned.dim), (config.selection, config.block, config.replacement)
-        chosen = chosen_rows(scores, noise, self.assigned.rank, *how)
-        for scratch, new in zip(self.scratch(), chosen, strict=True):
-            scratch.copy_(new)
-        return chosen[0]
+        return chosen_rows(scores, noise, self.assigned.rank, *how)
 
     def scratch(self) -> list[Tensor]:
         """Where a refresh puts what it chooses: the index, and the scales if there are any."""
@@ -283,14 +280,12 @@ class Record:
         if not refresh:
             return tensors
         scratch = self.scratch()
-        waiting = self.pending is not None and not self.pending.zeroed
+        pending = self.pending
+        current = [pending.rows, *pending.scales] if pending is not None and not pending.zeroed else self.chosen()
         if not self.in_flight:
             with _torch.unversioned(scratch):
-                if waiting and self.pending is not None:
-                    scratch[0].copy_(self.pending.rows)  # what was chosen along with them is still there
-                else:
-                    for target, value in zip(scratch, self.chosen(), strict=True):
-                        target.copy_(value)
+                for target, value in zip(scratch, current, strict=False):  # a gradient of older rows has no scales of its own
+                    target.copy_(value)
         return [*scratch, *tensors[len(scratch) :]]
 
     def expect(self, refresh: bool) -> None:
@@ -299,15 +294,15 @@ class Record:
             self.rows = self.scratch()[0] if refresh else self.state["index"]
         self.flight = _torch.graph_task()
 
-    def settle(self, rows: Tensor) -> None:
-        """Make new rows those of the state."""
+    def settle(self, rows: Tensor, scales: Sequence[Tensor]) -> None:
+        """Make new rows, and what was chosen along with them, those of the state."""
         assert self.assigned is not None
         chosen, dim = self.chosen(), self.assigned.dim
         index, names, rest = chosen[0], step_state(self.config())[len(chosen) :], self.tensors()[len(chosen) :]
         layouts = "".join(layout_of(self.rule, name)[0] for name in names)
         new = settled(self.options.on_refresh, layouts, self.parameter.shape[dim], dim, index, rows, rest)
         with _torch.unversioned([*chosen, *rest]):
-            for old, value in zip((*chosen, *rest), (rows, *self.scratch()[1:], *new), strict=True):
+            for old, value in zip((*chosen, *rest), (rows, *scales, *new), strict=True):
                 old.copy_(value)
 
     def stepped(self, refresh: bool) -> None:
@@ -353,7 +348,8 @@ def _deliver(record: Record | None, leaf: Tensor) -> None:
         return
     assert record.assigned is not None and record.rows is not None
     fresh = record.rows is not record.state["index"]
-    parameter.grad = CompactGrad(values, record.rows.clone(), record.assigned.dim, parameter, record.name, fresh)
+    scales = tuple(scale.clone() for scale in record.scratch()[1:]) if fresh else ()
+    parameter.grad = CompactGrad(values, record.rows.clone(), record.assigned.dim, parameter, record.name, fresh, scales)
 
 
 def leaf_like(weight: Tensor, assigned: Assigned) -> Tensor:

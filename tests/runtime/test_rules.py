@@ -280,6 +280,14 @@ def test_unknown_rule_and_keyword() -> None:
         grass_compile.Optimizer(parameters.items(), 3)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"rnk=4: this optimizer has no such argument. Did you mean 'rank'"):
         grass_compile.Lion(parameters.items(), rnk=4)
+    for keywords, message in (
+        ({"lr": -1.0}, "Lion: lr must not be negative"),
+        ({"lr": float("nan")}, "Lion: lr must be a finite number"),
+        ({"weight_decay": -0.1}, "Lion: weight_decay must not be negative"),
+        ({"betas": (0.9, 1.0)}, r"Lion: betas must be in \[0, 1\)"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            grass_compile.Lion(parameters.items(), **keywords)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="SGD: Nesterov momentum requires a momentum"):
         grass_compile.SGD(parameters.items(), nesterov=True)
 

@@ -341,7 +341,7 @@ def test_training_with_replacement_equals_the_oracle(kind: str, axis: str, defer
     assert repeated, "no row was drawn twice, so counting was not tested"
 
 
-def test_replacement_survives_a_checkpoint_between_choice_and_step() -> None:
+def test_replacement_under_accumulation_and_after_loading() -> None:
     """Rows, scales and counts are those of the refresh also where several micro-batches follow it."""
     torch.manual_seed(0)
     run = pair(TwoLayers().double(), [batch(0)], rank=12, axis="rows", selection="norm", replacement=True, seed=3)
@@ -354,6 +354,27 @@ def test_replacement_survives_a_checkpoint_between_choice_and_step() -> None:
     for step in range(7, 11):
         run.step(loss_of, batch(step))
         assert run.difference() < 1e-9, step
+
+
+def test_a_gradient_owns_its_scales() -> None:
+    """One that was put aside is applied with what was chosen along with its own rows, whatever was chosen since."""
+    torch.manual_seed(0)
+    model = TwoLayers()
+    keywords: dict[str, Any] = dict(rank=12, axis="rows", selection="norm", replacement=True, seed=3, step_in_backward=False)
+    optimizer = grass_compile.AdamW(model.named_parameters(), **keywords)
+    compiled, weight = torch.compile(model, backend="grass", options={"compiler": "aot_eager"}), model.a.weight
+    loss_of(compiled(batch(0).float())).backward()
+    aside, weight.grad = weight.grad, None
+    assert aside is not None
+    rows, scales = aside.rows.clone(), [scale.clone() for scale in aside.scales]
+    model.zero_grad()
+    loss_of(compiled(100 * batch(1).float() ** 3)).backward()
+    assert not torch.equal(weight.grad.scales[0], scales[0])
+    weight.grad = aside
+    optimizer.step()
+    state = optimizer.state[weight]
+    assert torch.equal(state["index"], rows)
+    assert torch.equal(state["row_scale"], scales[0]) and torch.equal(state["row_count"], scales[1])
 
 
 @pytest.mark.inductor
