@@ -44,7 +44,6 @@ def launch(settings: Settings, cache: Path, timeout: float) -> dict[str, Any]:
         "OMP_NUM_THREADS": str(settings.threads),
         "TORCHINDUCTOR_CACHE_DIR": str(cache),
         "TRITON_CACHE_DIR": str(cache / "triton"),
-        "MALLOC_ARENA_MAX": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "HF_HUB_OFFLINE": "1",
     }

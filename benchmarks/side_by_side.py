@@ -91,7 +91,6 @@ def report(summary: dict[str, dict[str, Any]]) -> str:
 def main() -> int:
     """Measure, print, write."""
     arguments = parse()
-    os.environ.setdefault("MALLOC_ARENA_MAX", "1")
     seconds = collect(arguments)
     summary = summarise(seconds)
     print(report(summary))
