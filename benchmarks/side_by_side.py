@@ -9,7 +9,6 @@ disturbs it. What it cannot tell is memory and compile time: for those each meth
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 from typing import Any

@@ -23,18 +23,22 @@ def run(config: TrainConfig, label: str, log: Path) -> Event:
     Raises:
         RuntimeError: the run failed; the message ends in the last lines of its log.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(Path(__file__).with_name("training.py")), json.dumps(asdict(config))]
-    with tempfile.TemporaryDirectory() as cache, log.open("w+") as errors:
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache},
-        )
+    with tempfile.TemporaryDirectory() as cache:
+        return run_command(command, config.steps, label, log, {"TORCHINDUCTOR_CACHE_DIR": cache})
+
+
+def run_command(command: list[str], steps: int, label: str, log: Path, environment: dict[str, str]) -> Event:
+    """Run a program that prints the events of a training run of so many steps, and return the last of them.
+
+    Raises:
+        RuntimeError: the program failed; the message ends in the last lines of its log.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w+") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env={**os.environ, **environment})
         try:
-            result = _follow(process, config, label)
+            result = _follow(process, steps, label)
         finally:
             process.kill()
             process.wait()
@@ -45,11 +49,11 @@ def run(config: TrainConfig, label: str, log: Path) -> Event:
     return result
 
 
-def _follow(process: subprocess.Popen[str], config: TrainConfig, label: str) -> Event | None:
+def _follow(process: subprocess.Popen[str], steps: int, label: str) -> Event | None:
     """Show the events of a run as they come; the last of them is its result, None if it ended without one."""
     assert process.stdout is not None
     shown = {"val": "?", "train": "compiling"}
-    with tqdm(total=config.steps, desc=label, unit="step", dynamic_ncols=True) as bar:
+    with tqdm(total=steps, desc=label, unit="step", dynamic_ncols=True) as bar:
         bar.set_postfix(shown)
         for line in process.stdout:
             event = json.loads(line)

@@ -23,6 +23,8 @@ from corpus import VOCABULARY, Corpus, bigram_loss, even_windows, load_corpus, s
 from measure import PeakMemory, StepClock
 
 Event = dict[str, Any]
+NamedParameter = tuple[str, nn.Parameter]
+Prepare = Callable[[Any, "TrainConfig"], tuple[torch.optim.Optimizer, str]]
 
 # Grass compiles its refresh at the first step and its regular step at the second; dense training compiles at the first.
 COMPILING_STEPS = 3
@@ -58,14 +60,25 @@ class TrainConfig:
     text: str | None = None  # a folder; None: the Python standard library
 
 
-def train(config: TrainConfig, report: Callable[[Event], None]) -> Event:
-    """Train as `config` says and return what was measured; `report` gets an event for each step and validation."""
+def prepare(model: LlamaForCausalLM, config: TrainConfig) -> tuple[torch.optim.Optimizer, str]:
+    """The optimizer, and the backend to compile with."""
+    return build_optimizer(model, config), "inductor" if config.rank is None else "grass"
+
+
+def train(config: TrainConfig, report: Callable[[Event], None], prepare: Prepare = prepare) -> Event:
+    """Train as `config` says and return what was measured.
+
+    Args:
+        config: what to train, on what, for how long.
+        report: gets an event for each step and validation.
+        prepare: makes the optimizer, and may change the model; returns it and the backend to compile with.
+    """
     corpus = load_corpus(config.text)
     validation = even_windows(corpus.held_out, config.validation_windows, config.sequence_length)
     model = build_model(config)
-    optimizer = build_optimizer(model, config)
+    optimizer, backend = prepare(model, config)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_share(step, config))
-    compiled = torch.compile(model, backend="inductor" if config.rank is None else "grass")
+    compiled = torch.compile(model, backend=backend)
     memory, clock = PeakMemory(config.device), StepClock(COMPILING_STEPS)
 
     curve: list[Event] = []
@@ -116,9 +129,7 @@ def build_optimizer(model: LlamaForCausalLM, config: TrainConfig) -> torch.optim
     if config.rank is None:
         return torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
 
-    linear_weights = {id(module.weight) for module in model.model.layers.modules() if isinstance(module, nn.Linear)}
-    projected = [(name, p) for name, p in model.named_parameters() if id(p) in linear_weights]
-    rest = [(name, p) for name, p in model.named_parameters() if id(p) not in linear_weights]
+    projected, rest = parameters_by_kind(model)
     return grass_compile.AdamW(
         [
             {"params": projected},
@@ -134,6 +145,14 @@ def build_optimizer(model: LlamaForCausalLM, config: TrainConfig) -> torch.optim
         stagger=config.stagger,
         seed=config.seed,
     )
+
+
+def parameters_by_kind(model: LlamaForCausalLM) -> tuple[list[NamedParameter], list[NamedParameter]]:
+    """The weights of the blocks' linear layers, and everything else, by name."""
+    linear_weights = {id(module.weight) for module in model.model.layers.modules() if isinstance(module, nn.Linear)}
+    projected = [(name, p) for name, p in model.named_parameters() if id(p) in linear_weights]
+    rest = [(name, p) for name, p in model.named_parameters() if id(p) not in linear_weights]
+    return projected, rest
 
 
 def lr_share(step: int, config: TrainConfig) -> float:

@@ -7,11 +7,11 @@ from .errors import GrassWarning as GrassWarning
 from .errors import StateError as StateError
 from .explain import explain as explain
 from .report import Report as Report
-from .runtime.optimizer import SGD as SGD
-from .runtime.optimizer import Adafactor as Adafactor
-from .runtime.optimizer import AdamW as AdamW
-from .runtime.optimizer import Lion as Lion
-from .runtime.optimizer import Optimizer as Optimizer
+from .runtime.optimizers import SGD as SGD
+from .runtime.optimizers import Adafactor as Adafactor
+from .runtime.optimizers import AdamW as AdamW
+from .runtime.optimizers import Lion as Lion
+from .runtime.optimizers import Optimizer as Optimizer
 from .runtime.rules import Rule as Rule
 from .runtime.rules import register_rule as register_rule
 from .train_step import train_step as train_step

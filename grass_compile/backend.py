@@ -6,9 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import logging
-import pathlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,17 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from . import _torch
-from .config import BackendOptions, SiteConfig
+from . import _torch, kernels
+from .config import BackendOptions
 from .errors import ConfigError, GraphError, GrassError, GrassWarning
 from .passes import pipeline
-from .passes.kernel import step_graph
 from .passes.pipeline import PASSES, Plan, PlanMismatch
 from .passes.records import Analysis, WeightInput
-from .runtime import adoption, ops
+from .runtime import adoption
 from .runtime import state as registry
+from .runtime.call import Call, expected
 from .runtime.rules import AdamWRule
-from .runtime.state import Assigned, Call, Record, refusal
+from .runtime.state import Assigned, Record, refusal
 from .runtime.step import SHARED_HYPER, graph_state
 
 log = logging.getLogger(__name__)
@@ -184,7 +182,7 @@ class Region:
             if position in found:
                 projection = found[position]
                 assigned = Assigned(projection.axis, projection.dim, projection.rank, projection.why)
-                adoption.wish(parameter, adoption.Wish(name, options, assigned, functools.partial(_run_step, self.options)))
+                adoption.wish(parameter, adoption.Wish(name, options, assigned, functools.partial(kernels.run, self.options)))
 
     def _warn_unheld(self) -> None:
         if not self._warned:
@@ -235,7 +233,7 @@ class Region:
             return None
         for projection in analysis.projections:
             assigned = Assigned(projection.axis, projection.dim, projection.rank, projection.why)
-            records[projection.position].assign(assigned, functools.partial(_run_step, self.options))
+            records[projection.position].assign(assigned, functools.partial(kernels.run, self.options))
         held = [records[projection.position] for projection in analysis.projections]
         if clipped is not None:
             clipped = tuple(position for position in clipped if position not in {p.position for p in analysis.projections})
@@ -243,7 +241,7 @@ class Region:
             weights=weights,
             projections=analysis.projections,
             hyper=_numbered([record.hyper_key(record.due) for record in held]),
-            kernels=tuple(_kernel_name(self.options, p.config, p.dim) for p in analysis.projections),
+            kernels=tuple(kernels.named(self.options, p.config, p.dim) for p in analysis.projections),
             disabled=self.options.disable_passes,
             clipped=clipped,
         )
@@ -307,7 +305,7 @@ class Region:
         forward = _torch.Half(lambda gm, key: pipeline.finish_forward(gm, plan, key), refreshes)
         backward = _torch.Half(
             lambda gm, key: pipeline.finish_backward(gm, plan, key, pair.saved(key[0])),
-            tuple(registry.expected(held, refresh, plan.clipped is not None) for refresh in refreshes),
+            tuple(expected(held, refresh, plan.clipped is not None) for refresh in refreshes),
         )
         pair = _torch.Pair(forward, backward)
         return pair
@@ -323,54 +321,9 @@ class Region:
             mode=self.options.mode,
             patches=dict(self.options.inductor),
             partition=partition,
-            key=source_hash(),
+            key=kernels.source_hash(),
             pair=pair,
         )
-
-
-@functools.cache
-def _kernel_name(options: BackendOptions, config: SiteConfig, dim: int) -> str:
-    """The name under which graphs call this step: the same in every process, so that a compile cache may hold such a graph,
-    unless two settings look alike and are not."""
-    settings = (options, config.step_alone, dim)
-    name = f"{type(config.rule).__name__}_{hashlib.sha256(repr(settings).encode()).hexdigest()[:16]}"
-    while _named_kernels.setdefault(name, settings) != settings:
-        name += "_"
-    if name not in ops.kernels:
-        ops.kernels[name] = _Step(*settings)
-    return name
-
-
-_named_kernels: dict[str, tuple[BackendOptions, SiteConfig, int]] = {}
-
-
-class _Step:
-    """The step of weights of one configuration, in place; compiled for each shape when it first comes."""
-
-    def __init__(self, options: BackendOptions, config: SiteConfig, dim: int) -> None:
-        self._settings = options, config, dim
-        self._compiled: dict[Any, Callable[..., Any]] = {}
-
-    def __call__(self, *tensors: Tensor) -> None:
-        specs = tuple([(t.shape, t.stride(), t.dtype, t.device) for t in tensors])
-        compiled = self._compiled.get(specs)
-        if compiled is None:
-            plain = tuple((tuple(shape), *rest) for shape, *rest in specs)
-            compiled = self._compiled[specs] = _compiled_step(*self._settings, plain)
-        compiled(*tensors)
-
-
-def _run_step(options: BackendOptions, config: SiteConfig, dim: int, *tensors: Tensor) -> None:
-    """Run the step of one weight by itself."""
-    ops.kernels[_kernel_name(options, config, dim)](*tensors)
-
-
-@functools.cache
-def _compiled_step(options: BackendOptions, config: SiteConfig, dim: int, specs: Any) -> Callable[..., Any]:
-    log.info("compiling a step: rank %d along dimension %d of %s", config.rank, dim, list(specs[1][0]))
-    gm = step_graph(config, dim, specs)
-    patches = dict(options.inductor)
-    return _torch.compile_kernel(gm, compiler=options.compiler, mode=options.mode, patches=patches, key=source_hash())
 
 
 def _settled(weight: WeightInput, analysis: Analysis) -> WeightInput:
@@ -443,12 +396,3 @@ def _check_strict(analysis: Analysis) -> None:
     if dense:
         lines = "\n".join(f"  {refusal.weight.name}: {refusal.reason}" for refusal in dense)
         raise GraphError(f"strict: {len(dense)} weights stay dense. Exclude them by name or drop options['strict'].\n{lines}")
-
-
-@functools.cache
-def source_hash() -> str:
-    """A hash over the source of this package, so that no cache serves a graph that other passes made."""
-    digest = hashlib.sha256()
-    for path in sorted(pathlib.Path(__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()

@@ -80,7 +80,7 @@ def test_public_names() -> None:
     optimizers = {"Adafactor", "AdamW", "Lion", "Optimizer", "Rule", "SGD", "register_rule"}
     errors = {"ConfigError", "GrassError", "GrassWarning", "GraphError", "StateError"}
     public = {*optimizers, *errors, "Report", "explain", "train_step"}
-    modules = {"backend", "config", "errors", "explain", "passes", "report", "runtime"}
+    modules = {"backend", "config", "errors", "explain", "kernels", "passes", "report", "runtime"}
     assert public <= names and names <= public | modules
     assert (PACKAGE / "py.typed").exists()
 

@@ -1,0 +1,223 @@
+"""The study: which selection, axis, refresh and rule learn best. One JSON line a run; a run that is recorded is not run again.
+
+    python -m benchmarks.quality                 # all stages, about four hours on two cores
+    python -m benchmarks.quality --stages peers  # one of them; those before it must have run
+    python -m benchmarks.quality --report        # tables and plots of what is recorded, nothing is run
+
+The screening is done with one seed at the small size, each stage building on the best that the stages before it found:
+learning rates first, then every selection, axis and refresh, then single changes of the best of these, then rules and peers at
+learning rates of their own. The finalists run at the larger size, with three seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks.quality_report import write_report
+from benchmarks.quality_run import Run
+from benchmarks.record import RESULTS, ROOT, circumstances
+
+sys.path.insert(0, str(ROOT / "examples"))
+
+from runner import run_command
+
+Record = dict[str, Any]
+
+DENSE_LRS = (5e-4, 1e-3, 2e-3, 4e-3)
+GRASS_LRS = (1.5e-3, 3e-3, 6e-3, 1.2e-2)
+BASE = {"selection": "norm", "axis": "columns", "on_refresh": "carry", "update_proj_gap": 50, "stagger": True}
+
+
+class Study:
+    """What is recorded, and how the stages look it up."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.records: list[Record] = [json.loads(line) for line in lines]
+
+    def run(self, run: Run) -> None:
+        """Run it and append its record, unless there is one."""
+        if self.find(run) is not None:
+            return
+        log = Path("out") / "logs" / f"quality-{zlib.crc32(json.dumps(dataclasses.asdict(run)).encode()):08x}.log"
+        command = [sys.executable, "-m", "benchmarks.quality_run", json.dumps(dataclasses.asdict(run))]
+        steps = run.training().steps
+        try:
+            result = run_command(command, steps, run.label, log, {"PYTHONPATH": str(ROOT)})
+        except RuntimeError as error:
+            tqdm.write(str(error), file=sys.stderr)
+            return
+        kept = ("val_loss", "bigram_loss", "optimizer_state_bytes", "tokens_per_second", "train_seconds", "compile_seconds")
+        record = {**{key: result[key] for key in kept}, "curve": result["curve"], **circumstances()}
+        record = {"run": dataclasses.asdict(run), **record}
+        self.records.append(record)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def find(self, run: Run) -> Record | None:
+        """The record of a run."""
+        wanted = json.loads(json.dumps(dataclasses.asdict(run)))
+        return next((record for record in self.records if record["run"] == wanted), None)
+
+    def best(self, which: Callable[[Run], bool]) -> Run:
+        """The run of lowest validation loss among those recorded.
+
+        Raises:
+            LookupError: there is none.
+        """
+        found = [(record["val_loss"], index) for index, record in enumerate(self.records) if which(Run(**record["run"]))]
+        if not found:
+            raise LookupError("nothing is recorded that this stage builds on; run the stages before it")
+        return Run(**self.records[min(found)[1]]["run"])
+
+
+def rates(study: Study, size: str = "small") -> Iterator[Run]:
+    """Learning rates of dense training; then of grass with everything else at dense training's best."""
+    for lr in DENSE_LRS:
+        yield Run("dense", size, lr, lr)
+    dense = study.best(lambda run: run.method == "dense" and run.size == size)
+    for lr in GRASS_LRS:
+        yield Run("AdamW", size, lr, dense.lr, 4, BASE)
+
+
+def grid(study: Study) -> Iterator[Run]:
+    """Every selection, axis and refresh, at the best rate found for `BASE`."""
+    base = best_base(study)
+    for axis in ("columns", "rows"):
+        for selection in ("top", "norm", "norm2", "uniform"):
+            for on_refresh in ("carry", "reset", "keep"):
+                yield changed(base, selection=selection, axis=axis, on_refresh=on_refresh)
+
+
+def single(study: Study) -> Iterator[Run]:
+    """Single changes of the best of the grid, and ranks."""
+    base = best_grid(study)
+    yield changed(base, stagger=False)
+    yield changed(base, axis="auto")
+    for gap in (10, 20, 100, 200):
+        yield changed(base, update_proj_gap=gap)
+    for block in (4, 16):
+        yield changed(base, block=block)
+    yield changed(base, refresh_warmup=5)
+    yield changed(base, betas=[0.9, 0.99])
+    yield changed(base, betas=[0.9, 0.95])
+    if base.keywords["on_refresh"] != "carry":
+        yield changed(base, replacement=True)
+    yield changed(base, replacement=True, on_refresh="reset")
+    for share in (2, 8, 16):
+        for factor in (0.5, 1.0, 2.0):
+            yield dataclasses.replace(base, rank_share=share, lr=base.lr * factor)
+
+
+def rules(study: Study) -> Iterator[Run]:
+    """Each rule, at rates of its own."""
+    base = best_grid(study)
+    for name, lrs, keywords in (
+        ("Adafactor", (3e-3, 1e-2, 3e-2), {}),
+        ("Lion", (2e-4, 5e-4, 1e-3), {}),
+        ("SGD", (0.1, 0.5, 2.0), {"momentum": 0.9}),
+        ("Optimizer", (1.5e-3, 3e-3, 6e-3), {"rule": "sonew"}),
+    ):
+        for lr in lrs:
+            yield dataclasses.replace(base, method=name, lr=lr, keywords={**base.keywords, **keywords})
+
+
+def peers(study: Study) -> Iterator[Run]:
+    """The packages that people use today, at the same rank and at rates of their own."""
+    dense = study.best(lambda run: run.method == "dense" and run.size == "small")
+    for name, lrs in (
+        ("galore", (4e-3, 8e-3, 1.6e-2, 3.2e-2)),
+        ("apollo", (1e-3, 2e-3, 4e-3, 8e-3)),
+        ("fira", (4e-3, 8e-3, 1.6e-2, 3.2e-2)),
+        ("lora", (1e-3, 4e-3, 1.6e-2)),
+    ):
+        for lr in lrs:
+            yield Run(name, "small", lr, dense.lr, 4)
+
+
+def finals(study: Study) -> Iterator[Run]:
+    """The finalists at the larger size: rates with the first seed, the best of these with two more."""
+    yield from rates(study, "large")
+    dense = study.best(lambda run: run.method == "dense" and run.size == "large")
+    finalists = [best_grid(study), *(best_of(study, name) for name in ("galore", "apollo", "fira"))]
+    paper = changed(best_base(study), selection="top", on_refresh="reset", axis="rows", stagger=False)
+    for finalist in (*finalists, paper):
+        large = dataclasses.replace(finalist, size="large", dense_lr=dense.lr)
+        for factor in (0.5, 1.0, 2.0):
+            yield dataclasses.replace(large, lr=finalist.lr * factor)
+    for key in {named(Run(**record["run"])) for record in study.records if record["run"]["size"] == "large"}:
+        best = study.best(lambda run, key=key: run.size == "large" and named(run) == key and run.seed == 0)
+        for seed in (1, 2):
+            yield dataclasses.replace(best, seed=seed)
+
+
+STAGES: dict[str, Callable[[Study], Iterable[Run]]] = {
+    "rates": rates, "grid": grid, "single": single, "rules": rules, "peers": peers, "finals": finals,
+}  # fmt: skip
+
+
+def best_base(study: Study) -> Run:
+    """`BASE` at its best rate."""
+    return study.best(lambda run: run.method == "AdamW" and run.size == "small" and run.keywords == BASE and run.rank_share == 4)
+
+
+def best_grid(study: Study) -> Run:
+    """The best of the grid."""
+    keys = set(BASE)
+    base = best_base(study)
+    return study.best(
+        lambda run: (
+            run.method == "AdamW" and run.size == "small" and set(run.keywords) == keys and run.rank_share == 4
+            and run.lr == base.lr and all(run.keywords[key] == BASE[key] for key in ("update_proj_gap", "stagger"))
+        )
+    )  # fmt: skip
+
+
+def best_of(study: Study, method: str) -> Run:
+    """A method at its best rate, small."""
+    return study.best(lambda run: run.method == method and run.size == "small")
+
+
+def named(run: Run) -> str:
+    """What two runs have in common that differ in learning rate and seed alone."""
+    return json.dumps([run.method, run.size, run.rank_share, run.keywords])
+
+
+def changed(run: Run, **keywords: Any) -> Run:
+    """The run with other keywords."""
+    return dataclasses.replace(run, keywords={**run.keywords, **keywords})
+
+
+def main() -> None:
+    """Run what is missing, then report."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES), metavar="STAGE")
+    parser.add_argument("--report", action="store_true", help="only report")
+    parser.add_argument("--out", type=Path, default=RESULTS / "quality" / "runs.jsonl")
+    options = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
+    study = Study(options.out)
+    try:
+        for stage in [] if options.report else options.stages:
+            # Lazily: what a stage runs may depend on what it has found so far.
+            for run in tqdm(STAGES[stage](study), desc=stage, unit="run", position=1):
+                study.run(run)
+    except LookupError as error:
+        sys.exit(f"quality: {error}")
+    write_report(study.records, options.out.parent)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""One run of the study: `python -m benchmarks.quality_run RUN_JSON` prints one JSON event a line, the result last."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+import grass_compile
+from benchmarks import measure
+from benchmarks.record import ROOT
+
+sys.path.insert(0, str(ROOT / "examples"))  # the demo is a folder of scripts, which import each other by bare names
+
+from training import Event, TrainConfig, parameters_by_kind, train
+
+SIZES: dict[str, dict[str, int]] = {
+    "small": {"hidden_size": 128, "intermediate_size": 344, "layers": 4, "heads": 4, "steps": 400},
+    "large": {"hidden_size": 256, "intermediate_size": 688, "layers": 4, "heads": 4, "steps": 300},
+}
+"""The demo's LLaMA at two sizes; both see the same batches of 8 x 256 bytes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Attributes:
+        method: ``dense``, ``lora``, a peer's package, or the name of one of our optimizers.
+        size: a key of `SIZES`.
+        lr: of the blocks' linear weights (of LoRA's adapters).
+        dense_lr: of everything else, which every method trains alike.
+        rank: as a share of the width, ``d / rank_share``; 0 for dense training.
+        keywords: of the optimizer.
+        seed: of the model, the batches and the selection.
+        steps: 0 for the size's own.
+    """
+
+    method: str
+    size: str
+    lr: float
+    dense_lr: float
+    rank_share: int = 0
+    keywords: dict[str, Any] = dataclasses.field(default_factory=dict)
+    seed: int = 0
+    steps: int = 0
+
+    @property
+    def label(self) -> str:
+        words = [self.method, *([f"d/{self.rank_share}"] if self.rank_share else [])]
+        words += [f"{value}" if isinstance(value, str) else f"{key}={value}" for key, value in self.keywords.items()]
+        return " ".join([*words, f"lr {self.lr:g}", *([f"seed {self.seed}"] if self.seed else [])])
+
+    def training(self) -> TrainConfig:
+        """The same as the demo's training has it; the optimizer is made here."""
+        size = {**SIZES[self.size], **({"steps": self.steps} if self.steps else {})}
+        return TrainConfig(lr=self.lr, seed=self.seed, **size)
+
+
+def optimizer_of(run: Run, model: Any) -> tuple[Optimizer, str]:
+    """The optimizer of a run, and the backend to compile with. LoRA changes the model."""
+    rank = model.config.hidden_size // run.rank_share if run.rank_share else None
+    if run.method == "lora":
+        return _lora(run, model, rank), "inductor"
+    projected, rest = parameters_by_kind(model)
+    plain = [{"params": [p for _, p in rest], "lr": run.dense_lr}]
+    linear = {"params": [p for _, p in projected]}
+    if run.method == "dense":
+        return torch.optim.AdamW([linear, *plain], lr=run.lr, weight_decay=0.0, fused=True), "inductor"
+    if run.method == "galore":
+        from galore_torch import GaLoreAdamW
+
+        low_rank = {**linear, "rank": rank, "update_proj_gap": 50, "scale": 0.25, "proj_type": "std", **run.keywords}
+        return GaLoreAdamW([low_rank, *plain], lr=run.lr, weight_decay=0.0, no_deprecation_warning=True), "inductor"
+    if run.method == "apollo":
+        from apollo_torch import APOLLOAdamW
+
+        how = {"proj": "random", "scale_type": "channel", "scale": 1.0, "update_proj_gap": 50, "proj_type": "std"}
+        return APOLLOAdamW([{**linear, "rank": rank, **how, **run.keywords}, *plain], lr=run.lr, weight_decay=0.0), "inductor"
+    if run.method == "fira":
+        from fira import FiraAdamW
+
+        low_rank = {**linear, "rank": rank, "update_proj_gap": 50, "alpha": 0.25, "proj_type": "std", **run.keywords}
+        return FiraAdamW([low_rank, *plain], lr=run.lr, weight_decay=0.0, no_deprecation_warning=True), "inductor"
+    make = getattr(grass_compile, run.method)
+    own = {key: tuple(value) if isinstance(value, list) else value for key, value in run.keywords.items()}
+    groups = [{"params": projected}, {"params": rest, "rank": None, "lr": run.dense_lr}]
+    return make(groups, lr=run.lr, rank=rank, seed=run.seed, **own), "grass"
+
+
+def _lora(run: Run, model: Any, rank: int | None) -> Optimizer:
+    """Adapters on the linear layers of the blocks, whose own weights are frozen; everything else trains."""
+    import peft
+
+    projected, rest = parameters_by_kind(model)
+    names = {name.split(".")[-2] for name, _ in projected}
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=sorted(names))
+    peft.inject_adapter_in_model(config, model)
+    for _, parameter in rest:
+        parameter.requires_grad_(True)
+    adapters = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+    groups = [{"params": adapters}, {"params": [p for _, p in rest], "lr": run.dense_lr}]
+    return torch.optim.AdamW(groups, lr=run.lr, weight_decay=0.0, fused=True)
+
+
+def main() -> None:
+    """Train, print."""
+    run, events = Run(**json.loads(sys.argv[1])), sys.stdout
+    made: list[Optimizer] = []
+
+    def emit(event: Event) -> None:
+        print(json.dumps(event), file=events, flush=True)
+
+    def prepare(model: Any, config: TrainConfig) -> tuple[Optimizer, str]:
+        optimizer, backend = optimizer_of(run, model)
+        made.append(optimizer)
+        return optimizer, backend
+
+    with contextlib.redirect_stdout(sys.stderr):  # what a library prints is no event
+        result = train(run.training(), emit, prepare)
+        result["optimizer_state_bytes"] = measure.tensor_bytes(measure.state_tensors(made[0]))  # projections too
+        emit({"event": "result", **result})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,288 @@
+"""The optimizers: each a ``torch.optim.Optimizer`` whose linear weights move inside the compiled backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import DEFAULT_EXCLUDE, PROJECT, AxisChoice, finite, nearest
+from ..errors import ConfigError
+from .optimizer import GrassOptimizer
+from .rules import AdafactorRule, AdamWRule, Layout, LionRule, Rule, SGDRule, registered_rules
+from .step import run_rule
+
+
+class AdamW(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
+    """AdamW with structured sparse gradients (Grass, arXiv 2406.17660), fused into the compiled backward.
+
+    Of the gradient ``m x n`` of each linear weight only ``rank`` rows or columns are ever computed; the moments have that
+    size, and only these rows of the weight move until the next refresh chooses others. Everything else is trained by
+    ``torch.optim.AdamW``, whose arguments keep their names and meaning. With ``rank`` equal to the weight's size along ``axis``
+    training equals ``torch.optim.AdamW`` to rounding.
+
+    ``state[p]`` of a projected weight holds ``index`` (``int64[r]``), ``row_scale`` (``[r]``), ``exp_avg`` and ``exp_avg_sq``
+    (``[r, n]`` for rows, ``[m, r]`` for columns; transposed for a weight that is stored in x out), ``step`` (updates since the
+    moments were last zero; per row with ``on_refresh="carry"``), ``updates`` (updates in all) and ``axis``.
+
+    Args:
+        params: ``model.named_parameters()`` (the names serve ``exclude`` and messages), ``parameters()``, or groups; a group may
+            override any keyword below.
+        lr: learning rate; may change at any time without a recompilation.
+        betas: decay rates of the moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled weight decay, on the whole weight.
+        rank: r, the number of rows or columns that move at a time; None keeps the group dense.
+        update_proj_gap: steps between refreshes; the first backward is always a refresh.
+        selection: ``"top"``, the rows of largest norm; ``"norm"``, ``"norm2"`` or ``"uniform"``: rows drawn without
+            replacement, with probabilities proportional to the norm, its square, or one.
+        replacement: draw with replacement, independently, and scale each row by ``rho = 1 / sqrt(rank * probability)`` before and
+            after the update rule, once for each time it was drawn: what is applied is unbiased for a linear rule.
+        axis: ``"rows"`` (out-features), ``"columns"`` (in-features) or ``"auto"`` (the cheaper by the cost model).
+        on_refresh: ``"reset"`` zeroes the moments; ``"carry"`` keeps those of rows that stay selected; ``"keep"`` hands the
+            moments of the old rows to the new ones, slot by slot.
+        block: neighbouring rows that are chosen together; divides ``rank``.
+        stagger: spread the refreshes of different weights over the interval, in 4 parts or in as many as it says; in a model
+            that is compiled as a whole each part costs a compilation.
+        scale: the paper's alpha, a factor on the update.
+        exclude: name patterns (``fnmatch``) that stay dense.
+        step_in_backward: the weights move inside ``loss.backward()``; if False, compact gradients are left in ``.grad``
+            until ``opt.step()``.
+        max_grad_norm: clip all gradients, compact and dense, by their common norm; inside the backward if one compiled region
+            covers all trainable parameters, otherwise the weights move in ``opt.step()``. See `grad_norm`.
+        refresh_warmup: steps after each refresh over which the learning rate of projected weights rises linearly to ``lr``.
+        stochastic_rounding: round bf16 weights (and bf16 moments) stochastically, so that updates below half a unit in the
+            last place are not lost.
+        state_dtype: dtype of the moments; None for at least fp32.
+        seed: of drawn rows and of the stochastic rounding; None draws one from torch's default generator. It is part of the
+            state.
+
+    Raises:
+        ConfigError: an argument is out of range, unknown, or not available in this version.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        rank: int | None = 128,
+        update_proj_gap: int = 200,
+        selection: str = "top",
+        replacement: bool = False,
+        axis: AxisChoice = "auto",
+        on_refresh: str = "reset",
+        scale: float = 1.0,
+        exclude: Sequence[str] = DEFAULT_EXCLUDE,
+        step_in_backward: bool = True,
+        max_grad_norm: float | None = None,
+        refresh_warmup: int = 0,
+        stochastic_rounding: bool = False,
+        state_dtype: torch.dtype | None = None,
+        seed: int | None = None,
+        block: int = 1,
+        stagger: bool | int = False,
+    ) -> None:
+        self.rule = AdamWRule()
+        own = _own_keywords(
+            rank=rank, update_proj_gap=update_proj_gap, selection=selection, replacement=replacement, axis=axis,
+            on_refresh=on_refresh, scale=scale, exclude=exclude,
+            step_in_backward=step_in_backward, max_grad_norm=max_grad_norm, refresh_warmup=refresh_warmup,
+            stochastic_rounding=stochastic_rounding, state_dtype=state_dtype, block=block, stagger=stagger, seed=seed,
+        )  # fmt: skip
+        super().__init__(params, own=own, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=True)
+
+
+class SGD(GrassOptimizer, torch.optim.SGD):  # type: ignore[override]
+    """SGD with momentum in the compact space; the dense rest through ``torch.optim.SGD``, whose arguments keep their names.
+
+    ``state[p]`` of a projected weight holds ``momentum_buffer`` if there is momentum. Weight decay is added to the gradient, of
+    projected weights to that of the selected rows.
+
+    Args:
+        params: as of `AdamW`.
+        lr: learning rate.
+        momentum: factor on the buffer.
+        dampening: what a gradient lacks in the buffer.
+        weight_decay: the L2 penalty.
+        nesterov: Nesterov's momentum.
+        **project: ``rank`` and the other keywords of `AdamW` from there on.
+
+    Raises:
+        ConfigError: as of `AdamW`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        **project: Any,
+    ) -> None:
+        self.rule = SGDRule(momentum != 0, nesterov)
+        keywords = dict(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov)
+        super().__init__(params, own=_own_keywords(**project), **keywords, foreach=True)
+
+
+class Adafactor(GrassOptimizer, torch.optim.Adafactor):
+    """Adafactor in the compact space; the dense rest through ``torch.optim.Adafactor``, whose arguments keep their names.
+
+    ``state[p]`` of a projected weight holds ``row_var`` (``[r]``) and ``col_var`` (``[n]``, ``[m]`` for columns): the state of
+    a weight is a few vectors.
+
+    Args:
+        params: as of `AdamW`.
+        lr: an upper bound of the relative step size.
+        beta2_decay: the exponent by which the second moment's memory grows.
+        eps: a floor for squares, None for fp32's epsilon, and one for the size of the weight.
+        d: an upper bound of the update's root mean square.
+        weight_decay: decoupled weight decay, on the whole weight.
+        **project: ``rank`` and the other keywords of `AdamW` from there on.
+
+    Raises:
+        ConfigError: as of `AdamW`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-2,
+        beta2_decay: float = -0.8,
+        eps: tuple[float | None, float] = (None, 1e-3),
+        d: float = 1.0,
+        weight_decay: float = 0.0,
+        **project: Any,
+    ) -> None:
+        self.rule = AdafactorRule()
+        keywords = dict(lr=lr, beta2_decay=beta2_decay, eps=eps, d=d, weight_decay=weight_decay)
+        super().__init__(params, own=_own_keywords(**project), **keywords, foreach=True)
+
+
+class Optimizer(GrassOptimizer):
+    """Any update rule in the compact space; the dense rest goes through the same rule, eagerly.
+
+    Args:
+        params: as of `AdamW`.
+        rule: a `Rule`, or the name of a registered one (``grass_compile.register_rule``).
+        **keywords: those of the rule (its ``defaults``), and ``rank`` and the other keywords of `AdamW` from there on.
+
+    Raises:
+        ConfigError: the rule is not known; or as of `AdamW`.
+    """
+
+    def __init__(self, params: Iterable[Any], rule: Rule | str, **keywords: Any) -> None:
+        known = registered_rules()
+        if isinstance(rule, str):
+            if rule not in known:
+                raise ConfigError(f"rule={rule!r} is not known.{nearest(rule, known)}")
+            rule = known[rule]
+        if not isinstance(rule, Rule):
+            raise ConfigError(f"rule must be a grass_compile.Rule or the name of one, got {type(rule).__name__}.")
+        self.rule = rule
+        defaults = {"weight_decay": 0.0, **rule.defaults}
+        own = {key: value for key, value in keywords.items() if key not in defaults}
+        chosen = {**defaults, **{key: value for key, value in keywords.items() if key in defaults}}
+        _check_numbers(type(self).__name__, chosen)
+        super().__init__(params, own=_own_keywords(**own), defaults=chosen)
+
+    @torch.no_grad()
+    def _dense_step(self) -> None:
+        for group in self.param_groups:
+            names, values = self.rule.hyper_names, self.rule.hyper(group)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    wide = torch.promote_types(parameter.dtype, torch.float32)
+                    numbers = torch.tensor(values, dtype=wide, device=parameter.device)
+                    self._move(parameter, dict(zip(names, numbers.unbind(), strict=True)), group, wide)
+
+    def _move(self, parameter: Tensor, hyper: Mapping[str, Tensor], group: Mapping[str, Any], wide: torch.dtype) -> None:
+        """One dense parameter, seen as a matrix of which all rows are selected; a vector is a single row."""
+        assert parameter.grad is not None
+        rule, state = self.rule, self.state[parameter]
+        shape = (parameter.shape[0], -1) if parameter.dim() > 1 else (1, -1)
+        weight, gradient = (tensor.reshape(shape).to(wide) for tensor in (parameter, parameter.grad))
+        if not state:
+            state["step"] = torch.zeros(())
+            sizes = {"full": gradient.shape, "selected": gradient.shape[:1], "others": gradient.shape[1:]}
+            for name in rule.state_names:
+                state[name] = gradient.new_zeros(sizes[rule.layout(name)])
+        state["step"] += 1
+        seen = {name: _broadcast(rule.layout(name), state[name]) for name in rule.state_names}
+        seen |= {"step": state["step"].to(weight), **({"weight": weight} if rule.reads_weight else {})}
+        if rule.coupled_decay:
+            gradient = gradient + float(group["weight_decay"]) * weight
+        update, new = run_rule(rule, gradient, seen, hyper)
+        if not rule.coupled_decay:
+            weight = weight * (1.0 - float(group["lr"]) * float(group["weight_decay"]))
+        parameter.copy_((weight - update).view(parameter.shape))
+        for name, tensor in new.items():
+            state[name].copy_(tensor.view(state[name].shape))
+
+
+def _broadcast(layout: Layout, tensor: Tensor) -> Tensor:
+    return tensor.unsqueeze(1 if layout == "selected" else 0) if layout != "full" else tensor
+
+
+class Lion(Optimizer):
+    """Lion (arXiv 2302.06675) in the compact space and for the dense rest.
+
+    Args:
+        params: as of `AdamW`.
+        lr: learning rate.
+        betas: of the interpolation and of the momentum.
+        weight_decay: decoupled weight decay, on the whole weight.
+        **project: ``rank`` and the other keywords of `AdamW` from there on.
+
+    Raises:
+        ConfigError: as of `AdamW`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        **project: Any,
+    ) -> None:
+        super().__init__(params, LionRule(), lr=lr, betas=betas, weight_decay=weight_decay, **project)
+
+
+def _check_numbers(what: str, chosen: Mapping[str, Any]) -> None:
+    """Refuse what no rule can mean.
+
+    Raises:
+        ConfigError: a negative learning rate or weight decay, or a beta outside of [0, 1).
+    """
+    for key in ("lr", "weight_decay"):
+        if finite(f"{what}: {key}", chosen[key]) < 0:
+            raise ConfigError(f"{what}: {key} must not be negative, got {chosen[key]!r}.")
+    for beta in chosen.get("betas", ()):
+        if not 0.0 <= finite(f"{what}: betas", beta) < 1.0:
+            raise ConfigError(f"{what}: betas must be in [0, 1), got {chosen['betas']!r}.")
+
+
+def _own_keywords(**given: Any) -> dict[str, Any]:
+    """Our keywords, completed.
+
+    Raises:
+        ConfigError: an unknown one.
+    """
+    for key in given:
+        if key not in PROJECT:
+            raise ConfigError(f"{key}={given[key]!r}: this optimizer has no such argument.{nearest(key, PROJECT)}")
+    own = {**PROJECT, "rank": 128, **given}
+    if not isinstance(own["exclude"], str):
+        own["exclude"] = tuple(own["exclude"])
+    if given.get("seed") is None:
+        draws = own["stochastic_rounding"] or own["selection"] != "top"
+        own["seed"] = int(torch.randint(2**31, ())) if draws else 0
+    return own
