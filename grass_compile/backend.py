@@ -115,7 +115,7 @@ class Region:
         held = [records[projection.position] for projection in plan.projections]
         refresh = tuple(record.due for record in held)
         state = [tensor for record, new in zip(held, refresh, strict=True) for tensor in record.inputs(new)]
-        numbers = _numbers(plan, held, refresh)
+        numbers = _numbers(plan, held)
         inputs = (
             *args,
             *state,
@@ -240,7 +240,7 @@ class Region:
         return Plan(
             weights=weights,
             projections=analysis.projections,
-            hyper=_numbered([record.hyper_key(record.due) for record in held]),
+            hyper=_numbered([record.hyper_key(record.renewed) for record in held]),
             kernels=tuple(kernels.named(self.options, p.config, p.dim) for p in analysis.projections),
             disabled=self.options.disable_passes,
             clipped=clipped,
@@ -347,13 +347,13 @@ def _numbered(keys: Sequence[Any]) -> tuple[int, ...]:
     return tuple(numbers.setdefault(key, len(numbers)) for key in keys)
 
 
-def _numbers(plan: Plan, records: Sequence[Record], refresh: Sequence[bool]) -> list[tuple[Tensor, Record, bool]]:
+def _numbers(plan: Plan, records: Sequence[Record]) -> list[tuple[Tensor, Record, bool]]:
     """One tensor of hyper-parameters per distinct group, in the order of the plan's numbers; with a record that it is of."""
     found: dict[int, tuple[Tensor, Record, bool]] = {}
-    for slot, record, fresh in zip(plan.hyper, records, refresh, strict=True):
+    for slot, record in zip(plan.hyper, records, strict=True):
         if slot not in found:
             assert record.holder is not None
-            found[slot] = record.holder.hyper(record, fresh), record, fresh
+            found[slot] = record.holder.hyper(record, record.renewed), record, record.renewed
     return list(found.values())
 
 
@@ -373,7 +373,7 @@ def _fake_state(mode: Any, captured: _torch.Captured, plan: Plan) -> list[Tensor
             assigned = Assigned(projection.axis, projection.dim, projection.rank)
             config = projection.config
             made = registry.initial_state(weight, assigned, config.on_refresh, config.rule, config.state_dtype)
-            made["row_count"] = made["row_scale"]
+            made["row_count"], made["proposed"] = made["row_scale"], made["index"]
             made["noise"] = torch.empty(weight.shape[projection.dim], dtype=_state_dtype(weight), device=weight.device)
             state += [made[name] for name in graph_state(config)]
             leaves.append(registry.leaf_like(weight, assigned).requires_grad_())

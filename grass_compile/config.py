@@ -20,8 +20,10 @@ Axis = Literal["rows", "columns"]
 AxisChoice = Literal["rows", "columns", "auto"]
 OnRefresh = Literal["reset", "carry", "keep"]
 Selection = Literal["top", "norm", "norm2", "uniform"]
+Scores = Literal["exact", "sampled", "estimate"]
 
 SELECTIONS = ("top", "norm", "norm2", "uniform")
+SCORES = ("exact", "sampled", "estimate")
 AXES = ("rows", "columns", "auto")
 ON_REFRESH = ("reset", "carry", "keep")
 COMPILERS = ("inductor", "aot_eager")
@@ -45,6 +47,7 @@ class SiteConfig:
         selection: how new rows are chosen.
         block: neighbouring rows that are chosen together.
         replacement: whether rows are drawn with replacement, and scaled.
+        scores: what new rows are chosen by.
     """
 
     rank: int
@@ -58,11 +61,13 @@ class SiteConfig:
     selection: Selection = "top"
     block: int = 1
     replacement: bool = False
+    scores: Scores = "exact"
 
     @property
     def step_alone(self) -> SiteConfig:
         """The same as far as a step between refreshes goes; configurations for which this is equal share compiled steps."""
-        return dataclasses.replace(self, on_refresh="carry" if self.on_refresh == "carry" else "reset", selection="top", block=1)
+        on_refresh: OnRefresh = "carry" if self.on_refresh == "carry" else "reset"
+        return dataclasses.replace(self, on_refresh=on_refresh, selection="top", block=1, scores="exact")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +88,7 @@ class GroupOptions:
     block: int = 1
     stagger: int = 1
     replacement: bool = False
+    scores: Scores = "exact"
 
     def site(self, axis: AxisChoice, decays: bool, rule: Any) -> SiteConfig:
         """What these keywords ask of one weight; ``rank`` must not be None."""
@@ -90,7 +96,7 @@ class GroupOptions:
         return SiteConfig(
             rank=self.rank, axis=axis, on_refresh=self.on_refresh, decays=decays, scale=self.scale, rule=rule,
             stochastic_rounding=self.stochastic_rounding, state_dtype=self.state_dtype, selection=self.selection,
-            block=self.block, replacement=self.replacement,
+            block=self.block, replacement=self.replacement, scores=self.scores,
         )  # fmt: skip
 
 
@@ -146,6 +152,11 @@ def parse_group(group: Mapping[str, Any]) -> GroupOptions:
             "replacement=True scales every row by its own probability, which changes at a refresh, so moments cannot be carried. "
             "Use on_refresh='reset' or 'keep'."
         )
+    scores = one_of("scores", group["scores"], SCORES)
+    if group["replacement"] and scores != "exact":
+        raise ConfigError(
+            f"replacement=True scales rows by the probabilities of exact norms; scores={scores!r} has none. Use 'exact'."
+        )
     if group["max_grad_norm"] is not None and finite("max_grad_norm", group["max_grad_norm"]) <= 0:
         raise ConfigError(f"max_grad_norm must be above 0, got {group['max_grad_norm']!r}.")
     if group["state_dtype"] not in STATE_DTYPES:
@@ -172,6 +183,7 @@ def parse_group(group: Mapping[str, Any]) -> GroupOptions:
         block=block,
         stagger=stagger,
         replacement=group["replacement"],
+        scores=scores,
     )
 
 
@@ -184,6 +196,7 @@ PROJECT: dict[str, Any] = dict(
     rank=None, update_proj_gap=200, selection="top", replacement=False, axis="auto", on_refresh="reset", scale=1.0,
     exclude=DEFAULT_EXCLUDE, step_in_backward=True, max_grad_norm=None, refresh_warmup=0, stochastic_rounding=False,
     state_dtype=None, seed=0, block=1, stagger=False,
+    scores="exact",
 )  # fmt: skip
 """The keywords of a grass optimizer that are ours rather than torch's, with their defaults."""
 

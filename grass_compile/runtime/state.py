@@ -61,12 +61,13 @@ class Record:
         flight: the backward in which a compact gradient has been computed that autograd has not delivered yet (it waits until
             every call in the same graph has contributed), or None.
         rows: the index of that gradient.
+        proposes: whether the backward of that gradient has proposed the rows to take next.
         trained_dense: whether full moments are known to be no mere zeros.
     """
 
     __slots__ = (
-        "__weakref__", "_configs", "_holder", "_leaf", "_noise", "_parameter", "_scratch", "assigned", "flight", "group",
-        "kernel", "moved", "name", "number", "options", "outstanding", "rows", "rule", "trained_dense",
+        "__weakref__", "_configs", "_holder", "_leaf", "_noise", "_parameter", "_proposed", "_scratch", "assigned", "flight",
+        "group", "kernel", "moved", "name", "number", "options", "outstanding", "proposes", "rows", "rule", "trained_dense",
     )  # fmt: skip
 
     def __init__(
@@ -87,6 +88,8 @@ class Record:
         self.rows: Tensor | None = None
         self._scratch: list[Tensor] | None = None
         self._noise: Tensor | None = None
+        self._proposed: Tensor | None = None
+        self.proposes = False
 
     @property
     def parameter(self) -> Tensor:
@@ -185,8 +188,8 @@ class Record:
     def forget(self) -> None:
         """Forget what follows from the options; they have changed."""
         self._configs.clear()
-        self._leaf = self._scratch = self._noise = self.rows = None
-        self.moved = self.trained_dense = False
+        self._leaf = self._scratch = self._noise = self._proposed = self.rows = None
+        self.moved = self.trained_dense = self.proposes = False
         self.flight = None
 
     @property
@@ -197,8 +200,16 @@ class Record:
 
     @property
     def due(self) -> bool:
-        """Whether the next backward has to choose new rows."""
-        return self.since_refresh == 0
+        """Whether the next backward has to choose new rows: those of its own gradient, or those of the next step."""
+        if self.options.scores == "exact":
+            return self.since_refresh == 0
+        updates = int(self.state["updates"])
+        return updates == 0 or self._since_refresh(updates + 1) == 0
+
+    @property
+    def renewed(self) -> bool:
+        """Whether the next update is that of rows which its own backward chooses."""
+        return self.due and self.options.scores == "exact"
 
     @property
     def offset(self) -> int:
@@ -221,15 +232,22 @@ class Record:
     @property
     def since_refresh(self) -> int:
         """Updates since the last refresh, the next one not included; of a refresh itself, 0."""
-        updates = int(self.state["updates"])
+        return self._since_refresh(int(self.state["updates"]))
+
+    def _since_refresh(self, updates: int) -> int:
         return min(updates, (updates + self.offset) % self.options.update_proj_gap)
 
     def hyper_key(self, fresh: bool) -> tuple[Any, ...]:
         """Weights for which this is equal may share one tensor of hyper-parameters."""
         warm = self.since_refresh if self.options.refresh_warmup else 0
-        seed = self.state["updates"] if self.options.stochastic_rounding else 0
+        seed = self.state["updates"] if self.draws else 0
         alike = id(self.group), self.parameter.dtype, self.parameter.device, self.offset
         return *alike, self.next_step(fresh), warm, seed
+
+    @property
+    def draws(self) -> bool:
+        """Whether the next step draws random numbers inside the graph: to round, or to estimate scores."""
+        return self.options.stochastic_rounding or (self.options.scores == "estimate" and self.due)
 
     def tensors(self) -> list[Tensor]:
         """The state tensors that a step reads and writes, in their order."""
@@ -278,6 +296,8 @@ class Record:
         tensors = self.tensors()
         if self.options.selection in selection.SAMPLED:
             tensors.append(self.noise(refresh))
+        if self.options.scores != "exact":
+            return [*tensors, self.proposed]
         if not refresh:
             return tensors
         scratch = self.scratch()
@@ -292,7 +312,9 @@ class Record:
     def expect(self, refresh: bool) -> None:
         """Note that a compact gradient is on its way, of the rows that a region was given or has chosen."""
         if not self.in_flight:
-            self.rows = self.scratch()[0] if refresh else self.state["index"]
+            exact = self.options.scores == "exact"
+            self.rows = self.scratch()[0] if refresh and exact else self.state["index"]
+            self.proposes = refresh and not exact
         self.flight = _torch.graph_task()
 
     def settle(self, rows: Tensor, scales: Sequence[Tensor]) -> None:
@@ -306,14 +328,32 @@ class Record:
             for old, value in zip((*chosen, *rest), (rows, *scales, *new), strict=True):
                 old.copy_(value)
 
+    @property
+    def proposed(self) -> Tensor:
+        """Where a backward puts the rows that it proposes for the next step, ``int64[r]``."""
+        if self._proposed is None:
+            self._proposed = self.state["index"].clone()
+        return self._proposed
+
+    def renew(self, rows: Tensor) -> None:
+        """Go over to rows that were proposed by a step that is done."""
+        self.settle(rows, ())
+        if self.options.on_refresh == "reset":
+            self.state["step"].zero_()
+
     def stepped(self, refresh: bool) -> None:
         """Note that a backward has moved the weight."""
         assert self.holder is not None
-        if refresh:
-            with _torch.unversioned(self.chosen()):
-                for state, chosen in zip(self.chosen(), self.scratch(), strict=True):
-                    state.copy_(chosen)
-        self.count(refresh)
+        if self.options.scores != "exact":
+            self.count(False)
+            if refresh:
+                self.renew(self.proposed)
+        else:
+            if refresh:
+                with _torch.unversioned(self.chosen()):
+                    for state, chosen in zip(self.chosen(), self.scratch(), strict=True):
+                        state.copy_(chosen)
+            self.count(refresh)
         self.moved = True
         self.holder.clipped = self.holder.max_norm is not None
 
@@ -350,7 +390,10 @@ def _deliver(record: Record | None, leaf: Tensor) -> None:
     assert record.assigned is not None and record.rows is not None
     fresh = record.rows is not record.state["index"]
     scales = tuple(scale.clone() for scale in record.scratch()[1:]) if fresh else ()
-    parameter.grad = CompactGrad(values, record.rows.clone(), record.assigned.dim, parameter, record.name, fresh, scales)
+    next_rows = record.proposed.clone() if record.proposes else None
+    parameter.grad = CompactGrad(
+        values, record.rows.clone(), record.assigned.dim, parameter, record.name, fresh, scales, next_rows
+    )
 
 
 def leaf_like(weight: Tensor, assigned: Assigned) -> Tensor:
