@@ -2,7 +2,7 @@
 
 ::
 
-    joint graph --normalize--> --detect--> sites --rewrite--> compact gradients --anchor--> one operator per site
+    joint graph --normalize--> --detect--> sites --rewrite, score--> compact gradients --anchor--> one operator per site
                                                                                                |  min-cut partition
     forward graph, backward graph with anchors  <----------------------------------------------+
          |              |

@@ -24,7 +24,7 @@ import torch
 from torch import fx
 
 from ..runtime import scores as ops
-from .fx_utils import call, provenance
+from .fx_utils import call, propagate, provenance
 from .records import Cast, Concat, Gradient, Product, Site, Sum
 from .rewrite import features_last
 
@@ -61,12 +61,15 @@ def forget(gm: fx.GraphModule, positions: Collection[int]) -> None:
         gm: a copy of a forward graph.
         positions: of weights that choose no rows in this step.
     """
+    changed: set[fx.Node] = set()
     for node in list(gm.graph.nodes):
         if node.meta.get(SCORED) in positions:
+            changed.update(node.users)
             with gm.graph.inserting_before(node):
                 empty = call(gm.graph, aten.new_empty.default, node.args[0], [0] * node.meta["val"].dim())
             node.replace_all_uses_with(empty)
             gm.graph.erase_node(node)
+    propagate(gm, changed)
 
 
 def _energy(graph: fx.Graph, site: Site, gradient: Gradient, hyper: fx.Node) -> fx.Node:
