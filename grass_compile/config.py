@@ -20,10 +20,12 @@ Axis = Literal["rows", "columns"]
 AxisChoice = Literal["rows", "columns", "auto"]
 OnRefresh = Literal["reset", "carry", "keep"]
 Selection = Literal["top", "norm", "norm2", "uniform"]
+NonFinite = Literal["raise", "skip", "propagate"]
 
 SELECTIONS = ("top", "norm", "norm2", "uniform")
 AXES = ("rows", "columns", "auto")
 ON_REFRESH = ("reset", "carry", "keep")
+NONFINITE = ("raise", "skip", "propagate")
 COMPILERS = ("inductor", "aot_eager")
 STATE_DTYPES = (None, torch.float32, torch.bfloat16, torch.float64)
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -45,6 +47,7 @@ class SiteConfig:
         selection: how new rows are chosen.
         block: neighbouring rows that are chosen together.
         replacement: whether rows are drawn with replacement, and scaled.
+        checked: whether a step whose gradient is not finite is skipped.
     """
 
     rank: int
@@ -58,6 +61,12 @@ class SiteConfig:
     selection: Selection = "top"
     block: int = 1
     replacement: bool = False
+    checked: bool = False
+
+    @property
+    def counted(self) -> bool:
+        """Whether the step itself counts the updates of the moments, beside them: by row, or because some are skipped."""
+        return self.checked or self.on_refresh == "carry"
 
     @property
     def step_alone(self) -> SiteConfig:
@@ -83,6 +92,7 @@ class GroupOptions:
     block: int = 1
     stagger: int = 1
     replacement: bool = False
+    nonfinite: NonFinite = "raise"
 
     def site(self, axis: AxisChoice, decays: bool, rule: Any) -> SiteConfig:
         """What these keywords ask of one weight; ``rank`` must not be None."""
@@ -90,7 +100,7 @@ class GroupOptions:
         return SiteConfig(
             rank=self.rank, axis=axis, on_refresh=self.on_refresh, decays=decays, scale=self.scale, rule=rule,
             stochastic_rounding=self.stochastic_rounding, state_dtype=self.state_dtype, selection=self.selection,
-            block=self.block, replacement=self.replacement,
+            block=self.block, replacement=self.replacement, checked=self.nonfinite != "propagate",
         )  # fmt: skip
 
 
@@ -172,6 +182,7 @@ def parse_group(group: Mapping[str, Any]) -> GroupOptions:
         block=block,
         stagger=stagger,
         replacement=group["replacement"],
+        nonfinite=one_of("nonfinite", group["nonfinite"], NONFINITE),
     )
 
 
@@ -183,7 +194,7 @@ DEFAULT_EXCLUDE = ("*lm_head*", "*embed*")
 PROJECT: dict[str, Any] = dict(
     rank=None, update_proj_gap=200, selection="top", replacement=False, axis="auto", on_refresh="reset", scale=1.0,
     exclude=DEFAULT_EXCLUDE, step_in_backward=True, max_grad_norm=None, refresh_warmup=0, stochastic_rounding=False,
-    state_dtype=None, seed=0, block=1, stagger=False,
+    state_dtype=None, seed=0, block=1, stagger=False, nonfinite="raise",
 )  # fmt: skip
 """The keywords of a grass optimizer that are ours rather than torch's, with their defaults."""
 

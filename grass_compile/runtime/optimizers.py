@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import DEFAULT_EXCLUDE, PROJECT, AxisChoice, finite, nearest
+from ..config import DEFAULT_EXCLUDE, PROJECT, AxisChoice, NonFinite, finite, nearest
 from ..errors import ConfigError
 from .optimizer import GrassOptimizer
 from .rules import AdafactorRule, AdamWRule, Layout, LionRule, Rule, SGDRule, registered_rules
@@ -58,6 +58,9 @@ class AdamW(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
         state_dtype: dtype of the moments; None for at least fp32.
         seed: of drawn rows and of the stochastic rounding; None draws one from torch's default generator. It is part of the
             state.
+        nonfinite: what becomes of a gradient that is infinite or NaN. ``"raise"``: the step of this parameter is skipped, and
+            `step` (on a GPU, the next one) raises `NonFiniteError` with its name; ``"skip"``: it is skipped and counted in
+            ``state[p]["nonfinite"]``; ``"propagate"``: it spreads, as in torch.
 
     Raises:
         ConfigError: an argument is out of range, unknown, or not available in this version.
@@ -87,6 +90,7 @@ class AdamW(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
         seed: int | None = None,
         block: int = 1,
         stagger: bool | int = False,
+        nonfinite: NonFinite = "raise",
     ) -> None:
         self.rule = AdamWRule()
         own = _own_keywords(
@@ -94,6 +98,7 @@ class AdamW(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
             on_refresh=on_refresh, scale=scale, exclude=exclude,
             step_in_backward=step_in_backward, max_grad_norm=max_grad_norm, refresh_warmup=refresh_warmup,
             stochastic_rounding=stochastic_rounding, state_dtype=state_dtype, block=block, stagger=stagger, seed=seed,
+            nonfinite=nonfinite,
         )  # fmt: skip
         super().__init__(params, own=own, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=True)
 
