@@ -62,6 +62,16 @@ def _norms(gradients: Sequence[Tensor], norm_type: float) -> Tensor:
     return torch.stack([norm.to(norms[0]) for norm in norms])
 
 
+def send(counts: Tensor) -> tuple[Tensor, torch.Event | None]:
+    """A copy on the host, and the event after which it holds the counts; None if it does now."""
+    device = counts.device
+    if device.type != "cuda":
+        return counts.to("cpu"), None
+    copied, event = counts.to("cpu", non_blocking=True), torch.Event(device)
+    event.record(torch.accelerator.current_stream(device))
+    return copied, event
+
+
 class Skips:
     """What the host knows of the steps that devices have skipped.
 
@@ -86,13 +96,8 @@ class Skips:
         groups: dict[torch.device, list[Record]] = defaultdict(list)
         for record in records:
             groups[record.parameter.device].append(record)
-        for device, group in groups.items():
-            counts = torch.cat([record.state["nonfinite"] for record in group]).to("cpu", non_blocking=device.type == "cuda")
-            event = None
-            if device.type == "cuda":
-                event = torch.Event(device)
-                event.record(torch.accelerator.current_stream(device))
-            self._sent.append((group, counts, event))
+        for group in groups.values():
+            self._sent.append((group, *send(torch.cat([record.state["nonfinite"] for record in group]))))
         return late, self._take(only_known=not now)
 
     def forget(self) -> None:
