@@ -25,7 +25,8 @@ class AdamW(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
 
     ``state[p]`` of a projected weight holds ``index`` (``int64[r]``), ``row_scale`` (``[r]``), ``exp_avg`` and ``exp_avg_sq``
     (``[r, n]`` for rows, ``[m, r]`` for columns; transposed for a weight that is stored in x out), ``step`` (updates since the
-    moments were last zero; per row with ``on_refresh="carry"``), ``updates`` (updates in all) and ``axis``.
+    moments were last zero; per row with ``on_refresh="carry"``), ``updates`` (updates in all), ``nonfinite`` (how many of
+    them were skipped, ``int32[1]``) and ``axis``.
 
     Args:
         params: ``model.named_parameters()`` (the names serve ``exclude`` and messages), ``parameters()``, or groups; a group may
