@@ -94,13 +94,18 @@ class GroupOptions:
     replacement: bool = False
     nonfinite: NonFinite = "raise"
 
+    @property
+    def checked(self) -> bool:
+        """Whether a step whose gradient is not finite is skipped."""
+        return self.nonfinite != "propagate"
+
     def site(self, axis: AxisChoice, decays: bool, rule: Any) -> SiteConfig:
         """What these keywords ask of one weight; ``rank`` must not be None."""
         assert self.rank is not None
         return SiteConfig(
             rank=self.rank, axis=axis, on_refresh=self.on_refresh, decays=decays, scale=self.scale, rule=rule,
             stochastic_rounding=self.stochastic_rounding, state_dtype=self.state_dtype, selection=self.selection,
-            block=self.block, replacement=self.replacement, checked=self.nonfinite != "propagate",
+            block=self.block, replacement=self.replacement, checked=self.checked,
         )  # fmt: skip
 
 

@@ -184,7 +184,7 @@ def _adopt(holder: Holder, parameter: Tensor, group: dict[str, Any], wished: Wis
     rows, *scales = record.select(gradient) if record.due else (record.state["index"].clone(),)
     compact = gradient.index_select(dim, rows)
     compact = compact.to(torch.promote_types(compact.dtype, torch.float32))
-    if record.due and record.config().checked:
+    if record.due and record.options.checked:
         compact = torch.where(sound(gradient), compact, torch.nan)
     parameter.grad = CompactGrad(compact, rows, dim, parameter, wished.name, record.due, tuple(scales))
 

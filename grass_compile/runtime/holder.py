@@ -12,10 +12,10 @@ from torch import Tensor
 
 from .. import _torch
 from ..config import GroupOptions
-from ..errors import NonFiniteError, StateError
+from ..errors import StateError
 from . import state as registry
 from .gradient import CompactGrad
-from .nonfinite import Skips, clip_, unsound
+from .nonfinite import Skips, clip_, report, unsound
 from .rules import Rule
 from .state import Record
 from .step import seed_of
@@ -202,21 +202,21 @@ class Holder:
         self.clipped = False
         for record in self.records.values():
             record.moved = False
-        checked = [r for r in self.records.values() if r.assigned is not None and r.config().checked]
-        late, skipped = self._skips.look(checked, now=any(record.refreshed for record in checked))
-        for record in checked:
-            if record.refreshed and record in skipped:
-                record.state["updates"] -= 1  # so that it is still due
+        withheld, self._withheld = self._withheld, []
+        report(self._skipped() + Counter(withheld))
+
+    def _skipped(self) -> Counter[Record]:
+        """The steps that compiled code has skipped and that were not known yet. A refresh that was skipped is due again."""
+        state = self.optimizer.state if self.optimizer is not None else {}
+        checked = {p: record for p, record in self.records.items() if record.assigned is not None and record.options.checked}
+        refreshed = [record for record in checked.values() if record.refreshed]
+        counts = {record: state[parameter]["nonfinite"] for parameter, record in checked.items()}
+        late, current = self._skips.look(counts, now=bool(refreshed))
+        for record in refreshed:
             record.refreshed = False
-        found = Counter(late) + Counter(skipped) + Counter(self._withheld)
-        self._withheld = []
-        names = [f"{r.name or 'a weight'} ({n} step{'s' * (n > 1)})" for r, n in found.items() if r.options.nonfinite == "raise"]
-        if names:
-            raise NonFiniteError(
-                f"the gradient was not finite: {', '.join(names[:8])}{f' and {len(names) - 8} more' * (len(names) > 8)}. These "
-                "steps were skipped: weights and moments are as before, and after zero_grad() training may go on. Look for the "
-                "cause in the data and the loss; nonfinite='skip' skips without a word, 'propagate' takes the step as torch does."
-            )
+            if record in current:
+                record.state["updates"] -= 1
+        return Counter(late) + Counter(current)
 
 
 @_torch.outside_dynamo

@@ -12,11 +12,13 @@ The device decides and the host learns of it afterwards (`Skips`), since waiting
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from ..errors import NonFiniteError
 
 if TYPE_CHECKING:
     from .state import Record
@@ -59,16 +61,36 @@ def _norms(gradients: Sequence[Tensor], norm_type: float) -> Tensor:
     """The norm of each, in at least fp32, on the device of the first."""
     dtypes = [torch.promote_types(gradient.dtype, torch.float32) for gradient in gradients]
     norms = [torch.linalg.vector_norm(g, norm_type, dtype=dtype) for g, dtype in zip(gradients, dtypes, strict=True)]
-    return torch.stack([norm.to(norms[0]) for norm in norms])
+    return torch.stack([norm.to(norms[0].device) for norm in norms])
 
 
-def send(counts: Tensor) -> tuple[Tensor, torch.Event | None]:
+def report(skipped: Mapping[Record, int]) -> None:
+    """Raise for the parameters that ask for it.
+
+    Args:
+        skipped: how many of their steps were.
+
+    Raises:
+        NonFiniteError: naming them.
+    """
+    asked = {record: count for record, count in skipped.items() if record.options.nonfinite == "raise"}
+    names = [f"{record.name or 'a weight'} ({count} step{'s' * (count > 1)})" for record, count in asked.items()]
+    if names:
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        raise NonFiniteError(
+            f"the gradient was not finite: {', '.join(names[:8])}{more}. These steps were skipped: weights and moments are as "
+            "before, and after zero_grad() training may go on. Look for the cause in the data and the loss; nonfinite='skip' "
+            "skips without a word, 'propagate' takes the step as torch does."
+        )
+
+
+def send(counts: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     """A copy on the host, and the event after which it holds the counts; None if it does now."""
     device = counts.device
     if device.type != "cuda":
         return counts.to("cpu"), None
-    copied, event = counts.to("cpu", non_blocking=True), torch.Event(device)
-    event.record(torch.accelerator.current_stream(device))
+    copied, event = counts.to("cpu", non_blocking=True), torch.cuda.Event()  # the copy is pinned, so nothing waits for it
+    event.record(torch.cuda.current_stream(device))
     return copied, event
 
 
@@ -79,13 +101,13 @@ class Skips:
     """
 
     def __init__(self) -> None:
-        self._sent: list[tuple[list[Record], Tensor, torch.Event | None]] = []
+        self._sent: list[tuple[list[Record], Tensor, torch.cuda.Event | None]] = []
 
-    def look(self, records: Iterable[Record], now: bool) -> tuple[dict[Record, int], dict[Record, int]]:
+    def look(self, counts: Mapping[Record, Tensor], now: bool) -> tuple[dict[Record, int], dict[Record, int]]:
         """Send for the counts.
 
         Args:
-            records: of weights that are projected.
+            counts: of each weight, ``int32[1]``.
             now: whether to wait for them.
 
         Returns:
@@ -93,11 +115,11 @@ class Skips:
             those since then, as far as they are known.
         """
         late = self._take()
-        groups: dict[torch.device, list[Record]] = defaultdict(list)
-        for record in records:
-            groups[record.parameter.device].append(record)
+        groups: dict[torch.device, dict[Record, Tensor]] = defaultdict(dict)
+        for record, count in counts.items():
+            groups[count.device][record] = count
         for group in groups.values():
-            self._sent.append((group, *send(torch.cat([record.state["nonfinite"] for record in group]))))
+            self._sent.append((list(group), *send(torch.cat(list(group.values())))))
         return late, self._take(only_known=not now)
 
     def forget(self) -> None:

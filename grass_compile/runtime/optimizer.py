@@ -56,7 +56,7 @@ class GrassOptimizer(torch.optim.Optimizer):
         group = self.param_groups[0]
         self._holder.fused = group["step_in_backward"]
         self._holder.max_norm = None if group["max_grad_norm"] is None else float(group["max_grad_norm"])
-        self._holder.checked = group["nonfinite"] != "propagate"
+        self._holder.checked = parse_group(group).checked
 
     # ------------------------------------------------------------------------------------------------------- groups
 
@@ -191,7 +191,8 @@ class GrassOptimizer(torch.optim.Optimizer):
         """The gradient norm before the last clipping, 0-d, on the device; None if nothing was clipped yet.
 
         The norm is that of what is computed: the dense gradients, and of each projected weight the selected rows, without their
-        row scale. It is therefore smaller than the norm of all full gradients.
+        row scale. It is therefore smaller than the norm of all full gradients. Unless ``nonfinite="propagate"``, a gradient
+        whose norm is not finite is left out.
         """
         return self._holder.grad_norm
 

@@ -161,11 +161,12 @@ class Record:
             self.assigned = assigned
         if "index" not in self.state:
             options = self.options
-            checked = self.config().checked
-            made = initial_state(self.parameter, assigned, options.on_refresh, self.rule, options.state_dtype, checked)
+            how = options.on_refresh, self.rule, options.state_dtype, options.checked
+            made = initial_state(self.parameter, assigned, *how)
             if options.replacement:
                 made["row_count"] = torch.ones_like(made["row_scale"])
             self.state.update(made)
+            self.refreshed, self.skipped = False, 0
 
     def resume(self, assigned: Assigned, state: dict[str, Any]) -> None:
         """Go on from a loaded state that fits."""
@@ -317,7 +318,7 @@ class Record:
         layouts = "".join(layout_of(self.rule, name)[0] for name in names)
         length = self.parameter.shape[dim]
         new = settled(self.options.on_refresh, layouts, length, dim, chosen[0], gradient.rows, rest)
-        ok = sound(gradient.compact) if self.config().checked else None
+        ok = sound(gradient.compact) if self.options.checked else None
         with _torch.unversioned([*chosen, *rest]):
             for old, value in zip((*chosen, *rest), (gradient.rows, *gradient.scales, *new), strict=True):
                 old.copy_(value if ok is None else torch.where(ok, value, old))

@@ -147,7 +147,7 @@ def apply(
         moment = new[name].to(old.dtype) if rounding is None else round_stochastically(new[name], rounding)
         moments.append(_unless_skipped(ok, moment, old))
     weight_noise = noise if weight.dtype == torch.bfloat16 else None
-    step_by = _unless_skipped(ok, -update, -0.0)  # of all numbers, adding -0.0 alone changes no bit of any other
+    step_by = _unless_skipped(ok, -update, -0.0)  # adding -0.0 changes no bit, of zeros either
     return (row_update(weight, dim, index, step_by, weight_noise), *written, *moments)
 
 

@@ -531,6 +531,22 @@ def test_late_counts_of_a_refresh_are_waited_for(late: list[Arrival]) -> None:
         assert torch.equal(run.optimizer.state[run.model.a.weight]["index"], index) == (seed not in (0, 3, 7))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_reports_one_step_later() -> None:
+    model = net(torch.float32, bias=False).cuda()
+    optimizer = grass_compile.AdamW(model.named_parameters(), **{**PROJECT, "update_proj_gap": 100})
+    forward = compiled(model)
+    for seed, spoilt, named in [(0, "a", "a"), (1, "", ""), (2, "b", ""), (3, "", "b"), (4, "", "")]:
+        before = snapshot(model, optimizer)
+        forward(batch(seed, torch.float32).cuda(), factors({spoilt: NAN}).cuda()).backward()
+        with pytest.raises(NonFiniteError, match=rf"{named}\.weight \(1 step") if named else contextlib.nullcontext():
+            optimizer.step()
+        optimizer.zero_grad()
+        assert changed(before, snapshot(model, optimizer)) == {"a.weight", "b.weight"} - {f"{spoilt}.weight"}
+    assert skipped(model, optimizer) == {"a.weight": 1, "b.weight": 1}
+
+
 # ---------------------------------------------------------------------------------------------------- unmodified scripts
 
 
