@@ -284,21 +284,20 @@ def test_a_square_that_overflows_is_not_finite() -> None:
 
 
 @pytest.mark.parametrize("value", [NAN, INF, 1e22])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["fused", "deferred"])
 def test_clipping_leaves_what_is_not_finite_out_of_the_norm(mode: str, value: float) -> None:
-    """The others are clipped as if the gradients of that layer were zero."""
-    keywords = dict(dtype=torch.float32, max_grad_norm=0.01)
-    one, other = Run("fused" if mode == "accumulated" else mode, **keywords), Run("deferred", **keywords)
+    """The others are clipped as if the gradients of that layer were zero; what overflows is not scaled back into range."""
+    keywords = dict(dtype=torch.float32, max_grad_norm=1e-5)
+    one, other = Run(mode, **keywords), Run("deferred", **keywords)
+    before = snapshot(one.model, one.optimizer)
     for run, spoilt in ((one, value), (other, 0.0)):
         assert (run.step(0, {"b": spoilt}) is None) == (run is other)
     norm, expected = one.optimizer.grad_norm, other.optimizer.grad_norm
     assert norm is not None and expected is not None
     torch.testing.assert_close(norm, expected)
-    assert float(norm) > 0.01
+    assert float(norm) > 1e-5
     torch.testing.assert_close(one.model.a.weight, other.model.a.weight, rtol=0, atol=1e-7)
-    assert changed(snapshot(net(torch.float32), one.optimizer), snapshot(one.model, torch.optim.SGD(one.model.parameters()))) == {
-        "a.weight", "a.bias",
-    }  # fmt: skip
+    assert changed(before, snapshot(one.model, one.optimizer)) == {"a.weight", "a.bias"}
 
 
 def test_clipping_by_ones_own_hand_spreads_as_in_torch() -> None:
@@ -371,17 +370,21 @@ def test_rows_are_valid(dim: int, block: int, chosen_by: str, replacement: bool,
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("selection", ["top", "norm"])
+@pytest.mark.parametrize("selection", ["top", "uniform"])
 def test_a_refresh_looks_at_the_whole_gradient(mode: str, selection: str) -> None:
     """One row that is not finite spoils the choice, be it chosen or not."""
-    run = Run(mode, selection=selection, seed=0, nonfinite="skip")
+    run, twin = (Run(mode, selection=selection, seed=0, nonfinite="skip") for _ in range(2))
     run.steps(range(3))
+    twin.steps(range(4))
+    chosen = twin.optimizer.state[twin.model.b.weight]["index"].tolist()
+    row = min(set(range(32)) - set(chosen))  # of uniform draws no gradient has a say, so it will not be chosen
     before = run.snapshot()
     with torch.no_grad():
-        run.model.b.bias[5] = INF  # makes one row of the gradient infinite, and no other
+        run.model.b.bias[row] = INF  # makes this row of the gradient infinite, and no other
     run.backward(3)
     run.optimizer.step()
     after = run.snapshot()
+    assert same_bits(before["b.weight"]["index"], after["b.weight"]["index"])
     assert "b.weight" not in changed(before, after) and "a.weight" in changed(before, after)
     assert run.optimizer.state[run.model.b.weight]["updates"] == 3
 
