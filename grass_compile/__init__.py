@@ -4,6 +4,7 @@ from .errors import ConfigError as ConfigError
 from .errors import GraphError as GraphError
 from .errors import GrassError as GrassError
 from .errors import GrassWarning as GrassWarning
+from .errors import NonFiniteError as NonFiniteError
 from .errors import StateError as StateError
 from .explain import explain as explain
 from .report import Report as Report

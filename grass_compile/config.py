@@ -21,11 +21,13 @@ AxisChoice = Literal["rows", "columns", "auto"]
 OnRefresh = Literal["reset", "carry", "keep"]
 Selection = Literal["top", "norm", "norm2", "uniform"]
 Scores = Literal["exact", "sampled", "estimate"]
+NonFinite = Literal["raise", "skip", "propagate"]
 
 SELECTIONS = ("top", "norm", "norm2", "uniform")
 SCORES = ("exact", "sampled", "estimate")
 AXES = ("rows", "columns", "auto")
 ON_REFRESH = ("reset", "carry", "keep")
+NONFINITE = ("raise", "skip", "propagate")
 COMPILERS = ("inductor", "aot_eager")
 STATE_DTYPES = (None, torch.float32, torch.bfloat16, torch.float64)
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -48,6 +50,7 @@ class SiteConfig:
         block: neighbouring rows that are chosen together.
         replacement: whether rows are drawn with replacement, and scaled.
         scores: what new rows are chosen by.
+        checked: whether a step whose gradient is not finite is skipped.
     """
 
     rank: int
@@ -62,6 +65,12 @@ class SiteConfig:
     block: int = 1
     replacement: bool = False
     scores: Scores = "exact"
+    checked: bool = False
+
+    @property
+    def counted(self) -> bool:
+        """Whether the step itself counts the updates of the moments, beside them: by row, or because some are skipped."""
+        return self.checked or self.on_refresh == "carry"
 
     @property
     def step_alone(self) -> SiteConfig:
@@ -89,6 +98,12 @@ class GroupOptions:
     stagger: int = 1
     replacement: bool = False
     scores: Scores = "exact"
+    nonfinite: NonFinite = "raise"
+
+    @property
+    def checked(self) -> bool:
+        """Whether a step whose gradient is not finite is skipped."""
+        return self.nonfinite != "propagate"
 
     def site(self, axis: AxisChoice, decays: bool, rule: Any) -> SiteConfig:
         """What these keywords ask of one weight; ``rank`` must not be None."""
@@ -96,7 +111,7 @@ class GroupOptions:
         return SiteConfig(
             rank=self.rank, axis=axis, on_refresh=self.on_refresh, decays=decays, scale=self.scale, rule=rule,
             stochastic_rounding=self.stochastic_rounding, state_dtype=self.state_dtype, selection=self.selection,
-            block=self.block, replacement=self.replacement, scores=self.scores,
+            block=self.block, replacement=self.replacement, scores=self.scores, checked=self.checked,
         )  # fmt: skip
 
 
@@ -184,6 +199,7 @@ def parse_group(group: Mapping[str, Any]) -> GroupOptions:
         stagger=stagger,
         replacement=group["replacement"],
         scores=scores,
+        nonfinite=one_of("nonfinite", group["nonfinite"], NONFINITE),
     )
 
 
@@ -195,8 +211,7 @@ DEFAULT_EXCLUDE = ("*lm_head*", "*embed*")
 PROJECT: dict[str, Any] = dict(
     rank=None, update_proj_gap=200, selection="top", replacement=False, axis="auto", on_refresh="reset", scale=1.0,
     exclude=DEFAULT_EXCLUDE, step_in_backward=True, max_grad_norm=None, refresh_warmup=0, stochastic_rounding=False,
-    state_dtype=None, seed=0, block=1, stagger=False,
-    scores="exact",
+    state_dtype=None, seed=0, block=1, stagger=False, scores="exact", nonfinite="raise",
 )  # fmt: skip
 """The keywords of a grass optimizer that are ours rather than torch's, with their defaults."""
 

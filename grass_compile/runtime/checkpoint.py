@@ -12,6 +12,9 @@ from ..config import AXES
 from ..errors import StateError
 from .state import Assigned, Record, initial_state
 
+LATER = ("nonfinite",)
+"""State that earlier versions did not have; it is made anew where it is missing."""
+
 
 def fitting(record: Record, entry: Mapping[str, Any]) -> tuple[Assigned, dict[str, Any]]:
     """A copy of a loaded compact state on the weight's device, and how the weight is projected by it.
@@ -25,7 +28,7 @@ def fitting(record: Record, entry: Mapping[str, Any]) -> tuple[Assigned, dict[st
 
     parameter, wanted, options = record.parameter, record.options.rank, record.options
     counted = ("row_count",) if options.replacement else ()
-    names = ("index", "row_scale", *counted, "step", *record.rule.state_names)
+    names = ("index", "row_scale", *counted, "step", *record.rule.state_names, *(name for name in LATER if name in entry))
     if missing := sorted({*names, "updates", "axis", "dim"} - set(entry)):
         raise refuse(f"lacks {missing}")
     tensors = {name: entry[name] for name in names}
@@ -53,7 +56,8 @@ def fitting(record: Record, entry: Mapping[str, Any]) -> tuple[Assigned, dict[st
             raise refuse(f"has a {name} of {value.dtype}, where {fresh[name].dtype} is kept (model dtype, or state_dtype=)")
     if len(index.unique()) != rank or not bool(((index >= 0) & (index < shape[dim])).all()):
         raise refuse(f"is damaged: index must hold {rank} different rows or columns of shape {shape}")
-    return assigned, {key: _copied(value, parameter.device) for key, value in entry.items()}
+    lacking = {name: fresh[name] for name in LATER if name not in entry}
+    return assigned, {key: _copied(value, parameter.device) for key, value in entry.items()} | lacking
 
 
 def check_dense(record: Record, entry: Mapping[str, Any]) -> None:

@@ -121,7 +121,7 @@ _torch.register_once_lowering(torch.ops.grass_compile.once.default)
 
 _library.define(
     "refresh_(Tensor gradient, Tensor(a!) index, Tensor? noise, Tensor(b!)[] state, int dim, int rank, str on_refresh, "
-    "str selection, int block, bool replacement, str layouts) -> Tensor"
+    "str selection, int block, bool replacement, str layouts, bool checked) -> Tensor"
 )
 
 
@@ -148,8 +148,8 @@ _library.impl("refresh_", _refresh_, "CompositeExplicitAutograd")
 torch.library.register_fake("grass_compile::refresh_", _fake_refresh_)
 
 refresh_ = torch.ops.grass_compile.refresh_.default
-"""``refresh_(gradient [m, n], index int64[r], noise, state, dim, rank, on_refresh, selection, block, replacement, layouts)``
-returns the compact gradient of the rows that it
+"""``refresh_(gradient [m, n], index int64[r], noise, state, dim, rank, on_refresh, selection, block, replacement, layouts,
+checked)`` returns the compact gradient of the rows that it
 has chosen; ``index`` and ``state`` are written."""
 
 

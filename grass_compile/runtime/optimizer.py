@@ -17,7 +17,7 @@ from .checkpoint import check_dense, fitting, unprotect
 from .holder import Holder
 from .rules import Rule
 
-COMMON = ("step_in_backward", "max_grad_norm")
+COMMON = ("step_in_backward", "max_grad_norm", "nonfinite")
 """Keywords that belong to an optimizer as a whole."""
 
 
@@ -56,6 +56,7 @@ class GrassOptimizer(torch.optim.Optimizer):
         group = self.param_groups[0]
         self._holder.fused = group["step_in_backward"]
         self._holder.max_norm = None if group["max_grad_norm"] is None else float(group["max_grad_norm"])
+        self._holder.checked = parse_group(group).checked
 
     # ------------------------------------------------------------------------------------------------------- groups
 
@@ -114,6 +115,7 @@ class GrassOptimizer(torch.optim.Optimizer):
 
         Raises:
             StateError: a projected weight has a full gradient as well, from outside its compiled region.
+            NonFiniteError: as ``nonfinite="raise"`` says, after all else is done.
         """
         loss = None
         if closure is not None:
@@ -126,12 +128,13 @@ class GrassOptimizer(torch.optim.Optimizer):
             holder.clip(holder.max_norm)
         waiting = holder.pending()
         holder.apply(waiting)
+        hidden = {**waiting, **holder.withhold()}
         try:
-            for parameter in waiting:
+            for parameter in hidden:
                 parameter.grad = None
             self._dense_step()
         finally:
-            for parameter, gradient in waiting.items():
+            for parameter, gradient in hidden.items():
                 parameter.grad = gradient
         holder.close()
         return loss
@@ -188,7 +191,8 @@ class GrassOptimizer(torch.optim.Optimizer):
         """The gradient norm before the last clipping, 0-d, on the device; None if nothing was clipped yet.
 
         The norm is that of what is computed: the dense gradients, and of each projected weight the selected rows, without their
-        row scale. It is therefore smaller than the norm of all full gradients.
+        row scale. It is therefore smaller than the norm of all full gradients. Unless ``nonfinite="propagate"``, a gradient
+        whose norm is not finite is left out.
         """
         return self._holder.grad_norm
 
@@ -244,9 +248,9 @@ class GrassOptimizer(torch.optim.Optimizer):
             for parameter in group["params"]:
                 record = self._holder.records[parameter]
                 record.group, record.options, record.assigned = group, options, None
-                if parameter in loaded:
-                    record.assigned, self.state[parameter] = loaded[parameter]
                 record.forget()
+                if parameter in loaded:
+                    record.resume(*loaded[parameter])
         self._holder.forget_numbers()
         self._settle()
 

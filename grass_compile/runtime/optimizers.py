@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import DEFAULT_EXCLUDE, PROJECT, AxisChoice, finite, nearest
+from ..config import DEFAULT_EXCLUDE, PROJECT, AxisChoice, NonFinite, finite, nearest
 from ..errors import ConfigError
 from .optimizer import GrassOptimizer
 from .rules import AdafactorRule, AdamWRule, Layout, LionRule, Rule, SGDRule, registered_rules
@@ -25,7 +25,8 @@ class AdamW(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
 
     ``state[p]`` of a projected weight holds ``index`` (``int64[r]``), ``row_scale`` (``[r]``), ``exp_avg`` and ``exp_avg_sq``
     (``[r, n]`` for rows, ``[m, r]`` for columns; transposed for a weight that is stored in x out), ``step`` (updates since the
-    moments were last zero; per row with ``on_refresh="carry"``), ``updates`` (updates in all) and ``axis``.
+    moments were last zero; per row with ``on_refresh="carry"``), ``updates`` (updates in all), ``nonfinite`` (how many of
+    them were skipped, ``int32[1]``) and ``axis``.
 
     Args:
         params: ``model.named_parameters()`` (the names serve ``exclude`` and messages), ``parameters()``, or groups; a group may
@@ -62,6 +63,9 @@ class AdamW(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
         state_dtype: dtype of the moments; None for at least fp32.
         seed: of drawn rows and of the stochastic rounding; None draws one from torch's default generator. It is part of the
             state.
+        nonfinite: what becomes of a gradient that is infinite or NaN. ``"raise"``: the step of this parameter is skipped, and
+            `step` (on a GPU, the next one) raises `NonFiniteError` with its name; ``"skip"``: it is skipped and counted in
+            ``state[p]["nonfinite"]``; ``"propagate"``: it spreads, as in torch.
 
     Raises:
         ConfigError: an argument is out of range, unknown, or not available in this version.
@@ -92,6 +96,7 @@ class AdamW(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
         block: int = 1,
         stagger: bool | int = False,
         scores: str = "exact",
+        nonfinite: NonFinite = "raise",
     ) -> None:
         self.rule = AdamWRule()
         own = _own_keywords(
@@ -99,7 +104,7 @@ class AdamW(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
             on_refresh=on_refresh, scale=scale, exclude=exclude,
             step_in_backward=step_in_backward, max_grad_norm=max_grad_norm, refresh_warmup=refresh_warmup,
             stochastic_rounding=stochastic_rounding, state_dtype=state_dtype, block=block, stagger=stagger, seed=seed,
-            scores=scores,
+            scores=scores, nonfinite=nonfinite,
         )  # fmt: skip
         super().__init__(params, own=own, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=True)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import selection
+from .nonfinite import sound
 
 
 def refresh(
@@ -28,6 +29,7 @@ def refresh(
     block: int,
     replacement: bool,
     layouts: str,
+    checked: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Choose new rows.
 
@@ -43,16 +45,24 @@ def refresh(
         block: neighbouring rows that are chosen together.
         replacement: whether rows are drawn with replacement.
         layouts: what each tensor of ``state`` has a number for, see `settled`.
+        checked: whether a gradient that is not sound chooses nothing.
 
     Returns:
-        The compact gradient, the new index and the state that belongs to it, all new tensors.
+        The compact gradient, the new index and the state that belongs to it, all new tensors. If nothing is chosen: NaN, the old
+        index and the old state.
     """
-    chosen, *scales = chosen_rows(selection.scores(gradient, dim), noise, rank, chosen_by, block, replacement)
+    scores = selection.scores(gradient, dim)
+    chosen, *scales = chosen_rows(scores, noise, rank, chosen_by, block, replacement)
     scaled = iter(scales)
     kept = [tensor for layout, tensor in zip(layouts, state, strict=True) if layout != "c"]
     rest = iter(settled(on_refresh, layouts.replace("c", ""), gradient.shape[dim], dim, index, chosen, kept))
-    state = [next(scaled if layout == "c" else rest) for layout in layouts]
-    return gradient.index_select(dim, chosen), chosen, state
+    new = [next(scaled if layout == "c" else rest) for layout in layouts]
+    compact = gradient.index_select(dim, chosen)
+    if not checked:
+        return compact, chosen, new
+    ok = sound(scores)
+    new = [torch.where(ok, fresh, old) for fresh, old in zip(new, state, strict=True)]
+    return torch.where(ok, compact, torch.nan), torch.where(ok, chosen, index), new
 
 
 def chosen_rows(

@@ -21,9 +21,10 @@ from ..config import Axis, GroupOptions, SiteConfig
 from ..errors import StateError
 from . import selection
 from .gradient import CompactGrad
+from .nonfinite import sound
 from .refresh import chosen_rows, settled
 from .rules import Rule
-from .step import SCALES, layout_of, step_state
+from .step import SCALES, layout_of, settled_state, step_state
 
 if TYPE_CHECKING:
     from .call import Call
@@ -63,11 +64,14 @@ class Record:
         rows: the index of that gradient.
         proposes: whether the backward of that gradient has proposed the rows to take next.
         trained_dense: whether full moments are known to be no mere zeros.
+        refreshed: whether the last update was the first of new rows.
+        skipped: how many of its steps are known to have been skipped, see `grass_compile.runtime.nonfinite`.
     """
 
     __slots__ = (
         "__weakref__", "_configs", "_holder", "_leaf", "_noise", "_parameter", "_proposed", "_scratch", "assigned", "flight",
-        "group", "kernel", "moved", "name", "number", "options", "outstanding", "proposes", "rows", "rule", "trained_dense",
+        "group", "kernel", "moved", "name", "number", "options", "outstanding", "proposes", "refreshed", "rows", "rule",
+        "skipped", "trained_dense",
     )  # fmt: skip
 
     def __init__(
@@ -84,6 +88,7 @@ class Record:
         self.outstanding: weakref.WeakSet[Call] = weakref.WeakSet()
         self.moved = False
         self.trained_dense = False
+        self.refreshed, self.skipped = False, 0
         self.flight: int | None = None
         self.rows: Tensor | None = None
         self._scratch: list[Tensor] | None = None
@@ -160,10 +165,20 @@ class Record:
             self.assigned = assigned
         if "index" not in self.state:
             options = self.options
-            made = initial_state(self.parameter, assigned, options.on_refresh, self.rule, options.state_dtype)
+            how = options.on_refresh, self.rule, options.state_dtype, options.checked
+            made = initial_state(self.parameter, assigned, *how)
             if options.replacement:
                 made["row_count"] = torch.ones_like(made["row_scale"])
             self.state.update(made)
+            self.refreshed, self.skipped = False, 0
+
+    def resume(self, assigned: Assigned, state: dict[str, Any]) -> None:
+        """Go on from a loaded state that fits."""
+        assert self.holder is not None and self.holder.optimizer is not None
+        self.assigned = assigned
+        state["step"] = state["step"].to(self.parameter.device if self.config().counted else "cpu")
+        self.holder.optimizer.state[self.parameter] = state
+        self.refreshed, self.skipped = False, int(state["nonfinite"])
 
     @property
     def leaf(self) -> Tensor:
@@ -220,12 +235,12 @@ class Record:
         return self.number * slots // len(self.holder.records) * gap // slots
 
     def next_step(self, fresh: bool) -> int:
-        """Updates since the moments were last zero, the next one included; 0 where that is counted per row.
+        """Updates since the moments were last zero, the next one included; 0 where the step itself counts them.
 
         Args:
             fresh: whether the next update is the first of new rows.
         """
-        if self.options.on_refresh == "carry":
+        if self.config().counted:
             return 0
         return 1 if fresh and self.options.on_refresh == "reset" else int(self.state["step"]) + 1
 
@@ -317,16 +332,21 @@ class Record:
             self.proposes = refresh and not exact
         self.flight = _torch.graph_task()
 
-    def settle(self, rows: Tensor, scales: Sequence[Tensor]) -> None:
-        """Make new rows, and what was chosen along with them, those of the state."""
+    def settle(self, gradient: CompactGrad) -> None:
+        """Make the rows of a fresh gradient, and what was chosen along with them, those of the state; unless its step will be
+        skipped."""
+        self._settle(gradient.rows, gradient.scales, sound(gradient.compact) if self.options.checked else None)
+
+    def _settle(self, rows: Tensor, scales: Sequence[Tensor], ok: Tensor | None) -> None:
         assert self.assigned is not None
-        chosen, dim = self.chosen(), self.assigned.dim
-        index, names, rest = chosen[0], step_state(self.config())[len(chosen) :], self.tensors()[len(chosen) :]
+        chosen, dim, names = self.chosen(), self.assigned.dim, settled_state(self.config())
+        rest = [self.state[name] for name in names]
         layouts = "".join(layout_of(self.rule, name)[0] for name in names)
-        new = settled(self.options.on_refresh, layouts, self.parameter.shape[dim], dim, index, rows, rest)
+        length = self.parameter.shape[dim]
+        new = settled(self.options.on_refresh, layouts, length, dim, chosen[0], rows, rest)
         with _torch.unversioned([*chosen, *rest]):
             for old, value in zip((*chosen, *rest), (rows, *scales, *new), strict=True):
-                old.copy_(value)
+                old.copy_(value if ok is None else torch.where(ok, value, old))
 
     @property
     def proposed(self) -> Tensor:
@@ -337,7 +357,7 @@ class Record:
 
     def renew(self, rows: Tensor) -> None:
         """Go over to rows that were proposed by a step that is done."""
-        self.settle(rows, ())
+        self._settle(rows, (), None)
         if self.options.on_refresh == "reset":
             self.state["step"].zero_()
 
@@ -358,10 +378,11 @@ class Record:
         self.holder.clipped = self.holder.max_norm is not None
 
     def count(self, fresh: bool) -> None:
-        """Note that this weight was updated."""
-        if self.options.on_refresh != "carry":
+        """Note that this weight was updated, or that its step was skipped: that is for the device to know."""
+        if not self.config().counted:
             self.state["step"].fill_(self.next_step(fresh))
         self.state["updates"] += 1
+        self.refreshed = fresh
 
 
 def refusal(name: str, parameter: Tensor, options: GroupOptions) -> str | None:
@@ -404,23 +425,31 @@ def leaf_like(weight: Tensor, assigned: Assigned) -> Tensor:
 
 
 def initial_state(
-    parameter: Tensor, assigned: Assigned, on_refresh: str, rule: Rule, state_dtype: torch.dtype | None = None
+    parameter: Tensor,
+    assigned: Assigned,
+    on_refresh: str,
+    rule: Rule,
+    state_dtype: torch.dtype | None = None,
+    checked: bool = False,
 ) -> dict[str, Any]:
     """The compact state of a weight before its first refresh.
 
     Returns:
-        ``index`` ``int64[r]``; ``row_scale`` ``[r]``; ``step`` (0-d on the CPU, as torch keeps it; ``[r]`` beside the moments if
-        it is counted per row); ``updates`` (how many the weight has had in all); ``axis`` and ``dim`` (the stored dimension that
-        is indexed); and the rule's state by its layout, in ``state_dtype`` or at least fp32.
+        ``index`` ``int64[r]``; ``row_scale`` ``[r]``; ``step`` (0-d on the CPU, as torch keeps it; beside the moments if the step
+        itself counts it, and then ``[r]`` if by row); ``updates`` (how many the weight has had in all); ``nonfinite``
+        (``int32[1]``, how many of them were skipped); ``axis`` and ``dim`` (the stored dimension that is indexed); and the
+        rule's state by its layout, in ``state_dtype`` or at least fp32.
     """
     dtype, device = torch.promote_types(parameter.dtype, torch.float32), parameter.device
+    counted = checked or on_refresh == "carry"
     shape = list(parameter.shape)
     shape[assigned.dim] = assigned.rank
     state: dict[str, Any] = {
         "index": torch.arange(assigned.rank, device=device),
         "row_scale": torch.ones(assigned.rank, dtype=dtype, device=device),
-        "step": torch.zeros(assigned.rank, device=device) if on_refresh == "carry" else torch.zeros(()),
+        "step": torch.zeros([assigned.rank] if on_refresh == "carry" else [], device=device if counted else "cpu"),
         "updates": 0,
+        "nonfinite": torch.zeros(1, dtype=torch.int32, device=device),
         "axis": assigned.axis,
         "dim": assigned.dim,
     }

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..errors import GraphError
-from .ops import round_stochastically, row_update
+from .nonfinite import sound
+from .ops import once, round_stochastically, row_update
 from .rules.base import Layout, Rule
 from .selection import SAMPLED
 
@@ -23,9 +24,9 @@ if TYPE_CHECKING:
     from ..config import SiteConfig
 
 SHARED_HYPER = ("decay", "step", "seed", "max_norm")
-"""The last elements of ``hyper``: ``1 - lr * weight_decay``, the factor on the whole weight; where all rows of a weight have had
-equally many updates, their number, this one included; where rounding is stochastic, the seed of this step's; and where
-gradients are clipped, the largest norm allowed."""
+"""The last elements of ``hyper``: ``1 - lr * weight_decay``, the factor on the whole weight; where the host counts the updates
+of the moments, their number, this one included; where rounding is stochastic, the seed of this step's; and where gradients are
+clipped, the largest norm allowed."""
 
 
 Action = Literal["step", "choose", "keep", "skip"]
@@ -58,10 +59,15 @@ SCALES = ("row_scale", "row_count")
 def step_state(config: SiteConfig) -> tuple[str, ...]:
     """The state tensors of one weight that a step reads, in their order; it writes all but what a refresh has chosen.
 
-    ``step`` is among them only where it is kept per row; otherwise it comes with ``hyper``.
+    ``step`` is among them only where the step counts it (`SiteConfig.counted`); otherwise it comes with ``hyper``.
     """
     chosen = SCALES if config.replacement else ()
-    return ("index", *chosen, *(("step",) if config.on_refresh == "carry" else ()), *config.rule.state_names)
+    return ("index", *chosen, *(("nonfinite",) if config.checked else ()), *settled_state(config))
+
+
+def settled_state(config: SiteConfig) -> tuple[str, ...]:
+    """Those that belong to the rows: a refresh resets, carries or keeps them."""
+    return (*(("step",) if config.counted else ()), *config.rule.state_names)
 
 
 def layout_of(rule: Rule, name: str) -> str:
@@ -87,7 +93,10 @@ def apply(
     index: Tensor,
     state: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
-    """The step itself: the new weight, and the new state after ``index``."""
+    """The step itself: the new weight, and the new state after ``index``.
+
+    Where gradients are checked and this one is not finite, all of it comes out as it went in, but for the count of such steps.
+    """
     rule = config.rule
     numbers = dict(zip((*rule.hyper_names, *SHARED_HYPER), hyper.unbind(), strict=True))
     wide = torch.promote_types(weight.dtype, torch.float32)
@@ -98,11 +107,17 @@ def apply(
         row_scale, row_count, *state = state
         written += [row_scale, row_count]
         scales = [row_scale.to(wide).unsqueeze(1 - dim), row_count.to(wide).unsqueeze(1 - dim)]
-    if config.on_refresh == "carry":
-        counted, *state = state
-        written += [counted + 1]
-        step = written[-1].to(hyper.dtype).unsqueeze(1 - dim)
     compact_grad = compact_grad.to(wide)
+    ok = None
+    if config.checked:
+        skipped, *state = state
+        ok = once(sound(compact_grad))
+        written += [skipped + ok.logical_not()]
+    if config.counted:
+        counted, *state = state
+        written += [_unless_skipped(ok, counted + 1, counted)]
+        step = (counted + 1).to(hyper.dtype)
+        step = step.unsqueeze(1 - dim) if step.dim() else step
     if scales:
         compact_grad = compact_grad * scales[0]
     if config.decays and rule.coupled_decay:
@@ -123,7 +138,7 @@ def apply(
     if config.stochastic_rounding and torch.bfloat16 in (weight.dtype, *(tensor.dtype for tensor in state)):
         noise = rounding_noise(compact_grad.shape, numbers["seed"])
     if config.decays and not rule.coupled_decay:
-        decayed = weight.to(wide) * numbers["decay"]
+        decayed = weight.to(wide) * _unless_skipped(ok, numbers["decay"], 1.0)
         if config.stochastic_rounding and weight.dtype == torch.bfloat16:
             weight = round_stochastically(decayed, rounding_noise(weight.shape, numbers["seed"] + 1.0))
         else:
@@ -131,9 +146,16 @@ def apply(
     moments = []
     for old, name in zip(state, rule.state_names, strict=True):
         rounding = noise if old.dtype == torch.bfloat16 and rule.layout(name) == "full" else None
-        moments.append(new[name].to(old.dtype) if rounding is None else round_stochastically(new[name], rounding))
+        moment = new[name].to(old.dtype) if rounding is None else round_stochastically(new[name], rounding)
+        moments.append(_unless_skipped(ok, moment, old))
     weight_noise = noise if weight.dtype == torch.bfloat16 else None
-    return (row_update(weight, dim, index, -update, weight_noise), *written, *moments)
+    step_by = _unless_skipped(ok, -update, -0.0)  # adding -0.0 changes no bit, of zeros either
+    return (row_update(weight, dim, index, step_by, weight_noise), *written, *moments)
+
+
+def _unless_skipped(ok: Tensor | None, new: Tensor, old: Tensor | float) -> Tensor:
+    """``new``, or ``old`` where the step is skipped; ``ok`` is None where none ever is."""
+    return new if ok is None else torch.where(ok, new, old)
 
 
 def _seen(rule: Rule, dim: int, layout: Layout, tensor: Tensor) -> Tensor:
@@ -193,11 +215,16 @@ def _where(rule: Rule, error: BaseException | None = None) -> str:
     return f"{type(rule).__name__} ({file}:{line})"
 
 
-def clip_scale(hyper: Tensor, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-    """The common norm of gradients, and the factor that brings it down to ``max_norm``, as ``torch.nn.utils.clip_grad_norm_``."""
-    squares = [(gradient.to(hyper.dtype) ** 2).sum() for gradient in gradients]
-    norm = torch.stack(squares).sum().sqrt()
-    return norm, (hyper[-1] / (norm + 1e-6)).clamp(max=1.0)
+def clip_scales(checked: bool, hyper: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
+    """The common norm of gradients, and for each the factor that brings it down to ``max_norm``, as
+    ``torch.nn.utils.clip_grad_norm_``; with ``checked``, as `grass_compile.runtime.nonfinite.clip_`."""
+    squares = torch.stack([(gradient.to(hyper.dtype) ** 2).sum() for gradient in gradients])
+    finite = squares.isfinite()
+    norm = (torch.where(finite, squares, 0.0) if checked else squares).sum().sqrt()
+    scale = (hyper[-1] / (norm + 1e-6)).clamp(max=1.0)
+    if not checked:
+        return norm, *[scale for _ in gradients]
+    return norm, *torch.where(finite & norm.isfinite(), scale, float("nan")).unbind()
 
 
 def scaled(gradient: Tensor, scale: Tensor) -> tuple[Tensor]:

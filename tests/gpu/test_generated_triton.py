@@ -67,7 +67,7 @@ def train(axis: Axis) -> None:
     weight, state = model[0].gate.weight, optimizer.state[model[0].gate.weight]
     gradient, hyper = torch.zeros_like(state["exp_avg"], dtype=weight.dtype), torch.zeros(len(HYPER))
     (name,) = {name for name in ops.kernels if "AdamW" in name}
-    ops.kernels[name](gradient, weight, hyper, state["index"], state["exp_avg"], state["exp_avg_sq"])
+    ops.kernels[name](gradient, weight, hyper, *(state[key] for key in ("index", "nonfinite", "step", "exp_avg", "exp_avg_sq")))
 
 
 HYPER = (*AdamWRule.hyper_names, *SHARED_HYPER)
@@ -161,16 +161,19 @@ def test_each_weight_moves_once_with_its_moments(run: Run, kind: str) -> None:
     steps = [launch for launch in module.launches if launch.function == STEP]
     for weight, moments in sites(backward, run.axis).items():
         (step,) = (launch for launch in steps if weight in launch.names)
-        assert step.arguments[1] == weight and step.arguments[4] == f"[{moments[0]}, {moments[1]}]"
+        assert step.arguments[1] == weight and step.arguments[4].endswith(f", {moments[0]}, {moments[1]}]")
         assert module.launches.index(step) >= max(i for i, launch in enumerate(module.launches) if weight in launch.names)
 
 
 def test_one_kernel_writes_a_weight_and_its_moments(run: Run) -> None:
+    """Before it, a sum over the gradient, in two stages, tells whether that is finite, and counts; after it, the step counts."""
     module = parse(run.step.code)
-    _, weight, _, _, *moments = run.step.inputs
-    (launch,) = module.launches
-    assert launch.function in module.kernels and not module.layouts, "nothing is allocated"
+    _, weight, _, _, nonfinite, step, *moments = run.step.inputs
+    assert {launch.function for launch in module.launches} <= set(module.kernels)
+    _, check, launch, count = module.launches
     assert launch.written == {weight, *moments}
+    assert nonfinite in check.written and step in count.written
+    assert all(module.numel(name) < RANK for name in module.layouts), "nothing large is allocated"
 
 
 def test_no_kernel_uses_atomics(run: Run) -> None:
