@@ -10,6 +10,7 @@ from .report import Report as Report
 from .runtime.optimizers import SGD as SGD
 from .runtime.optimizers import Adafactor as Adafactor
 from .runtime.optimizers import AdamW as AdamW
+from .runtime.optimizers import AdamW8bit as AdamW8bit
 from .runtime.optimizers import Lion as Lion
 from .runtime.optimizers import Optimizer as Optimizer
 from .runtime.rules import Rule as Rule

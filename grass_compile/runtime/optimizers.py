@@ -11,7 +11,7 @@ from torch import Tensor
 from ..config import DEFAULT_EXCLUDE, PROJECT, AxisChoice, finite, nearest
 from ..errors import ConfigError
 from .optimizer import GrassOptimizer
-from .rules import AdafactorRule, AdamWRule, Layout, LionRule, Rule, SGDRule, registered_rules
+from .rules import AdafactorRule, AdamW8bitRule, AdamWRule, LionRule, Rule, SGDRule, registered_rules
 from .step import run_rule
 
 
@@ -96,6 +96,40 @@ class AdamW(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
             stochastic_rounding=stochastic_rounding, state_dtype=state_dtype, block=block, stagger=stagger, seed=seed,
         )  # fmt: skip
         super().__init__(params, own=own, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=True)
+
+
+class AdamW8bit(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
+    """AdamW in the compact space with moments of 8 bits; the dense rest through ``torch.optim.AdamW``, with moments in full.
+
+    ``state[p]`` of a projected weight holds the codes ``exp_avg`` (``int8``) and ``exp_avg_sq`` (``uint8``), ``[r, n]`` or
+    ``[m, r]``, and the largest magnitude of each block of 128 features of a row, ``exp_avg_max`` and ``exp_avg_sq_max``,
+    ``[r, ceil(n / 128)]`` or ``[r, ceil(m / 128)]``: 2.06 bytes for an element where `AdamW` has 8. `AdamW8bitRule` in
+    ``grass_compile.runtime.rules`` says what the codes stand for, and their errors.
+
+    Args:
+        params: as of `AdamW`.
+        lr: learning rate.
+        betas: decay rates of the moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled weight decay, on the whole weight.
+        **project: ``rank`` and the other keywords of `AdamW` from there on, but for ``state_dtype``.
+
+    Raises:
+        ConfigError: as of `AdamW`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        **project: Any,
+    ) -> None:
+        self.rule = AdamW8bitRule()
+        keywords = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        super().__init__(params, own=_own_keywords(**project), **keywords, foreach=True)
 
 
 class SGD(GrassOptimizer, torch.optim.SGD):  # type: ignore[override]
@@ -211,11 +245,10 @@ class Optimizer(GrassOptimizer):
         weight, gradient = (tensor.reshape(shape).to(wide) for tensor in (parameter, parameter.grad))
         if not state:
             state["step"] = torch.zeros(())
-            sizes = {"full": gradient.shape, "selected": gradient.shape[:1], "others": gradient.shape[1:]}
             for name in rule.state_names:
-                state[name] = gradient.new_zeros(sizes[rule.layout(name)])
+                state[name] = gradient.new_zeros(rule.shape(name, *gradient.shape), dtype=rule.state_dtypes.get(name))
         state["step"] += 1
-        seen = {name: _broadcast(rule.layout(name), state[name]) for name in rule.state_names}
+        seen = {name: rule.seen(name, state[name]) for name in rule.state_names}
         seen |= {"step": state["step"].to(weight), **({"weight": weight} if rule.reads_weight else {})}
         if rule.coupled_decay:
             gradient = gradient + float(group["weight_decay"]) * weight
@@ -225,10 +258,6 @@ class Optimizer(GrassOptimizer):
         parameter.copy_((weight - update).view(parameter.shape))
         for name, tensor in new.items():
             state[name].copy_(tensor.view(state[name].shape))
-
-
-def _broadcast(layout: Layout, tensor: Tensor) -> Tensor:
-    return tensor.unsqueeze(1 if layout == "selected" else 0) if layout != "full" else tensor
 
 
 class Lion(Optimizer):

@@ -3,17 +3,19 @@
 from .adafactor import AdafactorRule
 from .adam import AdamRule
 from .adamw import AdamWRule
+from .adamw8bit import AdamW8bitRule
 from .base import Layout, Rule, register_rule, registered_rules
 from .lion import LionRule
 from .sgd import SGDRule
 from .sonew import SONewRule
 
 __all__ = [
-    "AdafactorRule", "AdamRule", "AdamWRule", "Layout", "LionRule", "Rule", "SGDRule", "SONewRule", "register_rule",
-    "registered_rules",
+    "AdafactorRule", "AdamRule", "AdamW8bitRule", "AdamWRule", "Layout", "LionRule", "Rule", "SGDRule", "SONewRule",
+    "register_rule", "registered_rules",
 ]  # fmt: skip
 
 register_rule("adamw", AdamWRule())
+register_rule("adamw8bit", AdamW8bitRule())
 register_rule("adam", AdamRule())
 register_rule("sgd", SGDRule())
 register_rule("lion", LionRule())
