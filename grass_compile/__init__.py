@@ -11,6 +11,7 @@ from .runtime.optimizers import SGD as SGD
 from .runtime.optimizers import Adafactor as Adafactor
 from .runtime.optimizers import AdamW as AdamW
 from .runtime.optimizers import AdamW8bit as AdamW8bit
+from .runtime.optimizers import Apollo as Apollo
 from .runtime.optimizers import Lion as Lion
 from .runtime.optimizers import Optimizer as Optimizer
 from .runtime.rules import Rule as Rule

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import DEFAULT_EXCLUDE, PROJECT, AxisChoice, finite, nearest
+from ..config import DEFAULT_EXCLUDE, PROJECT, AxisChoice, finite, nearest, positive_int
 from ..errors import ConfigError
 from .optimizer import GrassOptimizer
-from .rules import AdafactorRule, AdamW8bitRule, AdamWRule, LionRule, Rule, SGDRule, registered_rules
+from .rules import AdafactorRule, AdamW8bitRule, AdamWRule, ApolloRule, LionRule, Rule, SGDRule, registered_rules
 from .step import run_rule
 
 
@@ -128,6 +128,42 @@ class AdamW8bit(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
         **project: Any,
     ) -> None:
         self.rule = AdamW8bitRule()
+        keywords = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        super().__init__(params, own=_own_keywords(**project), **keywords, foreach=True)
+
+
+class Apollo(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
+    """APOLLO (arXiv 2412.05270) in the compact space, a learning rate for each selected row; the dense rest through
+    ``torch.optim.AdamW``, as in the paper.
+
+    ``state[p]`` of a projected weight holds Adam's moments in the auxiliary space, ``exp_avg`` and ``exp_avg_sq`` (``[r,
+    directions]``), and ``norm``, the norm of the last update: a few numbers for each row.
+
+    Args:
+        params: as of `AdamW`.
+        lr: learning rate.
+        betas: decay rates of the moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled weight decay, on the whole weight.
+        directions: rank of the auxiliary space, the paper's r. Steps are about ``sqrt(directions / n)`` as long as those of
+            `AdamW`; ``scale`` makes up for it.
+        **project: ``rank`` and the other keywords of `AdamW` from there on.
+
+    Raises:
+        ConfigError: as of `AdamW`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        directions: int = 16,
+        **project: Any,
+    ) -> None:
+        self.rule = ApolloRule(positive_int("directions", directions))
         keywords = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         super().__init__(params, own=_own_keywords(**project), **keywords, foreach=True)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import GraphError
-from .ops import round_stochastically, row_update
+from .ops import round_stochastically, rounding_noise, row_update
 from .rules.base import Rule
 from .selection import SAMPLED
 
@@ -207,20 +207,3 @@ def scaled(gradient: Tensor, scale: Tensor) -> tuple[Tensor]:
 def seed_of(seed: int, updates: int) -> int:
     """The seed of one step's rounding: below ``2**23``, so that fp32 holds it and its successor exactly."""
     return (seed * 2654435761 + (updates + 1) * 40503 * 2 + (updates >> 7) * 7919) % 2**23
-
-
-def rounding_noise(shape: Sequence[int], seed: Tensor) -> Tensor:
-    """Uniform whole numbers of 16 bits, ``int32``, a function of ``seed`` and position alone.
-
-    The mixing steps are those of a 32-bit finalizer (multiply, shift, xor), in int64 with 31-bit multipliers so that nothing
-    overflows: the same numbers come out of every compiler and device.
-    """
-    mask = 0xFFFFFFFF
-    position = torch.zeros(shape, dtype=torch.int64, device=seed.device)
-    for dim, size in enumerate(shape):
-        numbers = torch.arange(size, device=seed.device)
-        position = position * size + numbers.reshape([-1 if d == dim else 1 for d in range(len(shape))])
-    mixed = (position * 0x3C6EF35F + seed.to(torch.int64) * 0x5851F42D) & mask
-    for multiplier in (0x45D9F3B, 0x2C1B3C6D):
-        mixed = ((mixed ^ (mixed >> 16)) * multiplier) & mask
-    return ((mixed ^ (mixed >> 15)) & 0xFFFF).to(torch.int32)

@@ -4,13 +4,14 @@ from .adafactor import AdafactorRule
 from .adam import AdamRule
 from .adamw import AdamWRule
 from .adamw8bit import AdamW8bitRule
+from .apollo import ApolloRule
 from .base import Layout, Rule, register_rule, registered_rules
 from .lion import LionRule
 from .sgd import SGDRule
 from .sonew import SONewRule
 
 __all__ = [
-    "AdafactorRule", "AdamRule", "AdamW8bitRule", "AdamWRule", "Layout", "LionRule", "Rule", "SGDRule", "SONewRule",
+    "AdafactorRule", "AdamRule", "AdamW8bitRule", "AdamWRule", "ApolloRule", "Layout", "LionRule", "Rule", "SGDRule", "SONewRule",
     "register_rule", "registered_rules",
 ]  # fmt: skip
 
@@ -21,3 +22,4 @@ register_rule("sgd", SGDRule())
 register_rule("lion", LionRule())
 register_rule("adafactor", AdafactorRule())
 register_rule("sonew", SONewRule())
+register_rule("apollo", ApolloRule())
