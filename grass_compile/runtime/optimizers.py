@@ -263,6 +263,22 @@ class Optimizer(GrassOptimizer):
         _check_numbers(type(self).__name__, chosen)
         super().__init__(params, own=_own_keywords(**own), defaults=chosen)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As of `AdamW`; here the state of dense parameters is ours too, and keeps its dtypes, which torch would turn into the
+        parameter's.
+
+        Raises:
+            StateError: as of `AdamW`.
+        """
+        super().load_state_dict(state_dict)
+        saved = [number for group in state_dict["param_groups"] for number in group["params"]]
+        mine = [parameter for group in self.param_groups for parameter in group["params"]]
+        for parameter, number in zip(mine, saved, strict=True):
+            entry = state_dict["state"].get(number, {})
+            if "index" not in entry:
+                kept = {name: entry[name].detach().clone() for name in self.rule.state_names if name in entry}
+                self.state[parameter].update({name: tensor.to(parameter.device) for name, tensor in kept.items()})
+
     @torch.no_grad()
     def _dense_step(self) -> None:
         for group in self.param_groups:
@@ -282,9 +298,11 @@ class Optimizer(GrassOptimizer):
         if not state:
             state["step"] = torch.zeros(())
             for name in rule.state_names:
-                state[name] = gradient.new_zeros(rule.shape(name, *gradient.shape), dtype=rule.state_dtypes.get(name))
+                sizes = parameter.shape if rule.layout(name) == "full" else rule.shape(name, *gradient.shape)
+                state[name] = gradient.new_zeros(sizes, dtype=rule.state_dtypes.get(name))
         state["step"] += 1
-        seen = {name: rule.seen(name, state[name]) for name in rule.state_names}
+        full = {name: state[name].reshape(gradient.shape) for name in rule.state_names if rule.layout(name) == "full"}
+        seen = {name: full[name] if name in full else rule.seen(name, state[name]) for name in rule.state_names}
         seen |= {"step": state["step"].to(weight), **({"weight": weight} if rule.reads_weight else {})}
         if rule.coupled_decay:
             gradient = gradient + float(group["weight_decay"]) * weight

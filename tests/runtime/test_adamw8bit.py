@@ -261,6 +261,26 @@ def test_resumed_run_is_the_same_bit_for_bit(axis: str) -> None:
             assert torch.equal(value, again.state[q][name]) if isinstance(value, Tensor) else value == again.state[q][name]
 
 
+def test_dense_state_of_the_rule_keeps_its_dtypes() -> None:
+    """Torch would turn all state into the parameter's dtype."""
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = Net().to(torch.bfloat16)
+        runs.append((model, grass_compile.Optimizer(model.named_parameters(), "adamw8bit", rank=6, axis="rows", lr=1e-2)))
+    (model, optimizer), (resumed, again) = runs
+    forward = compiled(model)
+    train(model, optimizer, forward, range(3))
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    resumed.load_state_dict(model.state_dict())
+    assert again.state[resumed.a.bias]["exp_avg"].dtype == torch.int8
+    assert again.state[resumed.a.bias]["exp_avg_max"].dtype == torch.float32
+    expected = train(model, optimizer, forward, range(3, 6))
+    torch._dynamo.reset()
+    assert train(resumed, again, compiled(resumed), range(3, 6)) == expected
+    assert torch.equal(model.a.bias, resumed.a.bias)
+
+
 def test_bytes_of_the_state() -> None:
     model = nn.Linear(1000, 64, bias=False)
     optimizer = grass_compile.AdamW8bit(model.named_parameters(), rank=16, axis="rows")
