@@ -11,7 +11,18 @@ from torch import Tensor
 from ..config import DEFAULT_EXCLUDE, PROJECT, AxisChoice, finite, nearest, positive_int
 from ..errors import ConfigError
 from .optimizer import GrassOptimizer
-from .rules import AdafactorRule, AdamW8bitRule, AdamWRule, ApolloRule, LionRule, Rule, SGDRule, registered_rules
+from .rules import (
+    RESERVED,
+    AdafactorRule,
+    AdamW8bitRule,
+    AdamWRule,
+    ApolloRule,
+    LionRule,
+    Rule,
+    SGDRule,
+    SketchyRule,
+    registered_rules,
+)
 from .step import run_rule
 
 
@@ -168,6 +179,41 @@ class Apollo(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
         super().__init__(params, own=_own_keywords(**project), **keywords, foreach=True)
 
 
+class Sketchy(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
+    """Sketchy (arXiv 2302.03764) in the compact space, a full-matrix preconditioner along the features from a sketch of small
+    rank; the dense rest through ``torch.optim.AdamW``.
+
+    ``state[p]`` of a projected weight holds ``exp_avg`` (``[r, n]`` or ``[m, r]``), the ``sketch`` that rows have in common
+    (``[size, n]`` or ``[size, m]``), and two numbers, ``escaped`` and ``total``.
+
+    Args:
+        params: as of `AdamW`.
+        lr: learning rate: of projected weights about the largest singular value of an update.
+        betas: decay rates of the first moment and of the sketch.
+        eps: added to the root.
+        weight_decay: decoupled weight decay, on the whole weight.
+        size: of the sketch.
+        **project: ``rank`` and the other keywords of `AdamW` from there on.
+
+    Raises:
+        ConfigError: as of `AdamW`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        size: int = 16,
+        **project: Any,
+    ) -> None:
+        self.rule = SketchyRule(positive_int("size", size))
+        keywords = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        super().__init__(params, own=_own_keywords(**project), **keywords, foreach=True)
+
+
 class SGD(GrassOptimizer, torch.optim.SGD):  # type: ignore[override]
     """SGD with momentum in the compact space; the dense rest through ``torch.optim.SGD``, whose arguments keep their names.
 
@@ -256,6 +302,8 @@ class Optimizer(GrassOptimizer):
             rule = known[rule]
         if not isinstance(rule, Rule):
             raise ConfigError(f"rule must be a grass_compile.Rule or the name of one, got {type(rule).__name__}.")
+        if taken := sorted(RESERVED & set(rule.state_names)):
+            raise ConfigError(f"{type(rule).__name__}: the state name {taken[0]!r} is taken; choose another one.")
         self.rule = rule
         defaults = {"weight_decay": 0.0, **rule.defaults}
         own = {key: value for key, value in keywords.items() if key not in defaults}

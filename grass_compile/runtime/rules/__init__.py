@@ -5,14 +5,15 @@ from .adam import AdamRule
 from .adamw import AdamWRule
 from .adamw8bit import AdamW8bitRule
 from .apollo import ApolloRule
-from .base import Layout, Rule, register_rule, registered_rules
+from .base import RESERVED, Layout, Rule, register_rule, registered_rules
 from .lion import LionRule
 from .sgd import SGDRule
+from .sketchy import SketchyRule
 from .sonew import SONewRule
 
 __all__ = [
-    "AdafactorRule", "AdamRule", "AdamW8bitRule", "AdamWRule", "ApolloRule", "Layout", "LionRule", "Rule", "SGDRule", "SONewRule",
-    "register_rule", "registered_rules",
+    "RESERVED", "AdafactorRule", "AdamRule", "AdamW8bitRule", "AdamWRule", "ApolloRule", "Layout", "LionRule", "Rule",
+    "SGDRule", "SONewRule", "SketchyRule", "register_rule", "registered_rules",
 ]  # fmt: skip
 
 register_rule("adamw", AdamWRule())
@@ -23,3 +24,4 @@ register_rule("lion", LionRule())
 register_rule("adafactor", AdafactorRule())
 register_rule("sonew", SONewRule())
 register_rule("apollo", ApolloRule())
+register_rule("sketchy", SketchyRule())
