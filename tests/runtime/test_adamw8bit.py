@@ -288,6 +288,8 @@ def test_bytes_of_the_state() -> None:
     state = optimizer.state[model.weight]
     names = optimizer.rule.state_names
     assert sum(state[name].numel() * state[name].element_size() for name in names) == 16 * (2 * 1000 + 8 * 8)
+    report = grass_compile.explain(model, torch.randn(3, 1000), optimizer=optimizer)
+    assert report.state_bytes.compact == 16 * (2 * 1000 + 8 * 8) and report.state_bytes.dense == 8 * 64 * 1000
 
 
 def test_bf16_weights() -> None:
