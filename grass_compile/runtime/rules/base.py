@@ -15,7 +15,9 @@ rows have, or the weight as a whole. On a refresh, what belongs to rows goes wit
 everything is reset."""
 
 
-RESERVED = frozenset(("axis", "dim", "hyper", "index", "leaf", "noise", "row_count", "row_scale", "step", "updates", "weight"))
+RESERVED = frozenset(
+    ("axis", "dim", "hyper", "index", "leaf", "noise", "proposed", "row_count", "row_scale", "step", "updates", "weight")
+)
 """Names that a state tensor of a rule cannot have: they stand for something else in a weight's state or in a compiled region."""
 
 
