@@ -11,8 +11,11 @@ from .report import Report as Report
 from .runtime.optimizers import SGD as SGD
 from .runtime.optimizers import Adafactor as Adafactor
 from .runtime.optimizers import AdamW as AdamW
+from .runtime.optimizers import AdamW8bit as AdamW8bit
+from .runtime.optimizers import Apollo as Apollo
 from .runtime.optimizers import Lion as Lion
 from .runtime.optimizers import Optimizer as Optimizer
+from .runtime.optimizers import Sketchy as Sketchy
 from .runtime.rules import Rule as Rule
 from .runtime.rules import register_rule as register_rule
 from .train_step import train_step as train_step

@@ -120,7 +120,15 @@ def _row(name: str, parameter: Tensor, findings: Findings) -> Row:
     if findings.calls[parameter] > 1:
         reason += f"; reached by {findings.calls[parameter]} calls of compiled regions, so it moves in opt.step()"
     axis, rank, dim = projection.axis, projection.rank, projection.dim
-    return Row(name, shape, dtype, True, axis, rank, reason, dim, projection.tokens)
+    return Row(name, shape, dtype, True, axis, rank, reason, dim, projection.tokens, _state_bytes(parameter, projection))
+
+
+def _state_bytes(parameter: Tensor, projection: Projection) -> int:
+    """Bytes of the state that the update rule keeps for a weight."""
+    config, assigned = projection.config, registry.Assigned(projection.axis, projection.dim, projection.rank)
+    shadow = parameter.detach().to("meta")
+    state = registry.initial_state(shadow, assigned, config.on_refresh, config.rule, config.state_dtype)
+    return sum(state[name].numel() * state[name].element_size() for name in config.rule.state_names)
 
 
 def _why_dense(parameter: Tensor) -> str:

@@ -22,6 +22,7 @@ class Row:
         reason: why it is projected this way, or why it stays dense.
         dim: the stored dimension that is indexed, or None.
         tokens: tokens per step in its products, 0 if unknown.
+        state_bytes: bytes of the update rule's state if it is projected, or None.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Row:
     reason: str
     dim: int | None = None
     tokens: int = 0
+    state_bytes: int | None = None
 
     @property
     def dense_elements(self) -> int:
@@ -110,13 +112,10 @@ class Report:
 
     @property
     def state_bytes(self) -> Totals:
-        """Bytes of both moments: torch keeps them in the weight's dtype, ours are at least fp32."""
-        dense = sum(2 * row.dense_elements * row.dtype.itemsize for row in self.rows)
-        compact = 0
-        for row in self.rows:
-            wide = max(4, row.dtype.itemsize) if row.projected else row.dtype.itemsize
-            compact += 2 * row.compact_elements * wide
-        return Totals(dense, compact)
+        """Bytes of AdamW's two moments, which torch keeps in the weight's dtype; of projected weights what their rule keeps."""
+        moments = [2 * row.dense_elements * row.dtype.itemsize for row in self.rows]
+        compact = [dense if row.state_bytes is None else row.state_bytes for row, dense in zip(self.rows, moments, strict=True)]
+        return Totals(sum(moments), sum(compact))
 
     def __str__(self) -> str:
         lines = [("name", "shape", "dtype", "projected", "axis", "rank", "reason"), *(_cells(row) for row in self.rows)]

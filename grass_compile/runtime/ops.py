@@ -19,6 +19,7 @@ the backward while the partitioner runs, and is replaced afterwards (`grass_comp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,6 +43,30 @@ def round_stochastically(value: Tensor, noise: Tensor) -> Tensor:
     """
     rounded = ((value.view(torch.int32) + noise) & -65536).view(torch.float32)
     return torch.where(value.isfinite(), rounded, value).to(torch.bfloat16)
+
+
+def rounding_noise(shape: Sequence[int], seed: Tensor) -> Tensor:
+    """Uniform whole numbers of 16 bits, ``int32``, a function of ``seed`` and position alone.
+
+    The mixing steps are those of a 32-bit finalizer (multiply, shift, xor), in int64 with 31-bit multipliers so that nothing
+    overflows: the same numbers come out of every compiler and device.
+    """
+    mask = 0xFFFFFFFF
+    position = torch.zeros(shape, dtype=torch.int64, device=seed.device)
+    for dim, size in enumerate(shape):
+        numbers = torch.arange(size, device=seed.device)
+        position = position * size + numbers.reshape([-1 if d == dim else 1 for d in range(len(shape))])
+    mixed = (position * 0x3C6EF35F + seed.to(torch.int64) * 0x5851F42D) & mask
+    for multiplier in (0x45D9F3B, 0x2C1B3C6D):
+        mixed = ((mixed ^ (mixed >> 16)) * multiplier) & mask
+    return ((mixed ^ (mixed >> 15)) & 0xFFFF).to(torch.int32)
+
+
+def gaussian(shape: Sequence[int], seed: Tensor) -> Tensor:
+    """Numbers of a normal distribution, fp32, a function of ``seed`` and position alone: Box and Muller's transform of
+    `rounding_noise`. None is beyond 4.9 standard deviations."""
+    first, second = (rounding_noise((2, *shape), seed) / 65536).unbind()
+    return (-2 * (first + 0.5 / 65536).log()).sqrt() * (2 * math.pi * second).cos()
 
 
 def _updated_rows(weight: Tensor, dim: int, index: Tensor, update: Tensor, noise: Tensor | None) -> Tensor:

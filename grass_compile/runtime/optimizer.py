@@ -72,6 +72,9 @@ class GrassOptimizer(torch.optim.Optimizer):
         if unknown:
             raise ConfigError(f"parameter group has unknown keywords {sorted(unknown)}; valid: {sorted(self._own)}.")
         options = parse_group(param_group)
+        if options.state_dtype is not None and self.rule.state_dtypes:
+            which = f"state_dtype={options.state_dtype}: the state of {type(self).__name__}"
+            raise ConfigError(f"{which} is quantised by its rule; leave state_dtype out.")
         given = param_group["params"]
         param_group["params"] = given = [given] if isinstance(given, Tensor) else list(given)
         tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in given]

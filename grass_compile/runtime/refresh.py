@@ -83,13 +83,13 @@ def settled(
     Args:
         on_refresh: ``reset``: zero; ``keep``: slot by slot that of the old rows; ``carry``: rows that ``old_index`` already
             held keep theirs, the others start from zero.
-        layouts: for each tensor of ``state``, ``f`` (full), ``s`` (one number for each selected row) or ``o`` (one for each other
-            feature, which rows have in common).
+        layouts: for each tensor of ``state``, ``f`` (full), ``s`` (of each selected row) or ``o`` and ``w`` (of each other
+            feature or of the weight as a whole, which rows have in common).
         length: number of rows of the weight along ``dim``.
         dim: the stored dimension that is indexed.
         old_index: ``int64[r]``, before the refresh.
         index: ``int64[r]``, after it.
-        state: tensors ``[r, n]`` or ``[m, r]``, ``[r]``, and ``[n]`` or ``[m]``.
+        state: tensors ``[r, n]`` or ``[m, r]``; ``[r]`` or ``[r, width]``; and of any shape.
     """
     if on_refresh == "reset":
         return [torch.zeros_like(tensor) for tensor in state]
@@ -101,10 +101,10 @@ def settled(
     kept, slot = slot >= 0, slot.clamp(min=0)
 
     def carried(layout: str, tensor: Tensor) -> Tensor:
-        if layout == "o":
+        if layout in "ow":
             return tensor.clone()
         along = 0 if layout == "s" else dim
-        mask = kept if layout == "s" else kept.unsqueeze(1 - dim)
+        mask = kept if tensor.dim() == 1 else kept.unsqueeze(1 - along)
         return torch.where(mask, tensor.index_select(along, slot), torch.zeros((), dtype=tensor.dtype, device=tensor.device))
 
     return [carried(layout, tensor) for layout, tensor in zip(layouts, state, strict=True)]

@@ -438,7 +438,7 @@ def initial_state(
         ``index`` ``int64[r]``; ``row_scale`` ``[r]``; ``step`` (0-d on the CPU, as torch keeps it; beside the moments if the step
         itself counts it, and then ``[r]`` if by row); ``updates`` (how many the weight has had in all); ``nonfinite``
         (``int32[1]``, how many of them were skipped); ``axis`` and ``dim`` (the stored dimension that is indexed); and the
-        rule's state by its layout, in ``state_dtype`` or at least fp32.
+        rule's state by its layout, in the dtype that the rule names, ``state_dtype``, or at least fp32.
     """
     dtype, device = torch.promote_types(parameter.dtype, torch.float32), parameter.device
     counted = checked or on_refresh == "carry"
@@ -453,11 +453,11 @@ def initial_state(
         "axis": assigned.axis,
         "dim": assigned.dim,
     }
-    shapes = {"full": shape, "selected": [assigned.rank], "others": [shape[1 - assigned.dim]]}
     for name in rule.state_names:
-        layout = rule.layout(name)
-        kind = state_dtype if state_dtype is not None and layout == "full" else dtype
-        state[name] = torch.zeros(shapes[layout], dtype=kind, device=device)
+        full = rule.layout(name) == "full"
+        kind = rule.state_dtypes.get(name, state_dtype if state_dtype is not None and full else dtype)
+        sizes = shape if full else rule.shape(name, assigned.rank, shape[1 - assigned.dim])
+        state[name] = torch.zeros(sizes, dtype=kind, device=device)
     return state
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..errors import GraphError
 from .nonfinite import sound
-from .ops import once, round_stochastically, row_update
-from .rules.base import Layout, Rule
+from .ops import once, round_stochastically, rounding_noise, row_update
+from .rules.base import Rule
 from .selection import SAMPLED
 
 if TYPE_CHECKING:
@@ -123,13 +123,13 @@ def apply(
     if config.decays and rule.coupled_decay:
         compact_grad = compact_grad + numbers["weight_decay"] * weight.index_select(dim, index).to(wide)
     given = dict(zip(rule.state_names, state, strict=True))
-    named = {name: _seen(rule, dim, rule.layout(name), tensor.to(wide)) for name, tensor in given.items()}
-    named["step"] = _seen(rule, dim, "full", step)
+    named = {name: _seen(rule, dim, name, tensor, wide) for name, tensor in given.items()}
+    named["step"] = _rows_first(rule, dim, step)
     if rule.reads_weight:
-        named["weight"] = _seen(rule, dim, "full", weight.index_select(dim, index).to(wide))
-    update, new = run_rule(rule, _seen(rule, dim, "full", compact_grad), named, numbers)
-    update = _seen(rule, dim, "full", update)
-    new = {name: _stored(rule, dim, rule.layout(name), tensor) for name, tensor in new.items()}
+        named["weight"] = _rows_first(rule, dim, weight.index_select(dim, index).to(wide))
+    update, new = run_rule(rule, _rows_first(rule, dim, compact_grad), named, numbers)
+    update = _rows_first(rule, dim, update)
+    new = {name: _stored(rule, dim, name, tensor, given[name]) for name, tensor in new.items()}
     if scales:
         update = update * (scales[0] * scales[1])
     if config.scale != 1.0:
@@ -158,20 +158,21 @@ def _unless_skipped(ok: Tensor | None, new: Tensor, old: Tensor | float) -> Tens
     return new if ok is None else torch.where(ok, new, old)
 
 
-def _seen(rule: Rule, dim: int, layout: Layout, tensor: Tensor) -> Tensor:
-    """A tensor as the rule sees it: selected rows first, so columns are transposed, unless the rule is elementwise."""
-    if layout == "selected":
-        return tensor.unsqueeze(1)
-    if layout == "others":
-        return tensor.unsqueeze(0)
+def _rows_first(rule: Rule, dim: int, tensor: Tensor) -> Tensor:
+    """A tensor of the compact gradient's shape as the rule sees it, and back: selected rows first, so columns are transposed,
+    unless the rule is elementwise."""
     return tensor.t() if dim and not rule.elementwise and tensor.dim() == 2 else tensor
 
 
-def _stored(rule: Rule, dim: int, layout: Layout, tensor: Tensor) -> Tensor:
+def _seen(rule: Rule, dim: int, name: str, tensor: Tensor, wide: torch.dtype) -> Tensor:
+    """A state tensor as the rule sees it; codes in their own dtype."""
+    tensor = tensor if name in rule.state_dtypes else tensor.to(wide)
+    return _rows_first(rule, dim, tensor) if rule.layout(name) == "full" else rule.seen(name, tensor)
+
+
+def _stored(rule: Rule, dim: int, name: str, tensor: Tensor, old: Tensor) -> Tensor:
     """The inverse of `_seen`."""
-    if layout == "full":
-        return _seen(rule, dim, layout, tensor)
-    return tensor.squeeze(1 if layout == "selected" else 0)
+    return _rows_first(rule, dim, tensor) if rule.layout(name) == "full" else tensor.reshape(old.shape)
 
 
 def run_rule(
@@ -235,20 +236,3 @@ def scaled(gradient: Tensor, scale: Tensor) -> tuple[Tensor]:
 def seed_of(seed: int, updates: int) -> int:
     """The seed of one step's rounding: below ``2**23``, so that fp32 holds it and its successor exactly."""
     return (seed * 2654435761 + (updates + 1) * 40503 * 2 + (updates >> 7) * 7919) % 2**23
-
-
-def rounding_noise(shape: Sequence[int], seed: Tensor) -> Tensor:
-    """Uniform whole numbers of 16 bits, ``int32``, a function of ``seed`` and position alone.
-
-    The mixing steps are those of a 32-bit finalizer (multiply, shift, xor), in int64 with 31-bit multipliers so that nothing
-    overflows: the same numbers come out of every compiler and device.
-    """
-    mask = 0xFFFFFFFF
-    position = torch.zeros(shape, dtype=torch.int64, device=seed.device)
-    for dim, size in enumerate(shape):
-        numbers = torch.arange(size, device=seed.device)
-        position = position * size + numbers.reshape([-1 if d == dim else 1 for d in range(len(shape))])
-    mixed = (position * 0x3C6EF35F + seed.to(torch.int64) * 0x5851F42D) & mask
-    for multiplier in (0x45D9F3B, 0x2C1B3C6D):
-        mixed = ((mixed ^ (mixed >> 16)) * multiplier) & mask
-    return ((mixed ^ (mixed >> 15)) & 0xFFFF).to(torch.int32)

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import grass_compile
-from grass_compile.config import Axis
+from grass_compile import kernels
+from grass_compile.config import Axis, BackendOptions, SiteConfig
 from grass_compile.runtime import ops
 from grass_compile.runtime.rules import AdamWRule
 from grass_compile.runtime.step import SHARED_HYPER
@@ -189,3 +190,35 @@ def test_refresh_needs_one_full_gradient_at_a_time(run: Run) -> None:
     spans = sorted((module.needed(name) for name in gradients), key=lambda span: span.start)
     for before, after in itertools.pairwise(spans):
         assert before.stop <= after.start, "a full gradient is still needed when the next is formed"
+
+
+# ------------------------------------------------------------------------------------------------------- moments of 8 bits
+
+
+def step_of_8_bits(axis: Axis, features: str) -> None:
+    """The step of one weight whose rows have so many features; the model itself is not compiled."""
+    shape = (WIDTH, int(features)) if axis == "rows" else (int(features), WIDTH)
+    model = nn.Linear(*shape[::-1], bias=False).to(torch.bfloat16)
+    optimizer = grass_compile.AdamW8bit(model.named_parameters(), rank=RANK, axis=axis)
+    compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
+    compiled(torch.zeros(8, shape[1], dtype=torch.bfloat16)).float().square().mean().backward()
+    weight, state, rule = model.weight, optimizer.state[model.weight], optimizer.rule
+    gradient = torch.zeros_like(state["exp_avg"], dtype=weight.dtype)
+    config = SiteConfig(rank=RANK, axis=axis, on_refresh="reset", decays=False, scale=1.0, rule=rule)
+    hyper = torch.zeros(len(HYPER))
+    moments = [state[name] for name in rule.state_names]
+    kernels.run(BackendOptions(), config, state["dim"], gradient, weight.detach(), hyper, state["index"], *moments)
+
+
+@pytest.mark.parametrize("features", [2048, 2000])  # full blocks, and a last one that is not
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+def test_moments_of_8_bits_are_never_stored_in_full(axis: str, features: int) -> None:
+    """They are decoded, updated and encoded in registers: no buffer of floating-point numbers is as large as the gradient."""
+    (graph,) = generate(step_of_8_bits, axis, str(features))
+    module = parse(graph.code)
+    found = re.findall(r"(\w+) = empty_strided_cuda\(.*, torch\.(\w+)\)", graph.code)
+    large = {name: dtype for name, dtype in found if (module.numel(name) or 0) >= RANK * 1000}
+    assert found and set(large.values()) <= {"int8", "uint8"}
+    codes = [name for name, value in graph.inputs.items() if value.dtype in ("torch.int8", "torch.uint8")]
+    assert len(codes) == 2 and all(module.writers(name) for name in codes)
+    assert set(graph.ptx) == set(module.kernels)
