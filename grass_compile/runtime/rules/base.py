@@ -16,7 +16,7 @@ everything is reset."""
 
 
 RESERVED = frozenset(
-    ("axis", "dim", "hyper", "index", "leaf", "noise", "proposed", "row_count", "row_scale", "step", "updates", "weight")
+    "axis basis dim hyper index key leaf noise nonfinite proposed row_count row_scale step updates weight".split()
 )
 """Names that a state tensor of a rule cannot have: they stand for something else in a weight's state or in a compiled region."""
 
