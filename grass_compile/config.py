@@ -20,8 +20,10 @@ Axis = Literal["rows", "columns"]
 AxisChoice = Literal["rows", "columns", "auto"]
 OnRefresh = Literal["reset", "carry", "keep"]
 Selection = Literal["top", "norm", "norm2", "uniform"]
+Projecting = Literal["grass", "galore", "gaussian"]
 
 SELECTIONS = ("top", "norm", "norm2", "uniform")
+PROJECTIONS = ("grass", "galore", "gaussian")
 AXES = ("rows", "columns", "auto")
 ON_REFRESH = ("reset", "carry", "keep")
 COMPILERS = ("inductor", "aot_eager")
@@ -45,6 +47,7 @@ class SiteConfig:
         selection: how new rows are chosen.
         block: neighbouring rows that are chosen together.
         replacement: whether rows are drawn with replacement, and scaled.
+        projection: ``grass`` selects rows, ``galore`` projects onto singular vectors, ``gaussian`` onto random vectors.
     """
 
     rank: int
@@ -58,6 +61,12 @@ class SiteConfig:
     selection: Selection = "top"
     block: int = 1
     replacement: bool = False
+    projection: Projecting = "grass"
+
+    @property
+    def chosen_by(self) -> str:
+        """What a refresh makes of the full gradient: a selection of rows, or ``galore``."""
+        return self.selection if self.projection == "grass" else self.projection
 
     @property
     def step_alone(self) -> SiteConfig:
@@ -83,6 +92,12 @@ class GroupOptions:
     block: int = 1
     stagger: int = 1
     replacement: bool = False
+    projection: Projecting = "grass"
+
+    @property
+    def forms_gradient(self) -> bool:
+        """Whether a refresh needs the full gradient; random vectors do not depend on it."""
+        return self.projection != "gaussian"
 
     def site(self, axis: AxisChoice, decays: bool, rule: Any) -> SiteConfig:
         """What these keywords ask of one weight; ``rank`` must not be None."""
@@ -90,7 +105,7 @@ class GroupOptions:
         return SiteConfig(
             rank=self.rank, axis=axis, on_refresh=self.on_refresh, decays=decays, scale=self.scale, rule=rule,
             stochastic_rounding=self.stochastic_rounding, state_dtype=self.state_dtype, selection=self.selection,
-            block=self.block, replacement=self.replacement,
+            block=self.block, replacement=self.replacement, projection=self.projection,
         )  # fmt: skip
 
 
@@ -146,6 +161,9 @@ def parse_group(group: Mapping[str, Any]) -> GroupOptions:
             "replacement=True scales every row by its own probability, which changes at a refresh, so moments cannot be carried. "
             "Use on_refresh='reset' or 'keep'."
         )
+    projection = one_of("projection", group["projection"], PROJECTIONS)
+    if projection != "grass":
+        _check_dense_projection(projection, group)
     if group["max_grad_norm"] is not None and finite("max_grad_norm", group["max_grad_norm"]) <= 0:
         raise ConfigError(f"max_grad_norm must be above 0, got {group['max_grad_norm']!r}.")
     if group["state_dtype"] not in STATE_DTYPES:
@@ -172,7 +190,27 @@ def parse_group(group: Mapping[str, Any]) -> GroupOptions:
         block=block,
         stagger=stagger,
         replacement=group["replacement"],
+        projection=projection,
     )
+
+
+def _check_dense_projection(projection: str, group: Mapping[str, Any]) -> None:
+    """Refuse keywords that are about selected rows, of which a dense projection has none.
+
+    Raises:
+        ConfigError: naming the keyword.
+    """
+    for key, only in (("selection", "top"), ("replacement", False), ("block", 1)):
+        if group[key] != only:
+            raise ConfigError(
+                f"{key}={group[key]!r} is about which rows are selected; projection={projection!r} selects none. Leave {key} "
+                "out, or use projection='grass'."
+            )
+    if group["on_refresh"] == "carry":
+        raise ConfigError(
+            f"on_refresh='carry' lets rows that stay selected keep their moments; projection={projection!r} selects none. Use "
+            "on_refresh='reset', or 'keep'."
+        )
 
 
 STAGGER_SLOTS = 4
@@ -183,7 +221,7 @@ DEFAULT_EXCLUDE = ("*lm_head*", "*embed*")
 PROJECT: dict[str, Any] = dict(
     rank=None, update_proj_gap=200, selection="top", replacement=False, axis="auto", on_refresh="reset", scale=1.0,
     exclude=DEFAULT_EXCLUDE, step_in_backward=True, max_grad_norm=None, refresh_warmup=0, stochastic_rounding=False,
-    state_dtype=None, seed=0, block=1, stagger=False,
+    state_dtype=None, seed=0, block=1, stagger=False, projection="grass",
 )  # fmt: skip
 """The keywords of a grass optimizer that are ours rather than torch's, with their defaults."""
 

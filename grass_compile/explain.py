@@ -119,8 +119,10 @@ def _row(name: str, parameter: Tensor, findings: Findings) -> Row:
         reason += f"; rank {projection.config.rank} clamped to {projection.rank}"
     if findings.calls[parameter] > 1:
         reason += f"; reached by {findings.calls[parameter]} calls of compiled regions, so it moves in opt.step()"
-    axis, rank, dim = projection.axis, projection.rank, projection.dim
-    return Row(name, shape, dtype, True, axis, rank, reason, dim, projection.tokens)
+    axis, rank, dim, kind = projection.axis, projection.rank, projection.dim, projection.config.projection
+    if kind != "grass":
+        reason = f"projection={kind!r}; {reason}"
+    return Row(name, shape, dtype, True, axis, rank, reason, dim, projection.tokens, kind)
 
 
 def _why_dense(parameter: Tensor) -> str:

@@ -22,6 +22,7 @@ class Row:
         reason: why it is projected this way, or why it stays dense.
         dim: the stored dimension that is indexed, or None.
         tokens: tokens per step in its products, 0 if unknown.
+        projection: what takes its gradient into the compact space (``grass``: selected rows or columns), or None.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Row:
     reason: str
     dim: int | None = None
     tokens: int = 0
+    projection: str | None = None
 
     @property
     def dense_elements(self) -> int:
@@ -45,6 +47,21 @@ class Row:
         if not self.projected or self.rank is None or self.dim is None:
             return self.dense_elements
         return self.dense_elements // self.shape[self.dim] * self.rank
+
+    @property
+    def weight_grad_flops(self) -> float:
+        """Flops of the gradient that is really computed, per regular step; a dense projection costs a product of its own."""
+        product = 2.0 * self.compact_elements * self.tokens
+        if self.projection in (None, "grass") or self.rank is None or self.dim is None:
+            return product
+        return product + 2.0 * self.tokens * self.shape[self.dim] * self.rank
+
+    @property
+    def basis_bytes(self) -> int:
+        """Bytes of the basis that is kept with the moments."""
+        if self.projection != "galore" or self.rank is None or self.dim is None:
+            return 0
+        return self.shape[self.dim] * self.rank * self.dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +114,7 @@ class Report:
         """Flops of the weight gradients that are matrix products found in the graph, per regular step."""
         return Totals(
             sum(2.0 * row.dense_elements * row.tokens for row in self.rows),
-            sum(2.0 * row.compact_elements * row.tokens for row in self.rows),
+            sum(row.weight_grad_flops for row in self.rows),
         )
 
     @property
@@ -110,12 +127,12 @@ class Report:
 
     @property
     def state_bytes(self) -> Totals:
-        """Bytes of both moments: torch keeps them in the weight's dtype, ours are at least fp32."""
+        """Bytes of both moments: torch keeps them in the weight's dtype, ours are at least fp32. And of what a projection keeps."""
         dense = sum(2 * row.dense_elements * row.dtype.itemsize for row in self.rows)
         compact = 0
         for row in self.rows:
             wide = max(4, row.dtype.itemsize) if row.projected else row.dtype.itemsize
-            compact += 2 * row.compact_elements * wide
+            compact += 2 * row.compact_elements * wide + row.basis_bytes
         return Totals(dense, compact)
 
     def __str__(self) -> str:

@@ -23,7 +23,7 @@ LEAVES = ("errors", "config", "report", "_torch")
 ALLOWED = {
     "errors": (), "_torch": (), "config": ("errors",), "report": ("errors",),
     "runtime": (*LEAVES, "runtime"),
-    "passes": (*LEAVES, "passes", "runtime.ops", "runtime.step"),
+    "passes": (*LEAVES, "passes", "runtime.ops", "runtime.projection", "runtime.step"),
 }  # fmt: skip
 
 

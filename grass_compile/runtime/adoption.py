@@ -27,8 +27,9 @@ from .checkpoint import fitting, protect, unprotect
 from .gradient import CompactGrad
 from .holder import Holder
 from .optimizer import GrassOptimizer
+from .projection import selected
 from .rules import AdamRule, AdamWRule, Rule, SGDRule
-from .state import Assigned, Kernel
+from .state import Assigned, Kernel, is_compact
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +165,7 @@ def _adopt(holder: Holder, parameter: Tensor, group: dict[str, Any], wished: Wis
     """Project one weight from this step on; its full gradient chooses the rows where a loaded state does not."""
     assert holder.optimizer is not None and parameter.grad is not None
     loaded = holder.optimizer.state.get(parameter, {})
-    if loaded and "index" not in loaded:
+    if loaded and not is_compact(loaded):
         if any(isinstance(value, Tensor) and value.dim() > 0 and bool(value.count_nonzero()) for value in loaded.values()):
             return  # trained dense so far: its full moments are not thrown away
         loaded.clear()
@@ -176,10 +177,11 @@ def _adopt(holder: Holder, parameter: Tensor, group: dict[str, Any], wished: Wis
     record.assign(assigned, wished.kernel)
     state = record.state
     gradient, dim = parameter.grad, assigned.dim
-    rows, *scales = record.select(gradient) if record.due else (state["index"].clone(),)
-    compact = gradient.index_select(dim, rows)
+    rows, *scales = record.select(gradient) if record.due else (state[record.selector].clone(),)
+    compact = selected(wished.options.projection, dim, assigned.rank, gradient, rows)
     wide = torch.promote_types(compact.dtype, torch.float32)
-    parameter.grad = CompactGrad(compact.to(wide), rows, dim, parameter, wished.name, record.due, tuple(scales))
+    how = dim, parameter, wished.name, record.due, tuple(scales), wished.options.projection
+    parameter.grad = CompactGrad(compact.to(wide), rows, *how)
 
 
 def _loaded(optimizer: torch.optim.Optimizer) -> None:
@@ -196,7 +198,7 @@ def _loaded(optimizer: torch.optim.Optimizer) -> None:
         record.group = groups[parameter]
         record.forget()
         entry = optimizer.state.get(parameter, {})
-        if "index" in entry:
+        if is_compact(entry):
             record.assigned, optimizer.state[parameter] = fitting(record, unprotect(entry))
         elif record.assigned is not None and record.kernel is not None:
             optimizer.state.pop(parameter, None)

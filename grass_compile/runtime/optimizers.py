@@ -25,7 +25,8 @@ class AdamW(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
 
     ``state[p]`` of a projected weight holds ``index`` (``int64[r]``), ``row_scale`` (``[r]``), ``exp_avg`` and ``exp_avg_sq``
     (``[r, n]`` for rows, ``[m, r]`` for columns; transposed for a weight that is stored in x out), ``step`` (updates since the
-    moments were last zero; per row with ``on_refresh="carry"``), ``updates`` (updates in all) and ``axis``.
+    moments were last zero; per row with ``on_refresh="carry"``), ``updates`` (updates in all) and ``axis``. With a dense
+    projection, ``basis`` (``[m, r]``, ``[n, r]`` for columns) or ``key`` (``int64[2]``) takes the place of the first two.
 
     Args:
         params: ``model.named_parameters()`` (the names serve ``exclude`` and messages), ``parameters()``, or groups; a group may
@@ -56,8 +57,11 @@ class AdamW(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
         stochastic_rounding: round bf16 weights (and bf16 moments) stochastically, so that updates below half a unit in the
             last place are not lost.
         state_dtype: dtype of the moments; None for at least fp32.
-        seed: of drawn rows and of the stochastic rounding; None draws one from torch's default generator. It is part of the
-            state.
+        seed: of drawn rows, of random projections and of the stochastic rounding; None draws one from torch's default
+            generator. It is part of the state.
+        projection: ``"grass"`` selects rows; ``"galore"`` projects onto the first ``rank`` singular vectors of the gradient at
+            the last refresh (arXiv 2403.03507; galore-torch has ``on_refresh="keep"`` and ``scale=0.25``); ``"gaussian"`` onto
+            random vectors that are computed from a seed and never stored (Flora, arXiv 2402.03293).
 
     Raises:
         ConfigError: an argument is out of range, unknown, or not available in this version.
@@ -87,6 +91,7 @@ class AdamW(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
         seed: int | None = None,
         block: int = 1,
         stagger: bool | int = False,
+        projection: str = "grass",
     ) -> None:
         self.rule = AdamWRule()
         own = _own_keywords(
@@ -94,6 +99,7 @@ class AdamW(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
             on_refresh=on_refresh, scale=scale, exclude=exclude,
             step_in_backward=step_in_backward, max_grad_norm=max_grad_norm, refresh_warmup=refresh_warmup,
             stochastic_rounding=stochastic_rounding, state_dtype=state_dtype, block=block, stagger=stagger, seed=seed,
+            projection=projection,
         )  # fmt: skip
         super().__init__(params, own=own, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=True)
 
@@ -283,6 +289,6 @@ def _own_keywords(**given: Any) -> dict[str, Any]:
     if not isinstance(own["exclude"], str):
         own["exclude"] = tuple(own["exclude"])
     if given.get("seed") is None:
-        draws = own["stochastic_rounding"] or own["selection"] != "top"
+        draws = own["stochastic_rounding"] or own["selection"] != "top" or own["projection"] == "gaussian"
         own["seed"] = int(torch.randint(2**31, ())) if draws else 0
     return own

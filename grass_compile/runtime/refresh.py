@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import selection
+from . import projection, selection
 
 
 def refresh(
@@ -33,13 +33,13 @@ def refresh(
 
     Args:
         gradient: ``[m, n]``, full.
-        index: ``int64[r]``, of the last refresh.
+        index: ``int64[r]``, of the last refresh; with ``galore``, the basis.
         noise: ``[m]``, uniform in (0, 1), where rows are drawn.
         state: with ``carry``, ``step`` ``[r]`` first; then the rule's state.
         dim: the stored dimension that is indexed.
         rank: r.
         on_refresh: ``reset``, ``carry`` or ``keep``.
-        chosen_by: the selection.
+        chosen_by: the selection, or ``galore``.
         block: neighbouring rows that are chosen together.
         replacement: whether rows are drawn with replacement.
         layouts: what each tensor of ``state`` has a number for, see `settled`.
@@ -47,6 +47,10 @@ def refresh(
     Returns:
         The compact gradient, the new index and the state that belongs to it, all new tensors.
     """
+    if chosen_by == "galore":
+        basis = projection.singular_vectors(gradient, dim, rank)
+        compact = projection.compact(gradient, dim, basis)
+        return compact, basis, settled(on_refresh, layouts, gradient.shape[dim], dim, index, basis, state)
     chosen, *scales = chosen_rows(selection.scores(gradient, dim), noise, rank, chosen_by, block, replacement)
     scaled = iter(scales)
     kept = [tensor for layout, tensor in zip(layouts, state, strict=True) if layout != "c"]
@@ -73,6 +77,7 @@ def settled(
     Args:
         on_refresh: ``reset``: zero; ``keep``: slot by slot that of the old rows; ``carry``: rows that ``old_index`` already
             held keep theirs, the others start from zero.
+            (With a dense projection, whose ``index`` are no rows, there is no ``carry``.)
         layouts: for each tensor of ``state``, ``f`` (full), ``s`` (one number for each selected row) or ``o`` (one for each other
             feature, which rows have in common).
         length: number of rows of the weight along ``dim``.

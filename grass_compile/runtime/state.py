@@ -21,6 +21,8 @@ from ..config import Axis, GroupOptions, SiteConfig
 from ..errors import StateError
 from . import selection
 from .gradient import CompactGrad
+from .noise import new_key
+from .projection import SELECTORS, singular_vectors
 from .refresh import chosen_rows, settled
 from .rules import Rule
 from .step import SCALES, layout_of, step_state
@@ -60,7 +62,7 @@ class Record:
         moved: whether a backward has updated it since the last ``opt.step()``.
         flight: the backward in which a compact gradient has been computed that autograd has not delivered yet (it waits until
             every call in the same graph has contributed), or None.
-        rows: the index of that gradient.
+        rows: the index of that gradient; with a dense projection, the basis or the key.
         trained_dense: whether full moments are known to be no mere zeros.
     """
 
@@ -155,9 +157,9 @@ class Record:
         self.kernel = kernel
         if self.assigned is None:
             self.assigned = assigned
-        if "index" not in self.state:
+        if not is_compact(self.state):
             options = self.options
-            made = initial_state(self.parameter, assigned, options.on_refresh, self.rule, options.state_dtype)
+            made = initial_state(self.parameter, assigned, options.on_refresh, self.rule, options.state_dtype, options.projection)
             if options.replacement:
                 made["row_count"] = torch.ones_like(made["row_scale"])
             self.state.update(made)
@@ -199,6 +201,11 @@ class Record:
     def due(self) -> bool:
         """Whether the next backward has to choose new rows."""
         return self.since_refresh == 0
+
+    @property
+    def forms_gradient(self) -> bool:
+        """Whether it takes the full gradient to choose them."""
+        return self.options.forms_gradient
 
     @property
     def offset(self) -> int:
@@ -252,9 +259,13 @@ class Record:
         return self._noise
 
     def select(self, gradient: Tensor) -> tuple[Tensor, ...]:
-        """New rows from a full gradient, as a refresh chooses them, and what is chosen along with them."""
+        """New rows from a full gradient, as a refresh chooses them, and what is chosen along with them; or a new basis or key."""
         assert self.assigned is not None
         config = self.config()
+        if config.projection == "galore":
+            return (singular_vectors(gradient, self.assigned.dim, self.assigned.rank),)
+        if config.projection == "gaussian":
+            return (self._new_key(),)
         noise = self.noise(True) if config.selection in selection.SAMPLED else None
         scores, how = selection.scores(gradient, self.assigned.dim), (config.selection, config.block, config.replacement)
         return chosen_rows(scores, noise, self.assigned.rank, *how)
@@ -265,9 +276,30 @@ class Record:
             self._scratch = [tensor.clone() for tensor in self.chosen()]
         return self._scratch
 
+    @property
+    def selector(self) -> str:
+        """The state tensor that says where the compact gradient lies."""
+        return SELECTORS[self.options.projection]
+
     def chosen(self) -> list[Tensor]:
         """The same in the state."""
-        return [self.state[name] for name in ("index", *(SCALES if self.options.replacement else ()))]
+        return [self.state[name] for name in (self.selector, *(SCALES if self.options.replacement else ()))]
+
+    def _choose(self, values: Sequence[Tensor]) -> None:
+        """Make ``values`` what `chosen` returns.
+
+        A basis is taken over as it is, and the old one is not written: it may be that of a compact gradient that somebody keeps.
+        """
+        if self.options.projection == "galore":
+            (self.state[self.selector],), self._scratch = values, None
+            return
+        with _torch.unversioned(self.chosen()):
+            for old, value in zip(self.chosen(), values, strict=True):
+                old.copy_(value)
+
+    def _new_key(self) -> Tensor:
+        """The key of the refresh that is due."""
+        return new_key(self.options.seed, self.number, self.state["updates"]).to(self.parameter.device)
 
     def inputs(self, refresh: bool) -> list[Tensor]:
         """`tensors`, and the noise if there is any, as the inputs of a compiled region.
@@ -282,7 +314,10 @@ class Record:
             return tensors
         scratch = self.scratch()
         pending = self.pending
-        current = [pending.rows, *pending.scales] if pending is not None and not pending.zeroed else self.chosen()
+        if pending is not None and not pending.zeroed:
+            current = [pending.rows, *pending.scales]
+        else:
+            current = self.chosen() if self.forms_gradient else [self._new_key()]
         if not self.in_flight:
             with _torch.unversioned(scratch):
                 for target, value in zip(scratch, current, strict=False):  # a gradient of older rows has no scales of its own
@@ -292,7 +327,7 @@ class Record:
     def expect(self, refresh: bool) -> None:
         """Note that a compact gradient is on its way, of the rows that a region was given or has chosen."""
         if not self.in_flight:
-            self.rows = self.scratch()[0] if refresh else self.state["index"]
+            self.rows = self.scratch()[0] if refresh else self.state[self.selector]
         self.flight = _torch.graph_task()
 
     def settle(self, rows: Tensor, scales: Sequence[Tensor]) -> None:
@@ -302,17 +337,25 @@ class Record:
         index, names, rest = chosen[0], step_state(self.config())[len(chosen) :], self.tensors()[len(chosen) :]
         layouts = "".join(layout_of(self.rule, name)[0] for name in names)
         new = settled(self.options.on_refresh, layouts, self.parameter.shape[dim], dim, index, rows, rest)
-        with _torch.unversioned([*chosen, *rest]):
-            for old, value in zip((*chosen, *rest), (rows, *scales, *new), strict=True):
+        with _torch.unversioned(rest):
+            for old, value in zip(rest, new, strict=True):
                 old.copy_(value)
+        self._choose((rows, *scales))
+
+    def renew(self) -> None:
+        """Before a backward that moves the weight by a new key: the moments that go with it. (Where a refresh forms the full
+        gradient, it sees to them itself.) A backward that breaks off has done no harm: the refresh is still due."""
+        if self.options.on_refresh == "reset":
+            moments = self.tensors()[1:]
+            with _torch.unversioned(moments):
+                for moment in moments:
+                    moment.zero_()
 
     def stepped(self, refresh: bool) -> None:
         """Note that a backward has moved the weight."""
         assert self.holder is not None
         if refresh:
-            with _torch.unversioned(self.chosen()):
-                for state, chosen in zip(self.chosen(), self.scratch(), strict=True):
-                    state.copy_(chosen)
+            self._choose(self.scratch())
         self.count(refresh)
         self.moved = True
         self.holder.clipped = self.holder.max_norm is not None
@@ -348,9 +391,11 @@ def _deliver(record: Record | None, leaf: Tensor) -> None:
         pending.compact.add_(values)
         return
     assert record.assigned is not None and record.rows is not None
-    fresh = record.rows is not record.state["index"]
+    fresh, projection = record.rows is not record.state[record.selector], record.options.projection
     scales = tuple(scale.clone() for scale in record.scratch()[1:]) if fresh else ()
-    parameter.grad = CompactGrad(values, record.rows.clone(), record.assigned.dim, parameter, record.name, fresh, scales)
+    rows = record.rows.clone() if fresh or projection != "galore" else record.rows  # nobody writes into the basis of a state
+    dim = record.assigned.dim
+    parameter.grad = CompactGrad(values, rows, dim, parameter, record.name, fresh, scales, projection)
 
 
 def leaf_like(weight: Tensor, assigned: Assigned) -> Tensor:
@@ -360,22 +405,39 @@ def leaf_like(weight: Tensor, assigned: Assigned) -> Tensor:
     return torch.empty((), dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device).expand(shape)
 
 
+def is_compact(state: Mapping[str, Any]) -> bool:
+    """Whether an entry of an optimizer's state is that of a projected weight."""
+    return "axis" in state
+
+
 def initial_state(
-    parameter: Tensor, assigned: Assigned, on_refresh: str, rule: Rule, state_dtype: torch.dtype | None = None
+    parameter: Tensor,
+    assigned: Assigned,
+    on_refresh: str,
+    rule: Rule,
+    state_dtype: torch.dtype | None = None,
+    projection: str = "grass",
 ) -> dict[str, Any]:
     """The compact state of a weight before its first refresh.
 
     Returns:
-        ``index`` ``int64[r]``; ``row_scale`` ``[r]``; ``step`` (0-d on the CPU, as torch keeps it; ``[r]`` beside the moments if
+        ``index`` ``int64[r]`` and ``row_scale`` ``[r]``, or with a dense projection ``basis`` ``[m, r]`` (in the weight's dtype)
+        or ``key`` ``int64[2]``; ``step`` (0-d on the CPU, as torch keeps it; ``[r]`` beside the moments if
         it is counted per row); ``updates`` (how many the weight has had in all); ``axis`` and ``dim`` (the stored dimension that
         is indexed); and the rule's state by its layout, in ``state_dtype`` or at least fp32.
     """
     dtype, device = torch.promote_types(parameter.dtype, torch.float32), parameter.device
     shape = list(parameter.shape)
     shape[assigned.dim] = assigned.rank
+    if projection == "grass":
+        selector = torch.arange(assigned.rank, device=device)
+    elif projection == "galore":
+        selector = torch.zeros(parameter.shape[assigned.dim], assigned.rank, dtype=parameter.dtype, device=device)
+    else:
+        selector = torch.zeros(2, dtype=torch.int64, device=device)
     state: dict[str, Any] = {
-        "index": torch.arange(assigned.rank, device=device),
-        "row_scale": torch.ones(assigned.rank, dtype=dtype, device=device),
+        SELECTORS[projection]: selector,
+        **({"row_scale": torch.ones(assigned.rank, dtype=dtype, device=device)} if projection == "grass" else {}),
         "step": torch.zeros(assigned.rank, device=device) if on_refresh == "carry" else torch.zeros(()),
         "updates": 0,
         "axis": assigned.axis,

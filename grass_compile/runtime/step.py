@@ -1,7 +1,8 @@
 """One optimizer step on one weight, as pure functions over tensors. Traced, never run as they stand.
 
 Grass (arXiv 2406.17660), Algorithm 1, for a selection with unit row scale: ``C = G[idx]``,
-``(state, update) = rule(C, state)``, ``W[idx] -= scale * update``.
+``(state, update) = rule(C, state)``, ``W[idx] -= scale * update``. With a dense projection ``P`` (see `projection`),
+``C = P^T G`` and ``W -= scale * P update``.
 
 `apply` is the step; `grass_compile.passes.kernel` compiles it.
 """
@@ -15,7 +16,10 @@ import torch
 from torch import Tensor
 
 from ..errors import GraphError
-from .ops import round_stochastically, row_update
+from .noise import rounding_noise
+from .ops import rank_update, round_stochastically, row_update
+from .projection import SELECTORS, basis_of
+from .projection import selected as select
 from .rules.base import Layout, Rule
 from .selection import SAMPLED
 
@@ -35,10 +39,10 @@ backward is not for the weights."""
 
 
 def apply_all(
-    config: SiteConfig, dim: int, compact_grad: Tensor, weight: Tensor, hyper: Tensor, index: Tensor, *state: Tensor
+    config: SiteConfig, dim: int, compact_grad: Tensor, weight: Tensor, hyper: Tensor, selector: Tensor, *state: Tensor
 ) -> tuple[Tensor, ...]:
     """`apply` with the tensors in the order of a graph's inputs."""
-    return apply(config, dim, compact_grad, weight, hyper, index, state)
+    return apply(config, dim, compact_grad, weight, hyper, selector, state)
 
 
 def kept(compact_grad: Tensor) -> tuple[Tensor]:
@@ -46,9 +50,9 @@ def kept(compact_grad: Tensor) -> tuple[Tensor]:
     return (compact_grad.to(torch.promote_types(compact_grad.dtype, torch.float32)),)
 
 
-def selected(dim: int, gradient: Tensor, index: Tensor) -> tuple[Tensor]:
+def selected(projection: str, dim: int, rank: int, gradient: Tensor, selector: Tensor) -> tuple[Tensor]:
     """The compact gradient from the full one, for rows that have been chosen before."""
-    return (gradient.index_select(dim, index),)
+    return (select(projection, dim, rank, gradient, selector),)
 
 
 SCALES = ("row_scale", "row_count")
@@ -61,7 +65,7 @@ def step_state(config: SiteConfig) -> tuple[str, ...]:
     ``step`` is among them only where it is kept per row; otherwise it comes with ``hyper``.
     """
     chosen = SCALES if config.replacement else ()
-    return ("index", *chosen, *(("step",) if config.on_refresh == "carry" else ()), *config.rule.state_names)
+    return (SELECTORS[config.projection], *chosen, *(("step",) if config.on_refresh == "carry" else ()), *config.rule.state_names)
 
 
 def layout_of(rule: Rule, name: str) -> str:
@@ -82,11 +86,11 @@ def apply(
     compact_grad: Tensor,
     weight: Tensor,
     hyper: Tensor,
-    index: Tensor,
+    selector: Tensor,
     state: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
-    """The step itself: the new weight, and the new state after ``index``."""
-    rule = config.rule
+    """The step itself: the new weight, and the new state after ``selector``."""
+    rule, projection, rank = config.rule, config.projection, compact_grad.shape[dim]
     numbers = dict(zip((*rule.hyper_names, *SHARED_HYPER), hyper.unbind(), strict=True))
     wide = torch.promote_types(weight.dtype, torch.float32)
     written: list[Tensor] = []
@@ -104,12 +108,12 @@ def apply(
     if scales:
         compact_grad = compact_grad * scales[0]
     if config.decays and rule.coupled_decay:
-        compact_grad = compact_grad + numbers["weight_decay"] * weight.index_select(dim, index).to(wide)
+        compact_grad = compact_grad + numbers["weight_decay"] * select(projection, dim, rank, weight, selector).to(wide)
     given = dict(zip(rule.state_names, state, strict=True))
     named = {name: _seen(rule, dim, rule.layout(name), tensor.to(wide)) for name, tensor in given.items()}
     named["step"] = _seen(rule, dim, "full", step)
     if rule.reads_weight:
-        named["weight"] = _seen(rule, dim, "full", weight.index_select(dim, index).to(wide))
+        named["weight"] = _seen(rule, dim, "full", select(projection, dim, rank, weight, selector).to(wide))
     update, new = run_rule(rule, _seen(rule, dim, "full", compact_grad), named, numbers)
     update = _seen(rule, dim, "full", update)
     new = {name: _stored(rule, dim, rule.layout(name), tensor) for name, tensor in new.items()}
@@ -130,8 +134,13 @@ def apply(
     for old, name in zip(state, rule.state_names, strict=True):
         rounding = noise if old.dtype == torch.bfloat16 and rule.layout(name) == "full" else None
         moments.append(new[name].to(old.dtype) if rounding is None else round_stochastically(new[name], rounding))
-    weight_noise = noise if weight.dtype == torch.bfloat16 else None
-    return (row_update(weight, dim, index, -update, weight_noise), *written, *moments)
+    rounds = noise is not None and weight.dtype == torch.bfloat16
+    if projection == "grass":
+        moved = row_update(weight, dim, selector, -update, noise if rounds else None)
+    else:
+        basis = basis_of(projection, selector, weight.shape[dim], rank, weight.dtype)
+        moved = rank_update(weight, dim, basis, -update, numbers["seed"] if rounds else None)
+    return (moved, *written, *moments)
 
 
 def _seen(rule: Rule, dim: int, layout: Layout, tensor: Tensor) -> Tensor:
@@ -206,20 +215,3 @@ def scaled(gradient: Tensor, scale: Tensor) -> tuple[Tensor]:
 def seed_of(seed: int, updates: int) -> int:
     """The seed of one step's rounding: below ``2**23``, so that fp32 holds it and its successor exactly."""
     return (seed * 2654435761 + (updates + 1) * 40503 * 2 + (updates >> 7) * 7919) % 2**23
-
-
-def rounding_noise(shape: Sequence[int], seed: Tensor) -> Tensor:
-    """Uniform whole numbers of 16 bits, ``int32``, a function of ``seed`` and position alone.
-
-    The mixing steps are those of a 32-bit finalizer (multiply, shift, xor), in int64 with 31-bit multipliers so that nothing
-    overflows: the same numbers come out of every compiler and device.
-    """
-    mask = 0xFFFFFFFF
-    position = torch.zeros(shape, dtype=torch.int64, device=seed.device)
-    for dim, size in enumerate(shape):
-        numbers = torch.arange(size, device=seed.device)
-        position = position * size + numbers.reshape([-1 if d == dim else 1 for d in range(len(shape))])
-    mixed = (position * 0x3C6EF35F + seed.to(torch.int64) * 0x5851F42D) & mask
-    for multiplier in (0x45D9F3B, 0x2C1B3C6D):
-        mixed = ((mixed ^ (mixed >> 16)) * multiplier) & mask
-    return ((mixed ^ (mixed >> 15)) & 0xFFFF).to(torch.int32)
