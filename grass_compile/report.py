@@ -127,7 +127,7 @@ class Report:
 
     @property
     def state_bytes(self) -> Totals:
-        """Bytes of both moments: torch keeps them in the weight's dtype, ours are at least fp32. And of what a projection keeps."""
+        """Bytes of both moments and of a kept basis: torch keeps moments in the weight's dtype, ours are at least fp32."""
         dense = sum(2 * row.dense_elements * row.dtype.itemsize for row in self.rows)
         compact = 0
         for row in self.rows:

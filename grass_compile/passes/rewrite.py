@@ -106,7 +106,7 @@ def _from_slot(graph: fx.Graph, site: Site, rows: Rows) -> fx.Node:
     length = site.shape[site.dim]
     if rows.projection != "grass":
         features = site.slot if rows.dim else call(graph, aten.permute.default, site.slot, [1, 0])
-        chosen = _gather(graph, features, rows, 0, length, True)
+        chosen = _gather(graph, features, rows, 0, length)
         return chosen if rows.dim else call(graph, aten.permute.default, chosen, [1, 0])
     chosen = call(graph, aten.index.Tensor, site.slot, [None, rows.index] if site.dim else [rows.index])
     chosen.meta[SELECTION] = Selection(rows.position, 0, length)
@@ -143,7 +143,7 @@ def _select(graph: fx.Graph, gradient: Gradient, rows: Rows) -> fx.Node:
     if isinstance(gradient, Product):
         operand = gradient.operand(dim)
         features = _features_last(graph, operand, whole=True)
-        gathered = _gather(graph, features, rows, operand.start, operand.length, operand.is_grad_out)
+        gathered = _gather(graph, features, rows, operand.start, operand.length)
         return _matmul(graph, gathered, _features_last(graph, gradient.operand(1 - dim)), rows)
     if isinstance(gradient, Cast):
         return call(graph, prims.convert_element_type.default, _select(graph, gradient.inner, rows), gradient.dtype)
@@ -156,16 +156,16 @@ def _select(graph: fx.Graph, gradient: Gradient, rows: Rows) -> fx.Node:
         return call(graph, aten.cat.default, [_select(graph, part, rows) for part in gradient.parts], gradient.dim)
     products = [part for part in gradient.parts if isinstance(part, Product)]
     joined = call(graph, aten.cat.default, [_features_last(graph, p.operand(dim)) for p in products], 1)
-    gathered = _gather(graph, joined, rows, 0, shape_of(joined)[1], products[0].operand(dim).is_grad_out)
+    gathered = _gather(graph, joined, rows, 0, shape_of(joined)[1])
     return _matmul(graph, gathered, _features_last(graph, products[0].operand(1 - dim)), rows)
 
 
-def _gather(graph: fx.Graph, features: fx.Node, rows: Rows, start: int, length: int, in_backward: bool) -> fx.Node:
+def _gather(graph: fx.Graph, features: fx.Node, rows: Rows, start: int, length: int) -> fx.Node:
     """``features[:, start + index]``, or ``features[:, start : start + length] @ basis``; ``[b, r]``."""
     if rows.projection != "grass":
         if length != shape_of(features)[1]:
             features = call(graph, aten.slice.Tensor, features, 1, start, start + length)
-        basis = _basis(graph, rows, length, features.meta["val"].dtype, in_backward)
+        basis = _basis(graph, rows, length, features.meta["val"].dtype)
         projected = call(graph, aten.mm.default, features, basis)
         projected.meta[SELECTION] = Selection(rows.position, 0, length)
         return projected
@@ -175,21 +175,17 @@ def _gather(graph: fx.Graph, features: fx.Node, rows: Rows, start: int, length: 
     return gathered
 
 
-def _basis(graph: fx.Graph, rows: Rows, length: int, dtype: torch.dtype, in_backward: bool) -> fx.Node:
-    """The basis of a dense projection, ``[length, rank]``, in a dtype.
-
-    What is computed for the backward is computed there: the partitioner would have the forward do it, and save the result.
-    """
+def _basis(graph: fx.Graph, rows: Rows, length: int, dtype: torch.dtype) -> fx.Node:
+    """The basis of a dense projection, ``[length, rank]``, in a dtype."""
     if rows.projection == "galore" and rows.index.meta["val"].dtype == dtype:
         return rows.index
     traced = trace(_basis_of, (rows.projection, length, rows.rank, dtype), specs_of([rows.index]))
-    known = set(graph.nodes)
     (basis,) = inline(graph, traced, [rows.index])
-    for node in set(graph.nodes) - known:
+    made: list[fx.Node] = [basis]
+    for node in made:
         node.meta[OF_SELECTOR] = True
-        if in_backward:
-            node.meta["partitioner_tag"] = "must_be_in_backward"
-    return basis  # type: ignore[no-any-return]
+        made += [source for source in node.all_input_nodes if source.op == "call_function" and source not in made]
+    return made[0]
 
 
 def _basis_of(projection: str, length: int, rank: int, dtype: torch.dtype, selector: torch.Tensor) -> tuple[torch.Tensor]:

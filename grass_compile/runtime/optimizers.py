@@ -41,7 +41,8 @@ class AdamW(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
             replacement, with probabilities proportional to the norm, its square, or one.
         replacement: draw with replacement, independently, and scale each row by ``rho = 1 / sqrt(rank * probability)`` before and
             after the update rule, once for each time it was drawn: what is applied is unbiased for a linear rule.
-        axis: ``"rows"`` (out-features), ``"columns"`` (in-features) or ``"auto"`` (the cheaper by the cost model).
+        axis: ``"rows"`` (out-features), ``"columns"`` (in-features) or ``"auto"`` (the cheaper by the cost model; with a dense
+            projection the shorter side, as GaLore takes it).
         on_refresh: ``"reset"`` zeroes the moments; ``"carry"`` keeps those of rows that stay selected; ``"keep"`` hands the
             moments of the old rows to the new ones, slot by slot.
         block: neighbouring rows that are chosen together; divides ``rank``.
