@@ -11,7 +11,7 @@ from torch import Tensor
 from ..config import AXES
 from ..errors import StateError
 from .projection import SELECTORS
-from .state import Assigned, Record, initial_state, is_compact
+from .state import Assigned, Record, initial_state
 
 
 def fitting(record: Record, entry: Mapping[str, Any]) -> tuple[Assigned, dict[str, Any]]:
@@ -110,7 +110,7 @@ def protect(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dic
     exactly, so tensors travel as these. `unprotect` undoes this.
     """
     for number, entry in state_dict["state"].items():
-        if is_compact(entry) and not isinstance(entry["axis"], int):
+        if any(isinstance(entry.get(selector), Tensor) for selector in SELECTORS.values()):
             wrapped = {key: _as_bytes(value) if isinstance(value, Tensor) else value for key, value in entry.items()}
             state_dict["state"][number] = wrapped | {"step": entry["step"], "axis": AXES.index(entry["axis"])}
     return state_dict

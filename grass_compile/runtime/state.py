@@ -407,7 +407,7 @@ def leaf_like(weight: Tensor, assigned: Assigned) -> Tensor:
 
 def is_compact(state: Mapping[str, Any]) -> bool:
     """Whether an entry of an optimizer's state is that of a projected weight."""
-    return "axis" in state
+    return any(selector in state for selector in SELECTORS.values())
 
 
 def initial_state(

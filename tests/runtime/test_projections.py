@@ -514,7 +514,7 @@ DAMAGE: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
     "basis nan": ("galore", lambda entry: entry["basis"].__setitem__((0, 0), math.nan), "basis must hold finite numbers"),
     "basis short": ("galore", lambda entry: entry.update(basis=entry["basis"][:5]), "a basis of shape"),
     "basis of another rank": ("galore", lambda entry: entry.update(basis=entry["basis"][:, :3]), "has rank 3"),
-    "no basis": ("galore", lambda entry: entry.pop("basis"), "lacks"),
+    "no axis": ("galore", lambda entry: entry.pop("axis"), r"lacks \['axis'\]"),
     "basis dtype": ("galore", lambda entry: entry.update(basis=entry["basis"].half()), "a basis of torch.float16"),
     "key large": ("gaussian", lambda entry: entry["key"].__setitem__(0, 2**31), "key must hold numbers of 31 bits"),
     "key short": ("gaussian", lambda entry: entry.update(key=entry["key"][:1]), "a key of shape"),
