@@ -161,7 +161,8 @@ class Holder:
                 record.settle(gradient.rows, gradient.scales)
                 gradient.fresh = False
             hyper, dim = self.hyper(record, fresh), record.assigned.dim
-            record.kernel(record.config(), dim, gradient.compact, parameter, hyper, *record.tensors())
+            with _torch.without_autocast():
+                record.kernel(record.config(), dim, gradient.compact, parameter, hyper, *record.tensors())
             record.count(fresh)
         _torch.mark_written(list(gradients))
 

@@ -94,7 +94,7 @@ def _rank_update_(weight: Tensor, dim: int, basis: Tensor, update: Tensor, seed:
     rows = max(1, ROUNDED_AT_A_TIME // weight.shape[1])
     for first in range(0, weight.shape[0], rows):
         part = weight[first : first + rows]
-        moved = torch.addmm(part.to(update.dtype), left[first : first + rows], right)
+        moved = part.to(update.dtype).addmm_(left[first : first + rows], right)  # in place, so that autocast lets it be
         part.copy_(round_stochastically(moved, rounding_noise(part.shape, seed, first)))
 
 

@@ -622,6 +622,69 @@ def test_unmodified_scripts(kind: str) -> None:
         assert difference(model, twin) < 1e-10, step
 
 
+@pytest.mark.parametrize("script", [False, True])
+@pytest.mark.parametrize("kind", DENSE)
+def test_autocast_around_the_step_changes_nothing(kind: str, script: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The products of a step, of a script's first refresh and of what reads a gradient stay in the weight's dtype."""
+    monkeypatch.setattr(projection, "EXACT_SVD", 10)
+    monkeypatch.setattr(projection, "OVERSAMPLING", 1)
+    models = []
+    for inside in (False, True):
+        model = layers(torch.float32)
+        shared = dict(lr=0.1, weight_decay=0.1)
+        own = dict(rank=3, projection=kind, update_proj_gap=2, seed=SEED)
+        if script:
+            optimizer: Any = torch.optim.SGD(model.parameters(), **shared)  # type: ignore[arg-type]
+        else:
+            optimizer = grass_compile.SGD(model.named_parameters(), step_in_backward=False, **shared, **own)  # type: ignore[arg-type]
+        call = compiled(model, **(own if script else {}))
+        for step in range(4):
+            loss_of(call(batch(step, torch.float32))).backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+                if step or not script:
+                    gradient: Any = model.tall.weight.grad
+                    assert gradient.full().dtype is torch.float32
+                optimizer.step()
+            optimizer.zero_grad()
+        assert not script or kind != "galore" or optimizer.state[model.tall.weight]["basis"].is_contiguous()
+        models.append(model)
+    assert difference(*models) == 0.0
+
+
+@pytest.mark.parametrize("kind", DENSE)
+def test_unmodified_scripts_resume(kind: str) -> None:
+    """Through torch's own ``load_state_dict``, which casts what it finds; the first step after it is dense once more."""
+    model = layers(torch.bfloat16)
+    own = {"rank": RANK, "projection": kind, "update_proj_gap": GAP, "seed": SEED}
+
+    def script(model: nn.Module) -> tuple[torch.optim.Optimizer, Callable[[int], None]]:
+        optimizer, call = torch.optim.AdamW(model.parameters(), lr=1e-2), compiled(model, **own)
+
+        def train(step: int) -> None:
+            loss_of(call(batch(step, torch.bfloat16))).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return optimizer, train
+
+    optimizer, train = script(model)
+    for step in range(2):
+        train(step)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    other = layers(torch.bfloat16)
+    other.load_state_dict(saved[0])
+    resumed, train_on = script(other)
+    resumed.load_state_dict(saved[1])
+    train_on(2)
+    train(2)
+    for weight, twin in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(weight, twin, rtol=0, atol=2e-2)
+        for key in ("basis", "key"):
+            if key in optimizer.state[weight]:
+                assert torch.equal(optimizer.state[weight][key], resumed.state[twin][key])
+                assert optimizer.state[weight][key].dtype is resumed.state[twin][key].dtype
+
+
 # ------------------------------------------------------------------------------------------------- keywords and the report
 
 
