@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 import grass_compile
@@ -146,12 +147,20 @@ class Formula:
 # ------------------------------------------------------------------------------------------------------- whole training runs
 
 
-@pytest.mark.parametrize("keywords", [{}, {"step_in_backward": False}, {"max_grad_norm": 0.05}, {"weight_decay": 0.1}], ids=str)
+LOOPS: dict[str, dict[str, Any]] = {
+    "fused": {"weight_decay": 0.1},
+    "deferred": {"step_in_backward": False},
+    "clipped": {"max_grad_norm": 0.05},
+    "clipped deferred": {"max_grad_norm": 0.05, "step_in_backward": False},
+}
+
+
+@pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("on_refresh", ["reset", "keep"])
 @pytest.mark.parametrize("axis", ["auto", "rows", "columns"])
 @pytest.mark.parametrize("kind", DENSE)
-def test_training_equals_the_formula(kind: str, axis: str, on_refresh: str, keywords: dict[str, Any]) -> None:
-    model = layers()
+def test_training_equals_the_formula(kind: str, axis: str, on_refresh: str, loop: str) -> None:
+    model, keywords = layers(), LOOPS[loop]
     twin = copy.deepcopy(model)
     shared = {"axis": axis, "on_refresh": on_refresh}
     optimizer = grass_compile.AdamW(model.named_parameters(), projection=kind, **KEYWORDS, **shared, **keywords)
@@ -183,6 +192,66 @@ def test_accumulation_equals_the_formula(kind: str, fused: bool) -> None:
             formula.choose()
         optimizer.step()
         optimizer.zero_grad()
+        formula.step()
+        assert difference(model, twin) < 1e-10, step
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("kind", DENSE)
+def test_several_forwards_equal_the_formula(kind: str, dropped: bool) -> None:
+    """The backward that runs first gives the basis; if what it left is dropped, the next one does."""
+    model = layers()
+    twin = copy.deepcopy(model)
+    optimizer = grass_compile.AdamW(model.named_parameters(), projection=kind, **KEYWORDS)
+    formula, call = Formula(twin, kind), compiled(model)
+    for step in range(2 * GAP):
+        first, second = loss_of(call(batch(10 * step))), loss_of(call(batch(10 * step + 1)))
+        if dropped:
+            second.backward()
+            optimizer.zero_grad()
+            first.backward()
+        else:
+            (first + second).backward()
+            loss_of(twin(batch(10 * step + 1))).backward()
+            formula.choose()
+        loss_of(twin(batch(10 * step))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        formula.step()
+        assert difference(model, twin) < 1e-10, step
+
+
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+@pytest.mark.parametrize("kind", DENSE)
+def test_blocks_of_any_batch_under_activation_checkpointing(kind: str, axis: str) -> None:
+    """Compiled one by one, so that equal blocks share graphs, which bake in no basis and no key."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(24, 32), nn.Linear(32, 24, bias=False)
+
+        def inner(self, x: Tensor) -> Tensor:
+            return self.down(torch.tanh(self.up(x)))  # type: ignore[no-any-return]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False)  # type: ignore[no-any-return]
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Block() for _ in range(3))).double()
+    twin = copy.deepcopy(model)
+    optimizer = grass_compile.AdamW(model.named_parameters(), projection=kind, axis=axis, **KEYWORDS)  # type: ignore[arg-type]
+    for block in model:
+        block.compile(backend="grass", options=EAGER)
+    formula = Formula(twin, kind, axis)
+    for step in range(GAP + 2):
+        x = torch.randn(13 + step, 24, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        loss_of(model(x)).backward()
+        assert all(weight.grad is None for weight in model.parameters() if weight.dim() == 2)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss_of(twin(x)).backward()
         formula.step()
         assert difference(model, twin) < 1e-10, step
 
