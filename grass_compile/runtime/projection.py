@@ -24,6 +24,7 @@ EXACT_SVD = 1024
 """Up to this many singular vectors, all are computed; see `singular_vectors`."""
 
 OVERSAMPLING, POWER_ITERATIONS = 16, 2
+"""Further columns of a sketch, and products with the gradient and its transpose that sharpen it."""
 
 
 def selected(projection: str, dim: int, rank: int, tensor: Tensor, selector: Tensor) -> Tensor:
@@ -65,8 +66,9 @@ def singular_vectors(gradient: Tensor, dim: int, rank: int) -> Tensor:
     """The ``rank`` left singular vectors (right ones for ``dim=1``) of largest singular value, ``[gradient.shape[dim], rank]``.
 
     ``torch.linalg.svd`` of the gradient as it stands, which is what galore-torch does, while the gradient has at most `EXACT_SVD`
-    singular values, and where most of them are asked for. It computes all of them: at 4096 that is a hundred times the work of
-    the products that find 128 (`_leading`), and takes minutes on a CPU and seconds on a GPU.
+    singular values, and where a good part of them is asked for. It computes all of them, in cubic time; the sketch (`_leading`)
+    is a few products with ``rank + 16`` columns. One thread of a CPU, fp32, rank 128: 0.4 s against 0.05 s for 1024 x 1024, 3.1 s
+    against 0.16 s for 2048 x 2048.
 
     A gradient with infinities or NaN (of a loss that was scaled too high) gives some basis; the compact gradient tells.
     """
