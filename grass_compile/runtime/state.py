@@ -291,7 +291,8 @@ class Record:
         A basis is taken over as it is, and the old one is not written: it may be that of a compact gradient that somebody keeps.
         """
         if self.options.projection == "galore":
-            (self.state[self.selector],), self._scratch = values, None
+            (self.state[self.selector],) = values
+            self._scratch = None
             return
         with _torch.unversioned(self.chosen()):
             for old, value in zip(self.chosen(), values, strict=True):
@@ -429,15 +430,8 @@ def initial_state(
     dtype, device = torch.promote_types(parameter.dtype, torch.float32), parameter.device
     shape = list(parameter.shape)
     shape[assigned.dim] = assigned.rank
-    if projection == "grass":
-        selector = torch.arange(assigned.rank, device=device)
-    elif projection == "galore":
-        selector = torch.zeros(parameter.shape[assigned.dim], assigned.rank, dtype=parameter.dtype, device=device)
-    else:
-        selector = torch.zeros(2, dtype=torch.int64, device=device)
     state: dict[str, Any] = {
-        SELECTORS[projection]: selector,
-        **({"row_scale": torch.ones(assigned.rank, dtype=dtype, device=device)} if projection == "grass" else {}),
+        **_initial_selector(parameter, assigned, projection),
         "step": torch.zeros(assigned.rank, device=device) if on_refresh == "carry" else torch.zeros(()),
         "updates": 0,
         "axis": assigned.axis,
@@ -449,6 +443,17 @@ def initial_state(
         kind = state_dtype if state_dtype is not None and layout == "full" else dtype
         state[name] = torch.zeros(shapes[layout], dtype=kind, device=device)
     return state
+
+
+def _initial_selector(parameter: Tensor, assigned: Assigned, projection: str) -> dict[str, Tensor]:
+    """What says where the compact gradient lies, before anything was chosen."""
+    rank, device = assigned.rank, parameter.device
+    if projection == "galore":
+        return {"basis": torch.zeros(parameter.shape[assigned.dim], rank, dtype=parameter.dtype, device=device)}
+    if projection == "gaussian":
+        return {"key": torch.zeros(2, dtype=torch.int64, device=device)}
+    wide = torch.promote_types(parameter.dtype, torch.float32)
+    return {"index": torch.arange(rank, device=device), "row_scale": torch.ones(rank, dtype=wide, device=device)}
 
 
 _records: WeakIdKeyDictionary = WeakIdKeyDictionary()

@@ -580,7 +580,8 @@ def test_resume_is_bit_for_bit(kind: str, steps: int, deferred: bool, dtype: tor
 
 
 DAMAGE: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
-    "basis nan": ("galore", lambda entry: entry["basis"].__setitem__((0, 0), math.nan), "basis must hold finite numbers"),
+    "basis nan": ("galore", lambda entry: entry["basis"].__setitem__((0, 0), math.nan), "basis must hold orthonormal columns"),
+    "basis scaled": ("galore", lambda entry: entry["basis"].mul_(2), "basis must hold orthonormal columns"),
     "basis short": ("galore", lambda entry: entry.update(basis=entry["basis"][:5]), "a basis of shape"),
     "basis of another rank": ("galore", lambda entry: entry.update(basis=entry["basis"][:, :3]), "has rank 3"),
     "no axis": ("galore", lambda entry: entry.pop("axis"), r"lacks \['axis'\]"),
