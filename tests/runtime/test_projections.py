@@ -329,20 +329,27 @@ def test_full_rank_galore_is_sgd(axis: str, momentum: float) -> None:
     assert all("basis" in optimizer.state[weight] for weight in model.parameters() if weight.dim() == 2)
 
 
-def test_a_rule_that_reads_the_weight_sees_its_projection() -> None:
-    """Adafactor on ``P^T W``, with torch's as the reference, and its change projected back."""
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+def test_a_rule_that_reads_the_weight_sees_its_projection(axis: str) -> None:
+    """Adafactor on ``P^T W`` (of columns ``(W P)^T``), with torch's as the reference, and its change projected back."""
     torch.manual_seed(0)
     model = nn.Linear(24, 12, bias=False).double()
-    optimizer = grass_compile.Adafactor(model.named_parameters(), lr=0.1, rank=4, projection="galore", axis="rows")
+    optimizer = grass_compile.Adafactor(model.named_parameters(), lr=0.1, rank=4, projection="galore", axis=axis)  # type: ignore[arg-type]
     before, x = model.weight.detach().clone(), torch.randn(7, 24, dtype=torch.float64)
     loss_of(compiled(model)(x)).backward()
     basis = optimizer.state[model.weight]["basis"]
-    small = nn.Parameter(basis.t() @ before)
+    dim = int(axis == "columns")
+
+    def compact(tensor: Tensor) -> Tensor:
+        return (projection.compact(tensor, dim, basis).t() if dim else projection.compact(tensor, dim, basis)).contiguous()
+
+    small = nn.Parameter(compact(before))
     gradient = torch.autograd.grad(loss_of(x @ (full := before.requires_grad_()).t()), full)[0]
-    small.grad = basis.t() @ gradient
+    small.grad = compact(gradient)
     old = small.detach().clone()
     torch.optim.Adafactor([small], lr=0.1, foreach=False).step()
-    expected = before.detach() + basis @ (small.detach() - old)
+    change = small.detach() - old
+    expected = before.detach() + projection.expanded(change.t() if dim else change, dim, basis)
     torch.testing.assert_close(model.weight.detach(), expected, rtol=0, atol=1e-10)
 
 
