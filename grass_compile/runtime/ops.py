@@ -170,7 +170,8 @@ _torch.register_once_lowering(torch.ops.grass_compile.once.default)
 
 _library.define(
     "refresh_(Tensor gradient, Tensor(a!) index, Tensor? noise, Tensor(b!)[] state, int dim, int rank, str on_refresh, "
-    "str selection, int block, bool replacement, str layouts) -> Tensor"
+    "str selection, int block, bool replacement, str layouts) -> Tensor",
+    tags=(torch.Tag.cudagraph_unsafe,),  # a decomposition waits for the device, and one step in a gap is not worth recording
 )
 
 

@@ -481,6 +481,11 @@ def test_a_gradient_that_is_not_finite_is_seen(bad: float) -> None:
     assert difference(*results) == 0.0
 
 
+def test_a_refresh_is_kept_out_of_cuda_graphs() -> None:
+    """``torch.linalg.svd`` looks at its result on the host, which no CUDA graph can record."""
+    assert torch.Tag.cudagraph_unsafe in ops.refresh_.tags
+
+
 # ---------------------------------------------------------------------------------------------------- low-precision weights
 
 
