@@ -20,7 +20,7 @@ Axis = Literal["rows", "columns"]
 AxisChoice = Literal["rows", "columns", "auto"]
 OnRefresh = Literal["reset", "carry", "keep"]
 Selection = Literal["top", "norm", "norm2", "uniform"]
-Projecting = Literal["grass", "galore", "gaussian"]
+ProjectionKind = Literal["grass", "galore", "gaussian"]
 
 SELECTIONS = ("top", "norm", "norm2", "uniform")
 PROJECTIONS = ("grass", "galore", "gaussian")
@@ -61,7 +61,7 @@ class SiteConfig:
     selection: Selection = "top"
     block: int = 1
     replacement: bool = False
-    projection: Projecting = "grass"
+    projection: ProjectionKind = "grass"
 
     @property
     def chosen_by(self) -> str:
@@ -92,7 +92,7 @@ class GroupOptions:
     block: int = 1
     stagger: int = 1
     replacement: bool = False
-    projection: Projecting = "grass"
+    projection: ProjectionKind = "grass"
 
     @property
     def forms_gradient(self) -> bool:
