@@ -69,11 +69,13 @@ def summarise(seconds: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
     return summary
 
 
+def cell(found: dict[str, float] | None, form: str) -> str:
+    """The median, and the quartiles in brackets."""
+    return "-" if found is None else f"{found['median']:{form}} ({found['low']:{form}}-{found['high']:{form}})"
+
+
 def report(summary: dict[str, dict[str, Any]]) -> str:
     """One row per method."""
-
-    def cell(found: dict[str, float] | None, form: str) -> str:
-        return "-" if found is None else f"{found['median']:{form}} ({found['low']:{form}}-{found['high']:{form}})"
 
     rows = [
         [

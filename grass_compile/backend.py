@@ -22,7 +22,7 @@ from .passes.pipeline import PASSES, Plan, PlanMismatch
 from .passes.records import Analysis, WeightInput
 from .runtime import adoption
 from .runtime import state as registry
-from .runtime.call import Call, expected, formed
+from .runtime.call import Call, expected, in_graph
 from .runtime.rules import AdamWRule
 from .runtime.state import Assigned, Record, refusal
 from .runtime.step import SHARED_HYPER, graph_state
@@ -115,7 +115,7 @@ class Region:
         held = [records[projection.position] for projection in plan.projections]
         refresh = tuple(record.due for record in held)
         state = [tensor for record, new in zip(held, refresh, strict=True) for tensor in record.inputs(new)]
-        numbers = _numbers(plan, held, refresh)
+        numbers = _numbers(plan, held)
         inputs = (
             *args,
             *state,
@@ -126,7 +126,7 @@ class Region:
         since = _torch.sequence_number()
         variant = self.variant(plan, held)
         assert variant.pair is not None
-        variant.pair.forward.key = formed(held, refresh)
+        variant.pair.forward.key = in_graph(held, refresh)
         results = variant.call(*inputs)
         node = _torch.backward_node(results if isinstance(results, (list, tuple)) else (results,), since)
         if node is not None:
@@ -240,7 +240,7 @@ class Region:
         return Plan(
             weights=weights,
             projections=analysis.projections,
-            hyper=_numbered([record.hyper_key(record.due) for record in held]),
+            hyper=_numbered([record.hyper_key(record.renewed) for record in held]),
             kernels=tuple(kernels.named(self.options, p.config, p.dim) for p in analysis.projections),
             disabled=self.options.disable_passes,
             clipped=clipped,
@@ -300,7 +300,7 @@ class Region:
 
     def _pair(self, plan: Plan, held: Sequence[Record]) -> _torch.Pair:
         """The halves of a plan; the next call needs what is due now, those that follow a regular step."""
-        due, never = formed(held, [record.due for record in held]), (False,) * len(held)
+        due, never = in_graph(held, [record.due for record in held]), (False,) * len(held)
         refreshes = (due, never) if due != never else (never,)
         forward = _torch.Half(lambda gm, key: pipeline.finish_forward(gm, plan, key), refreshes)
         backward = _torch.Half(
@@ -347,13 +347,13 @@ def _numbered(keys: Sequence[Any]) -> tuple[int, ...]:
     return tuple(numbers.setdefault(key, len(numbers)) for key in keys)
 
 
-def _numbers(plan: Plan, records: Sequence[Record], refresh: Sequence[bool]) -> list[tuple[Tensor, Record, bool]]:
+def _numbers(plan: Plan, records: Sequence[Record]) -> list[tuple[Tensor, Record, bool]]:
     """One tensor of hyper-parameters per distinct group, in the order of the plan's numbers; with a record that it is of."""
     found: dict[int, tuple[Tensor, Record, bool]] = {}
-    for slot, record, fresh in zip(plan.hyper, records, refresh, strict=True):
+    for slot, record in zip(plan.hyper, records, strict=True):
         if slot not in found:
             assert record.holder is not None
-            found[slot] = record.holder.hyper(record, fresh), record, fresh
+            found[slot] = record.holder.hyper(record, record.renewed), record, record.renewed
     return list(found.values())
 
 
@@ -373,8 +373,8 @@ def _fake_state(mode: Any, captured: _torch.Captured, plan: Plan) -> list[Tensor
             assigned = Assigned(projection.axis, projection.dim, projection.rank)
             config = projection.config
             made = registry.initial_state(weight, assigned, config.on_refresh, config.rule, config.state_dtype, config.projection)
-            if config.replacement:
-                made["row_count"] = made["row_scale"]
+            if config.projection == "grass":
+                made["row_count"], made["proposed"] = made["row_scale"], made["index"]
             made["noise"] = torch.empty(weight.shape[projection.dim], dtype=_state_dtype(weight), device=weight.device)
             state += [made[name] for name in graph_state(config)]
             leaves.append(registry.leaf_like(weight, assigned).requires_grad_())

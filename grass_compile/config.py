@@ -21,9 +21,11 @@ AxisChoice = Literal["rows", "columns", "auto"]
 OnRefresh = Literal["reset", "carry", "keep"]
 Selection = Literal["top", "norm", "norm2", "uniform"]
 ProjectionKind = Literal["grass", "galore", "gaussian"]
+Scores = Literal["exact", "sampled", "estimate"]
 
 SELECTIONS = ("top", "norm", "norm2", "uniform")
 PROJECTIONS = ("grass", "galore", "gaussian")
+SCORES = ("exact", "sampled", "estimate")
 AXES = ("rows", "columns", "auto")
 ON_REFRESH = ("reset", "carry", "keep")
 COMPILERS = ("inductor", "aot_eager")
@@ -47,6 +49,7 @@ class SiteConfig:
         selection: how new rows are chosen.
         block: neighbouring rows that are chosen together.
         replacement: whether rows are drawn with replacement, and scaled.
+        scores: what new rows are chosen by.
         projection: ``grass`` selects rows, ``galore`` projects onto singular vectors, ``gaussian`` onto random vectors.
     """
 
@@ -61,6 +64,7 @@ class SiteConfig:
     selection: Selection = "top"
     block: int = 1
     replacement: bool = False
+    scores: Scores = "exact"
     projection: ProjectionKind = "grass"
 
     @property
@@ -71,7 +75,8 @@ class SiteConfig:
     @property
     def step_alone(self) -> SiteConfig:
         """The same as far as a step between refreshes goes; configurations for which this is equal share compiled steps."""
-        return dataclasses.replace(self, on_refresh="carry" if self.on_refresh == "carry" else "reset", selection="top", block=1)
+        on_refresh: OnRefresh = "carry" if self.on_refresh == "carry" else "reset"
+        return dataclasses.replace(self, on_refresh=on_refresh, selection="top", block=1, scores="exact")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,11 +97,12 @@ class GroupOptions:
     block: int = 1
     stagger: int = 1
     replacement: bool = False
+    scores: Scores = "exact"
     projection: ProjectionKind = "grass"
 
     @property
-    def forms_gradient(self) -> bool:
-        """Whether a refresh needs the full gradient; random vectors do not depend on it."""
+    def refreshes_in_graph(self) -> bool:
+        """Whether a refresh is another graph than a regular step; random vectors depend on no gradient."""
         return self.projection != "gaussian"
 
     def site(self, axis: AxisChoice, decays: bool, rule: Any) -> SiteConfig:
@@ -105,7 +111,7 @@ class GroupOptions:
         return SiteConfig(
             rank=self.rank, axis=axis, on_refresh=self.on_refresh, decays=decays, scale=self.scale, rule=rule,
             stochastic_rounding=self.stochastic_rounding, state_dtype=self.state_dtype, selection=self.selection,
-            block=self.block, replacement=self.replacement, projection=self.projection,
+            block=self.block, replacement=self.replacement, scores=self.scores, projection=self.projection,
         )  # fmt: skip
 
 
@@ -161,6 +167,11 @@ def parse_group(group: Mapping[str, Any]) -> GroupOptions:
             "replacement=True scales every row by its own probability, which changes at a refresh, so moments cannot be carried. "
             "Use on_refresh='reset' or 'keep'."
         )
+    scores = one_of("scores", group["scores"], SCORES)
+    if group["replacement"] and scores != "exact":
+        raise ConfigError(
+            f"replacement=True scales rows by the probabilities of exact norms; scores={scores!r} has none. Use 'exact'."
+        )
     projection = one_of("projection", group["projection"], PROJECTIONS)
     if projection != "grass":
         _check_dense_projection(projection, group)
@@ -190,6 +201,7 @@ def parse_group(group: Mapping[str, Any]) -> GroupOptions:
         block=block,
         stagger=stagger,
         replacement=group["replacement"],
+        scores=scores,
         projection=projection,
     )
 
@@ -200,7 +212,7 @@ def _check_dense_projection(projection: str, group: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: naming the keyword.
     """
-    for key, only in (("selection", "top"), ("replacement", False), ("block", 1)):
+    for key, only in (("selection", "top"), ("replacement", False), ("block", 1), ("scores", "exact")):
         if group[key] != only:
             raise ConfigError(
                 f"{key}={group[key]!r} is about which rows are selected; projection={projection!r} selects none. Leave {key} "
@@ -221,7 +233,7 @@ DEFAULT_EXCLUDE = ("*lm_head*", "*embed*")
 PROJECT: dict[str, Any] = dict(
     rank=None, update_proj_gap=200, selection="top", replacement=False, axis="auto", on_refresh="reset", scale=1.0,
     exclude=DEFAULT_EXCLUDE, step_in_backward=True, max_grad_norm=None, refresh_warmup=0, stochastic_rounding=False,
-    state_dtype=None, seed=0, block=1, stagger=False, projection="grass",
+    state_dtype=None, seed=0, block=1, stagger=False, scores="exact", projection="grass",
 )  # fmt: skip
 """The keywords of a grass optimizer that are ours rather than torch's, with their defaults."""
 

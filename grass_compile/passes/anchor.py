@@ -7,7 +7,7 @@ Before (one weight of rank r along its rows)::
 
 After::
 
-    anchor: f32[r, n] = grass_compile.anchor(mm, weight, hyper, [idx, exp_avg, exp_avg_sq], [r, n], 0)
+    anchor: f32[r, n] = grass_compile.anchor(mm, weight, hyper, [idx, exp_avg, exp_avg_sq], None, [r, n], 0)
     return (loss, ..., None, None, None, anchor, ...)          <- in the slot of the weight's *leaf*
 
 The leaf is an input of the compact gradient's shape, without storage, that no forward reads. What the backward returns for it,
@@ -33,6 +33,7 @@ def anchor(
     *,
     sites: tuple[Site, ...],
     compact: Mapping[int, fx.Node],
+    energy: Mapping[int, fx.Node],
     inputs: Mapping[int, Mapping[str, fx.Node]],
     slots: Mapping[fx.Node, int],
     clipped: Sequence[fx.Node] = (),
@@ -44,6 +45,7 @@ def anchor(
         gm: the joint graph.
         sites: in the order of the plan's projections.
         compact: compact gradients by weight position.
+        energy: what new rows are proposed by, for the weights where they are.
         inputs: for each weight position, the placeholders ``weight``, ``hyper``, ``leaf`` and those of its state.
         slots: for each primal, the position of its gradient slot among all outputs.
         clipped: dense parameters whose gradients are clipped along with the compact ones.
@@ -57,7 +59,9 @@ def anchor(
         state = [named[name] for name in graph_state(site.weight.config)]
         shape = list(shape_of(named["leaf"]))
         with provenance(gm, "anchor", site.weight.name, site.slot), gm.graph.inserting_before(output_node(gm)):
-            node = call(gm.graph, ops.anchor, gradient, named["weight"], named["hyper"], state, shape, number)
+            node = call(
+                gm.graph, ops.anchor, gradient, named["weight"], named["hyper"], state, energy.get(position), shape, number
+            )
         node.meta["partitioner_tag"] = "must_be_in_backward"
         values[slots[named["weight"]]], values[slots[named["leaf"]]] = None, node
         made.append(node)

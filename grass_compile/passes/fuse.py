@@ -3,7 +3,7 @@
 Before (one weight of rank r along its rows)::
 
     mm:     f32[r, n]
-    anchor: f32[r, n] = grass_compile.anchor(mm, weight, hyper, [idx, exp_avg, exp_avg_sq], [r, n], 0)
+    anchor: f32[r, n] = grass_compile.anchor(mm, weight, hyper, [idx, exp_avg, exp_avg_sq], None, [r, n], 0)
     return (..., anchor, ...)
 
 After, for the action ``step``::
@@ -12,7 +12,8 @@ After, for the action ``step``::
     return (..., None, ...)
 
 For ``keep`` and ``choose`` the compact gradient is returned instead. On a refresh, ``refresh_`` makes the compact gradient and
-writes the index and the state in place, so that what follows is the regular step, to the very kernel.
+writes the index and the state in place, so that what follows is the regular step, to the very kernel. Where rows are chosen by
+estimated scores, ``propose_`` writes those to take next, and the step is that of the old ones.
 
 Contract: what is written is an input of the graph; `place` gives each node its place.
 """
@@ -25,7 +26,7 @@ from typing import Any
 from torch import fx
 
 from ..errors import GraphError
-from ..runtime import ops
+from ..runtime import ops, scores
 from ..runtime.projection import SELECTORS
 from ..runtime.step import SCALES, Action, clip_scale, graph_state, kept, layout_of, scaled, selected, step_state
 from .anchor import anchors
@@ -103,9 +104,11 @@ def _compact(gm: fx.GraphModule, node: fx.Node, projection: Projection, refresh:
     """The compact gradient where an anchor stands; on a refresh, that of new rows unless older ones are to be kept."""
     arguments: Any = node.args
     gradient, state, config = arguments[0], _state(node, projection), projection.config
-    if not refresh:
+    index, noise, proposed = state.pop(SELECTORS[config.projection]), state.pop("noise", None), state.pop("proposed", None)
+    if refresh and proposed is not None and action != "keep":
+        call(gm.graph, scores.propose_, arguments[4], noise, proposed, config.selection, config.block)
+    if not refresh or proposed is not None:
         return gradient  # type: ignore[no-any-return]
-    index, noise = state.pop(SELECTORS[config.projection]), state.pop("noise", None)
     if action == "keep":
         (compact,) = _trace(gm, selected, (config.projection, projection.dim, projection.rank), [gradient, index])
         return compact

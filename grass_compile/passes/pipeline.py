@@ -2,7 +2,7 @@
 
 ::
 
-    joint graph --normalize--> --detect--> sites --rewrite--> compact gradients --anchor--> one operator per site
+    joint graph --normalize--> --detect--> sites --rewrite, score--> compact gradients --anchor--> one operator per site
                                                                                                |  min-cut partition
     forward graph, backward graph with anchors  <----------------------------------------------+
          |              |
@@ -34,15 +34,16 @@ from .normalize import normalize
 from .place import place
 from .records import Analysis, Projection, Refusal, Site, WeightInput
 from .rewrite import rewrite, undo
+from .score import forget, score
 from .verify import verify
 
 log = logging.getLogger(__name__)
 
-PASSES = ("normalize", "detect", "rewrite", "anchor", "fuse", "place", "verify")
-"""The names that ``options={"disable_passes": [...]}`` takes. Without detect, anchor, fuse or place every weight stays
+PASSES = ("normalize", "detect", "rewrite", "score", "anchor", "fuse", "place", "verify")
+"""The names that ``options={"disable_passes": [...]}`` takes. Without detect, score, anchor, fuse or place every weight stays
 dense; without rewrite the full gradient is formed and its rows are taken from it; without verify nothing checks the result."""
 
-ESSENTIAL = ("detect", "anchor", "fuse", "place")
+ESSENTIAL = ("detect", "score", "anchor", "fuse", "place")
 
 
 class PlanMismatch(Exception):
@@ -161,10 +162,11 @@ def transform(
     index = {p.position: inputs[p.position][SELECTORS[p.config.projection]] for p in plan.projections}
     compact = rewrite(gm, sites=sites, index=index, from_slot="rewrite" in plan.disabled)
     log.info("rewrite: %d weight gradients made compact", len(sites))
+    energy = score(gm, sites=sites, hyper={position: named["hyper"] for position, named in inputs.items()})
     slots = {node: num_fwd_outputs + i for i, node in enumerate(primals(gm))}
     clipped = [nodes[position] for position in plan.clipped or () if position in nodes]
     norm_leaf = None if plan.clipped is None else nodes[max(nodes)]
-    anchor(gm, sites=sites, compact=compact, inputs=inputs, slots=slots, clipped=clipped, norm_leaf=norm_leaf)
+    anchor(gm, sites=sites, compact=compact, energy=energy, inputs=inputs, slots=slots, clipped=clipped, norm_leaf=norm_leaf)
     log.debug("anchor: operators %s", _difference(before, op_counts(gm)))
     _torch.trace_graph("grass_joint_after", gm)
     return partition(gm, joint_inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
@@ -176,10 +178,11 @@ def finish_forward(gm: fx.GraphModule, plan: Plan, refresh: tuple[bool, ...]) ->
     Args:
         gm: the forward graph that `transform` returned.
         plan: the plan it was made for.
-        refresh: for each projection, whether its backward forms the full gradient.
+        refresh: for each projection, whether its backward chooses new rows.
     """
     gm = copy(gm)
-    undo(gm, _chosen(plan, refresh))
+    undo(gm, _full(plan, refresh))
+    forget(gm, {projection.position for projection, new in zip(plan.projections, refresh, strict=True) if not new})
     gm.recompile()
     log.info("forward: %d of %d weights choose new rows", sum(refresh), len(refresh))
     _torch.trace_graph("grass_forward", gm)
@@ -194,7 +197,7 @@ def finish_backward(
     Args:
         gm: the backward graph that `transform` returned.
         plan: the plan it was made for.
-        key: for each projection, whether to form the full gradient and, for most actions, choose new rows; for each, what to do;
+        key: for each projection, whether to choose new rows, which most actions do; for each, what to do;
             and whether to clip all gradients by their common norm.
         saved: fake values of what the forward saves, by the names of the inputs here.
     """
@@ -203,7 +206,7 @@ def finish_backward(
     changed = [node for node in placeholders(gm) if node.name in saved and not _alike(node.meta["val"], saved[node.name])]
     for node in changed:
         node.meta["val"] = saved[node.name]
-    undo(gm, _chosen(plan, refresh), changed)
+    undo(gm, _full(plan, refresh), changed)
     fuse(gm, projections=plan.projections, kernels=plan.kernels, refresh=refresh, actions=actions, clip=clip)
     log.info("fuse: %d weights, %s", len(actions), ", ".join(f"{actions.count(a)} {a}" for a in sorted(set(actions))))
     place(gm)
@@ -213,8 +216,10 @@ def finish_backward(
     return gm
 
 
-def _chosen(plan: Plan, refresh: tuple[bool, ...]) -> set[int]:
-    return {projection.position for projection, new in zip(plan.projections, refresh, strict=True) if new}
+def _full(plan: Plan, refresh: tuple[bool, ...]) -> set[int]:
+    """Positions of the weights whose full gradients are formed."""
+    chosen = (projection for projection, new in zip(plan.projections, refresh, strict=True) if new)
+    return {projection.position for projection in chosen if projection.config.scores == "exact"}
 
 
 def _alike(one: Any, other: Any) -> bool:

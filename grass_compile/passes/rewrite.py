@@ -142,9 +142,9 @@ def _select(graph: fx.Graph, gradient: Gradient, rows: Rows) -> fx.Node:
     dim = rows.dim
     if isinstance(gradient, Product):
         operand = gradient.operand(dim)
-        features = _features_last(graph, operand, whole=True)
+        features = features_last(graph, operand, whole=True)
         gathered = _gather(graph, features, rows, operand.start, operand.length)
-        return _matmul(graph, gathered, _features_last(graph, gradient.operand(1 - dim)), rows)
+        return _matmul(graph, gathered, features_last(graph, gradient.operand(1 - dim)), rows)
     if isinstance(gradient, Cast):
         return call(graph, prims.convert_element_type.default, _select(graph, gradient.inner, rows), gradient.dtype)
     if isinstance(gradient, Sum):
@@ -155,9 +155,9 @@ def _select(graph: fx.Graph, gradient: Gradient, rows: Rows) -> fx.Node:
     if gradient.dim != dim:
         return call(graph, aten.cat.default, [_select(graph, part, rows) for part in gradient.parts], gradient.dim)
     products = [part for part in gradient.parts if isinstance(part, Product)]
-    joined = call(graph, aten.cat.default, [_features_last(graph, p.operand(dim)) for p in products], 1)
+    joined = call(graph, aten.cat.default, [features_last(graph, p.operand(dim)) for p in products], 1)
     gathered = _gather(graph, joined, rows, 0, shape_of(joined)[1])
-    return _matmul(graph, gathered, _features_last(graph, products[0].operand(1 - dim)), rows)
+    return _matmul(graph, gathered, features_last(graph, products[0].operand(1 - dim)), rows)
 
 
 def _gather(graph: fx.Graph, features: fx.Node, rows: Rows, start: int, length: int) -> fx.Node:
@@ -192,7 +192,7 @@ def _basis_of(projection: str, length: int, rank: int, dtype: torch.dtype, selec
     return (basis_of(projection, selector, length, rank, dtype),)
 
 
-def _features_last(graph: fx.Graph, operand: Operand, whole: bool = False) -> fx.Node:
+def features_last(graph: fx.Graph, operand: Operand, whole: bool = False) -> fx.Node:
     """An operand as ``[tokens, features]``; only the features of this weight unless ``whole``."""
     node = operand.node
     if operand.dims != tuple(range(len(operand.dims))):

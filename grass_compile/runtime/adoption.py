@@ -180,7 +180,7 @@ def _adopt(holder: Holder, parameter: Tensor, group: dict[str, Any], wished: Wis
     rows, *scales = record.select(gradient) if record.due else (state[record.selector].clone(),)
     compact = selected(wished.options.projection, dim, assigned.rank, gradient, rows)
     wide = torch.promote_types(compact.dtype, torch.float32)
-    how = dim, parameter, wished.name, record.due, tuple(scales), wished.options.projection
+    how = dim, parameter, wished.name, record.due, tuple(scales), None, wished.options.projection
     parameter.grad = CompactGrad(compact.to(wide), rows, *how)
 
 

@@ -82,7 +82,7 @@ class Holder:
         group, parameter = record.group, record.parameter
         lr = float(group["lr"]) * _warm(record)
         decay = 1.0 - float(group["lr"]) * float(group["weight_decay"])
-        seed = seed_of(record.options.seed, record.state["updates"]) if record.options.stochastic_rounding else 0
+        seed = seed_of(record.options.seed, record.state["updates"]) if record.draws else 0
         limit = float("inf") if self.max_norm is None else self.max_norm
         values = (*record.rule.hyper({**group, "lr": lr}), decay, float(record.next_step(fresh)), float(seed), limit)
         key = record.hyper_key(fresh)
@@ -164,6 +164,8 @@ class Holder:
             with _torch.without_autocast():
                 record.kernel(record.config(), dim, gradient.compact, parameter, hyper, *record.tensors())
             record.count(fresh)
+            if gradient.next_rows is not None:
+                record.renew(gradient.next_rows)
         _torch.mark_written(list(gradients))
 
     def close(self) -> None:

@@ -224,11 +224,19 @@ step_ = torch.ops.grass_compile.step_.default
 
 # ----------------------------------------------------------------------------------------------------------------- anchor
 
-_library.define("anchor(Tensor gradient, Tensor weight, Tensor hyper, Tensor[] state, int[] shape, int number) -> Tensor")
+_library.define(
+    "anchor(Tensor gradient, Tensor weight, Tensor hyper, Tensor[] state, Tensor? energy, int[] shape, int number) -> Tensor"
+)
 
 
 def _fake_anchor(
-    gradient: Tensor, weight: Tensor, hyper: Tensor, state: Sequence[Tensor], shape: Sequence[int], number: int
+    gradient: Tensor,
+    weight: Tensor,
+    hyper: Tensor,
+    state: Sequence[Tensor],
+    energy: Tensor | None,
+    shape: Sequence[int],
+    number: int,
 ) -> Tensor:
     return gradient.new_empty(shape, dtype=torch.promote_types(gradient.dtype, torch.float32))
 
@@ -236,7 +244,8 @@ def _fake_anchor(
 torch.library.register_fake("grass_compile::anchor", _fake_anchor)
 
 anchor = torch.ops.grass_compile.anchor.default
-"""``anchor(gradient, weight, hyper, state, shape, number)``; the shape of the compact gradient, the number of the projection."""
+"""``anchor(gradient, weight, hyper, state, energy, shape, number)``; what new rows are proposed by, if they are; the shape of the
+compact gradient, the number of the projection."""
 
 _library.define("norm(Tensor[] anchors, Tensor[] gradients) -> Tensor")
 torch.library.register_fake("grass_compile::norm", lambda anchors, gradients: anchors[0].new_empty(()))

@@ -48,6 +48,10 @@ class AdamW(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
         block: neighbouring rows that are chosen together; divides ``rank``.
         stagger: spread the refreshes of different weights over the interval, in 4 parts or in as many as it says; in a model
             that is compiled as a whole each part costs a compilation.
+        scores: what new rows are chosen by: ``"exact"``, the norms of the full gradient, which the refresh forms, one layer at a
+            time; ``"sampled"``, those of the gradient of every eighth token; ``"estimate"``, a sketch of the norms (rows) or
+            the norms of the inputs (columns). With the latter two no full gradient is ever formed, a refresh is a step of the
+            old rows, and the new ones serve from the next step on; until the second step, these are the first rows.
         scale: the paper's alpha, a factor on the update.
         exclude: name patterns (``fnmatch``) that stay dense.
         step_in_backward: the weights move inside ``loss.backward()``; if False, compact gradients are left in ``.grad``
@@ -92,6 +96,7 @@ class AdamW(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
         seed: int | None = None,
         block: int = 1,
         stagger: bool | int = False,
+        scores: str = "exact",
         projection: str = "grass",
     ) -> None:
         self.rule = AdamWRule()
@@ -100,7 +105,7 @@ class AdamW(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
             on_refresh=on_refresh, scale=scale, exclude=exclude,
             step_in_backward=step_in_backward, max_grad_norm=max_grad_norm, refresh_warmup=refresh_warmup,
             stochastic_rounding=stochastic_rounding, state_dtype=state_dtype, block=block, stagger=stagger, seed=seed,
-            projection=projection,
+            scores=scores, projection=projection,
         )  # fmt: skip
         super().__init__(params, own=own, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=True)
 

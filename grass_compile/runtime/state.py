@@ -63,12 +63,13 @@ class Record:
         flight: the backward in which a compact gradient has been computed that autograd has not delivered yet (it waits until
             every call in the same graph has contributed), or None.
         rows: the index of that gradient; with a dense projection, the basis or the key.
+        proposes: whether the backward of that gradient has proposed the rows to take next.
         trained_dense: whether full moments are known to be no mere zeros.
     """
 
     __slots__ = (
-        "__weakref__", "_configs", "_holder", "_leaf", "_noise", "_parameter", "_scratch", "assigned", "flight", "group",
-        "kernel", "moved", "name", "number", "options", "outstanding", "rows", "rule", "trained_dense",
+        "__weakref__", "_configs", "_holder", "_leaf", "_noise", "_parameter", "_proposed", "_scratch", "assigned", "flight",
+        "group", "kernel", "moved", "name", "number", "options", "outstanding", "proposes", "rows", "rule", "trained_dense",
     )  # fmt: skip
 
     def __init__(
@@ -89,6 +90,8 @@ class Record:
         self.rows: Tensor | None = None
         self._scratch: list[Tensor] | None = None
         self._noise: Tensor | None = None
+        self._proposed: Tensor | None = None
+        self.proposes = False
 
     @property
     def parameter(self) -> Tensor:
@@ -187,8 +190,8 @@ class Record:
     def forget(self) -> None:
         """Forget what follows from the options; they have changed."""
         self._configs.clear()
-        self._leaf = self._scratch = self._noise = self.rows = None
-        self.moved = self.trained_dense = False
+        self._leaf = self._scratch = self._noise = self._proposed = self.rows = None
+        self.moved = self.trained_dense = self.proposes = False
         self.flight = None
 
     @property
@@ -199,13 +202,16 @@ class Record:
 
     @property
     def due(self) -> bool:
-        """Whether the next backward has to choose new rows."""
-        return self.since_refresh == 0
+        """Whether the next backward has to choose new rows: those of its own gradient, or those of the next step."""
+        if self.options.scores == "exact":
+            return self.since_refresh == 0
+        updates = int(self.state["updates"])
+        return updates == 0 or self._since_refresh(updates + 1) == 0
 
     @property
-    def forms_gradient(self) -> bool:
-        """Whether it takes the full gradient to choose them."""
-        return self.options.forms_gradient
+    def renewed(self) -> bool:
+        """Whether the next update is that of rows which its own backward chooses."""
+        return self.due and self.options.scores == "exact"
 
     @property
     def offset(self) -> int:
@@ -228,15 +234,22 @@ class Record:
     @property
     def since_refresh(self) -> int:
         """Updates since the last refresh, the next one not included; of a refresh itself, 0."""
-        updates = int(self.state["updates"])
+        return self._since_refresh(int(self.state["updates"]))
+
+    def _since_refresh(self, updates: int) -> int:
         return min(updates, (updates + self.offset) % self.options.update_proj_gap)
 
     def hyper_key(self, fresh: bool) -> tuple[Any, ...]:
         """Weights for which this is equal may share one tensor of hyper-parameters."""
         warm = self.since_refresh if self.options.refresh_warmup else 0
-        seed = self.state["updates"] if self.options.stochastic_rounding else 0
+        seed = self.state["updates"] if self.draws else 0
         alike = id(self.group), self.parameter.dtype, self.parameter.device, self.offset
         return *alike, self.next_step(fresh), warm, seed
+
+    @property
+    def draws(self) -> bool:
+        """Whether the next step draws random numbers inside the graph: to round, or to estimate scores."""
+        return self.options.stochastic_rounding or (self.options.scores == "estimate" and self.due)
 
     def tensors(self) -> list[Tensor]:
         """The state tensors that a step reads and writes, in their order."""
@@ -311,6 +324,8 @@ class Record:
         tensors = self.tensors()
         if self.options.selection in selection.SAMPLED:
             tensors.append(self.noise(refresh))
+        if self.options.scores != "exact":
+            return [*tensors, self.proposed]
         if not refresh:
             return tensors
         scratch = self.scratch()
@@ -318,7 +333,7 @@ class Record:
         if pending is not None and not pending.zeroed:
             current = [pending.rows, *pending.scales]
         else:
-            current = self.chosen() if self.forms_gradient else [self._new_key()]
+            current = self.chosen() if self.options.refreshes_in_graph else [self._new_key()]
         if not self.in_flight:
             with _torch.unversioned(scratch):
                 for target, value in zip(scratch, current, strict=False):  # a gradient of older rows has no scales of its own
@@ -328,7 +343,9 @@ class Record:
     def expect(self, refresh: bool) -> None:
         """Note that a compact gradient is on its way, of the rows that a region was given or has chosen."""
         if not self.in_flight:
-            self.rows = self.scratch()[0] if refresh else self.state[self.selector]
+            exact = self.options.scores == "exact"
+            self.rows = self.scratch()[0] if refresh and exact else self.state[self.selector]
+            self.proposes = refresh and not exact
         self.flight = _torch.graph_task()
 
     def settle(self, rows: Tensor, scales: Sequence[Tensor]) -> None:
@@ -343,21 +360,39 @@ class Record:
                 old.copy_(value)
         self._choose((rows, *scales))
 
-    def renew(self) -> None:
-        """Before a backward that moves the weight by a new key: the moments that go with it. (Where a refresh forms the full
-        gradient, it sees to them itself.) A backward that breaks off has done no harm: the refresh is still due."""
+    def restart(self) -> None:
+        """Before a backward that moves the weight by a new key: the moments that go with it. (A refresh in the graph sees to them
+        itself.) A backward that breaks off has done no harm: the refresh is still due."""
         if self.options.on_refresh == "reset":
             moments = self.tensors()[1:]
             with _torch.unversioned(moments):
                 for moment in moments:
                     moment.zero_()
 
+    @property
+    def proposed(self) -> Tensor:
+        """Where a backward puts the rows that it proposes for the next step, ``int64[r]``."""
+        if self._proposed is None:
+            self._proposed = self.state["index"].clone()
+        return self._proposed
+
+    def renew(self, rows: Tensor) -> None:
+        """Go over to rows that were proposed by a step that is done."""
+        self.settle(rows, ())
+        if self.options.on_refresh == "reset":
+            self.state["step"].zero_()
+
     def stepped(self, refresh: bool) -> None:
         """Note that a backward has moved the weight."""
         assert self.holder is not None
-        if refresh:
-            self._choose(self.scratch())
-        self.count(refresh)
+        if self.options.scores != "exact":
+            self.count(False)
+            if refresh:
+                self.renew(self.proposed)
+        else:
+            if refresh:
+                self._choose(self.scratch())
+            self.count(refresh)
         self.moved = True
         self.holder.clipped = self.holder.max_norm is not None
 
@@ -395,8 +430,9 @@ def _deliver(record: Record | None, leaf: Tensor) -> None:
     fresh, projection = record.rows is not record.state[record.selector], record.options.projection
     scales = tuple(scale.clone() for scale in record.scratch()[1:]) if fresh else ()
     rows = record.rows.clone() if fresh or projection != "galore" else record.rows  # nobody writes into the basis of a state
-    dim = record.assigned.dim
-    parameter.grad = CompactGrad(values, rows, dim, parameter, record.name, fresh, scales, projection)
+    next_rows = record.proposed.clone() if record.proposes else None
+    how = record.assigned.dim, parameter, record.name, fresh, scales, next_rows, projection
+    parameter.grad = CompactGrad(values, rows, *how)
 
 
 def leaf_like(weight: Tensor, assigned: Assigned) -> Tensor:

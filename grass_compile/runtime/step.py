@@ -76,8 +76,10 @@ def layout_of(rule: Rule, name: str) -> str:
 
 
 def graph_state(config: SiteConfig) -> tuple[str, ...]:
-    """What a compiled region takes for one weight: `step_state`, and the noise that draws new rows, if any is needed."""
-    return (*step_state(config), *(("noise",) if config.selection in SAMPLED else ()))
+    """What a compiled region takes for one weight: `step_state`, the noise that draws new rows if any is needed, and where it
+    puts the rows that it proposes, if it does."""
+    noise, proposed = config.selection in SAMPLED, config.scores != "exact"
+    return (*step_state(config), *(("noise",) if noise else ()), *(("proposed",) if proposed else ()))
 
 
 def apply(

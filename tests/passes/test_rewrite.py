@@ -70,6 +70,27 @@ def train(model: nn.Module, steps: int = 2, options: dict[str, Any] | None = Non
 
 
 @pytest.mark.parametrize("axis", ["rows", "columns"])
+@pytest.mark.parametrize("scores", ["sampled", "estimate"])
+@pytest.mark.parametrize("name", ["Linear", "InOut", "Bmm", "FusedQKV", "SplitWeight", "Twice"])
+def test_no_full_product_where_scores_are_not_exact(name: str, scores: str, axis: str, graphs: list[Any]) -> None:
+    """Neither on a refresh nor on a regular step; and a regular step saves nothing for the scores."""
+    model = forms.FORMS[name]()
+    train(model, axis=axis, scores=scores)
+    train(forms.FORMS[name](), axis=axis)
+    shape = tuple(next(p for p in model.parameters() if p.dim() == 2).shape)
+    choosing, regular, _, plain = graphs
+    assert products(choosing[1], shape) == products(regular[1], shape) == 0
+    assert "grass_compile.propose_.default" in op_counts(choosing[1])
+    assert not any("energy" in name or "sample" in name or "propose" in name for gm in regular for name in op_counts(gm))
+    assert _saved_bytes(regular[0]) == _saved_bytes(plain[0]) + 8 * forms.RANK  # where the next rows are put: no activation
+
+
+def _saved_bytes(forward: fx.GraphModule) -> int:
+    values = [node.meta["val"] for node in outputs(forward) if isinstance(node, fx.Node)]
+    return sum(value.numel() * value.element_size() for value in values if isinstance(value, torch.Tensor))
+
+
+@pytest.mark.parametrize("axis", ["rows", "columns"])
 @pytest.mark.parametrize("name", ["Linear", "LinearBias", "InOut", "Bmm", "EinsumHeads", "SplitWeight", "Twice"])
 def test_no_full_product_on_a_regular_step(name: str, axis: str, graphs: list[Any]) -> None:
     model = forms.FORMS[name]()

@@ -777,6 +777,7 @@ def test_unmodified_scripts_resume(kind: str) -> None:
         ({"selection": "norm"}, "selection='norm' is about which rows are selected"),
         ({"selection": "uniform", "replacement": True}, "selection='uniform' is about"),
         ({"block": 2}, "block=2 is about which rows are selected"),
+        ({"scores": "sampled"}, "scores='sampled' is about which rows are selected"),
         ({"on_refresh": "carry"}, "on_refresh='carry' lets rows that stay selected keep their moments"),
     ],
 )

@@ -1,0 +1,102 @@
+"""Rank the rows of a weight gradient beside its compact product, where new rows are to be chosen without the full one.
+
+Rows, ``scores="estimate"``::
+
+    scores: f32[m] = grass_compile.sketched_energy(grad_out, x, hyper)
+
+Columns, ``scores="sampled"``::
+
+    sample: f32[b/8, n] = grass_compile.sample(x, 8)                                <- in the forward, saved
+    scores: f32[n] = grass_compile.product_energy(sample, grad_out, 1, 8)
+
+Columns, ``scores="estimate"``::
+
+    scores: f32[n] = grass_compile.energy(x)                                        <- in the forward, saved
+
+Contract: adds nodes only. `forget` takes what the forward computes for it out of a copy for steps that do not choose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import fx
+
+from ..runtime import scores as ops
+from .fx_utils import call, propagate, provenance
+from .records import Cast, Concat, Gradient, Product, Site, Sum
+from .rewrite import features_last
+
+aten = torch.ops.aten
+
+SCORED = "grass_compile_scored"
+"""``node.meta`` key of what the forward computes for the scores of a weight; its value is the weight's position."""
+
+
+def score(gm: fx.GraphModule, *, sites: tuple[Site, ...], hyper: Mapping[int, fx.Node]) -> dict[int, fx.Node]:
+    """Insert the energies of the rows of every site that asks for them.
+
+    Args:
+        gm: the joint graph, changed in place.
+        sites: what `detect` found.
+        hyper: for each site's weight position, the placeholder of its hyper-parameters.
+
+    Returns:
+        For each such weight position, the energies, ``[m]`` along the indexed dimension.
+    """
+    found = {}
+    for site in sites:
+        if site.weight.config.scores != "exact":
+            position = site.weight.position
+            with provenance(gm, "score", site.weight.name, site.slot), gm.graph.inserting_before(site.slot.next):
+                found[position] = _energy(gm.graph, site, site.gradient, hyper[position])
+    return found
+
+
+def forget(gm: fx.GraphModule, positions: Collection[int]) -> None:
+    """Compute nothing for the scores of some weights, in place.
+
+    Args:
+        gm: a copy of a forward graph.
+        positions: of weights that choose no rows in this step.
+    """
+    changed: set[fx.Node] = set()
+    for node in list(gm.graph.nodes):
+        if node.meta.get(SCORED) in positions:
+            changed.update(node.users)
+            with gm.graph.inserting_before(node):
+                empty = call(gm.graph, aten.new_empty.default, node.args[0], [0] * node.meta["val"].dim())
+            node.replace_all_uses_with(empty)
+            gm.graph.erase_node(node)
+    propagate(gm, changed)
+
+
+def _energy(graph: fx.Graph, site: Site, gradient: Gradient, hyper: fx.Node) -> fx.Node:
+    """The energies of the rows of ``gradient``; of a sum, those of the terms, whose common part is left out."""
+    dim = site.dim
+    if isinstance(gradient, Cast):
+        return _energy(graph, site, gradient.inner, hyper)
+    if isinstance(gradient, Product):
+        return _product(graph, site, gradient, hyper)
+    parts = gradient.terms if isinstance(gradient, Sum) else gradient.parts
+    energies = [_energy(graph, site, part, hyper) for part in parts]
+    if isinstance(gradient, Concat) and gradient.dim == dim:
+        return call(graph, aten.cat.default, energies, 0)
+    total, *rest = energies
+    for energy in rest:
+        total = call(graph, aten.add.Tensor, total, energy)
+    return total
+
+
+def _product(graph: fx.Graph, site: Site, product: Product, hyper: fx.Node) -> fx.Node:
+    operand = product.operand(site.dim)
+    own, other = features_last(graph, operand), features_last(graph, product.operand(1 - site.dim))
+    sampled = site.weight.config.scores == "sampled"
+    if operand.is_grad_out:
+        if sampled:
+            return call(graph, ops.product_energy, own, other, ops.STRIDE, ops.STRIDE)
+        return call(graph, ops.sketched_energy, own, other, hyper)
+    kept = call(graph, ops.sample, own, ops.STRIDE) if sampled else call(graph, ops.energy, own)
+    kept.meta[SCORED] = site.weight.position
+    return call(graph, ops.product_energy, kept, other, 1, ops.STRIDE) if sampled else kept

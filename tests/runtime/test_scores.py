@@ -1,0 +1,167 @@
+"""Rows that are chosen without the full gradient: the scores against their formulas, and whole runs against the oracle."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import grass_compile
+from grass_compile.errors import ConfigError
+from grass_compile.runtime import scores
+from grass_compile.runtime.reference import CompactState, ReferenceAdamW
+from grass_compile.runtime.step import rounding_noise, seed_of
+from tests.harness import KEYWORDS
+
+RANK, GAP = 4, 3
+
+
+def expected_energy(how: str, by_output: bool, grad_out: Tensor, x: Tensor, seed: int) -> Tensor:
+    """The module's formulas, in double precision."""
+    grad_out, x = grad_out.double(), x.double()
+    if how == "sampled":
+        gradient = grad_out[:: scores.STRIDE].t() @ x[:: scores.STRIDE]
+        return (gradient**2).sum(1 if by_output else 0)
+    if not by_output:
+        return (x**2).sum(0)
+    bits = rounding_noise((x.shape[1], scores.SKETCH), torch.tensor(float(seed)))
+    signs = torch.where((bits & 2) > 0, 1.0, -1.0).double()
+    return ((grad_out.t() @ (x @ signs)) ** 2).sum(1)
+
+
+def test_sketch_is_unbiased() -> None:
+    torch.manual_seed(0)
+    grad_out, x = torch.randn(40, 6, dtype=torch.float64), torch.randn(40, 10, dtype=torch.float64)
+    exact = ((grad_out.t() @ x) ** 2).sum(1)
+    hypers = [torch.tensor([float(seed_of(1, step)), 0.0], dtype=torch.float64) for step in range(2000)]
+    drawn = torch.stack([scores.sketched_energy(grad_out, x, hyper) / scores.SKETCH for hyper in hypers])
+    error = drawn.std(0) / len(drawn) ** 0.5
+    assert ((drawn.mean(0) - exact).abs() < 3.5 * error).all()
+    assert (drawn.std(0) / exact < 1.1 * (2 / scores.SKETCH) ** 0.5).all()
+
+
+@pytest.mark.parametrize("by_output", [True, False])
+def test_sampled_tokens(by_output: bool) -> None:
+    torch.manual_seed(0)
+    grad_out, x = torch.randn(30, 6), torch.randn(30, 10)
+    own, other = (grad_out, x) if by_output else (scores.sample(x, scores.STRIDE), grad_out)
+    found = scores.product_energy(own, other, scores.STRIDE if by_output else 1, scores.STRIDE)
+    torch.testing.assert_close(found.double(), expected_energy("sampled", by_output, grad_out, x, 0), rtol=1e-5, atol=1e-5)
+
+
+class ProposingAdamW(ReferenceAdamW):
+    """The reference, with rows that are proposed by one step for the next."""
+
+    def __init__(self, model: nn.Sequential, how: str, axis: str, seed: int, **keywords: Any) -> None:
+        super().__init__(model.named_parameters(), **keywords)
+        self.how, self.by_output, self.seed = how, axis == "rows", seed
+        self.seen: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, module in model.named_children():
+            module.register_forward_hook(self._watch(f"{name}.weight"))
+
+    def _watch(self, name: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            x = inputs[0].detach().flatten(0, -2)
+            if output.requires_grad and name in self.projected and name not in self.seen:  # the first micro-batch proposes
+                self.seen[name] = x, x
+                output.register_hook(lambda grad: self.seen.update({name: (grad.detach().flatten(0, -2), x)}))
+
+        return hook
+
+    def due(self, name: str) -> bool:
+        return False
+
+    def _projected_step(self, name: str, weight: Tensor, gradient: Tensor, wide: torch.dtype) -> None:
+        dim, rank = self.projected[name]
+        if self.updates == 0:
+            zeros = torch.zeros_like(gradient.narrow(dim, 0, rank), dtype=wide)
+            self.state[name] = CompactState(torch.arange(rank), zeros, zeros.clone(), torch.zeros(rank), torch.ones(rank))
+        super()._projected_step(name, weight, gradient, wide)
+        if self.updates == 0 or (self.updates + 1) % self.update_proj_gap == 0:
+            energy = expected_energy(self.how, self.by_output, *self.seen[name], seed_of(self.seed, self.updates))
+            stand_in = torch.zeros_like(gradient)
+            stand_in.select(1 - dim, 0).copy_(energy.sqrt())
+            self.state[name] = self._refreshed(name, stand_in, dim, rank)
+
+    def step(self) -> None:
+        super().step()
+        self.seen.clear()
+
+
+def run(how: str, axis: str, micro: int = 1, compiler: str = "aot_eager", steps: int = 8, **keywords: Any) -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 9, bias=False))
+    twin = copy.deepcopy(model)
+    optimizer = grass_compile.AdamW(
+        model.named_parameters(), rank=RANK, axis=axis, scores=how, seed=5, **{**KEYWORDS, "update_proj_gap": GAP, **keywords}
+    )
+    own = {key: keywords[key] for key in ("on_refresh", "weight_decay", "selection", "block") if key in keywords}
+    projected = dict.fromkeys(("0.weight", "2.weight"), (0 if axis == "rows" else 1, RANK))
+    oracle = ProposingAdamW(
+        twin, how, axis, 5, projected=projected, lr=KEYWORDS["lr"], eps=KEYWORDS["eps"], update_proj_gap=GAP, **own
+    )
+    compiled = torch.compile(model, backend="grass", options={"compiler": compiler})
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(steps):
+        for part in range(micro):
+            x, y = (torch.randn(3, 11, size, generator=generator) for size in (12, 9))
+            for network in (compiled, twin):
+                with optimizer.accumulate() if network is compiled and part < micro - 1 else torch.enable_grad():
+                    ((network(x) - y) ** 2).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        oracle.step()
+        for name in projected:
+            state = optimizer.state[model.get_parameter(name)]
+            assert state["index"].tolist() == oracle.state[name].index.tolist()
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("how", ["sampled", "estimate"])
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+@pytest.mark.parametrize("on_refresh", ["reset", "carry", "keep"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_against_the_oracle(how: str, axis: str, on_refresh: str, fused: bool) -> None:
+    run(how, axis, on_refresh=on_refresh, step_in_backward=fused, weight_decay=0.1)
+
+
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+def test_accumulation(axis: str) -> None:
+    run("sampled", axis, micro=3, on_refresh="carry")
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize(("how", "axis"), list(itertools.product(["sampled", "estimate"], ["rows", "columns"])))
+def test_generated_code(how: str, axis: str) -> None:
+    run(how, axis, compiler="inductor", steps=5)
+
+
+def test_every_step_a_refresh() -> None:
+    """With a gap of one, each step proposes the rows of the next, by one variant."""
+    torch.manual_seed(0)
+    model = nn.Linear(16, 16)
+    optimizer = grass_compile.AdamW(model.named_parameters(), rank=4, axis="rows", scores="estimate", update_proj_gap=1, seed=0)
+    compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
+    seen = set()
+    for _ in range(6):
+        seen.add(tuple(optimizer.state[model.weight].get("index", torch.arange(0)).tolist()))
+        compiled(torch.randn(5, 16)).square().sum().backward()
+        optimizer.step()
+    assert len(seen) > 3
+
+
+def test_replacement_needs_exact_scores() -> None:
+    with pytest.raises(ConfigError, match="scores='estimate' has none"):
+        grass_compile.AdamW(
+            nn.Linear(8, 8).parameters(), rank=2, selection="norm", replacement=True, scores="estimate", on_refresh="keep"
+        )
+
+
+def test_unknown_scores() -> None:
+    with pytest.raises(ConfigError, match="Did you mean 'estimate'"):
+        grass_compile.AdamW(nn.Linear(8, 8).parameters(), rank=2, scores="estimated")
