@@ -142,7 +142,7 @@ def _witness_no_state(optimizer: Optimizer, weight: nn.Parameter, settings: Sett
 
 def _witness_grass(optimizer: Optimizer, weight: nn.Parameter, settings: Settings) -> dict[str, Any]:
     _check(weight.grad is None, "a projected weight has a gradient")
-    _check("index" in optimizer.state[weight], "the weight is not projected")
+    _check(bool({"index", "basis"} & set(optimizer.state[weight])), "the weight is not projected")
     moment = optimizer.state[weight]["exp_avg"]
     rows, columns = weight.shape
     compact = {(min(settings.rank, rows), columns): "rows", (rows, min(settings.rank, columns)): "columns"}
@@ -181,6 +181,7 @@ METHODS: dict[str, Method] = {
     "grass-rows-deferred": Method("grass", _grass("rows", step_in_backward=False), _witness_grass, refreshes=True),
     "grass-columns-deferred": Method("grass", _grass("columns", step_in_backward=False), _witness_grass, refreshes=True),
     "grass-rows-clipped": Method("grass", _grass("rows", max_grad_norm=1.0), _witness_grass, refreshes=True),
+    "grass-galore": Method("grass", _grass("auto", projection="galore", scale=0.25), _witness_grass, refreshes=True),
     "galore": Method("inductor", _galore, _witness_projector, refreshes=True),
     "apollo": Method("inductor", _apollo, _witness_projector, refreshes=True),
     "adamw8bit": Method("inductor", _adamw8bit, _witness_8bit),

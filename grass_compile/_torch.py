@@ -350,6 +350,12 @@ def unversioned(tensors: Sequence[Tensor]) -> contextlib.AbstractContextManager[
     return guard
 
 
+def without_autocast() -> contextlib.AbstractContextManager[None]:
+    """Inside, products are computed in the dtype of their factors, whatever context a backward or a step was called in."""
+    guard: contextlib.AbstractContextManager[None] = torch._C._DisableAutocast()
+    return guard
+
+
 def _unversioned(gm: fx.GraphModule) -> Compiled:
     """Run a graph op by op, `unversioned`."""
     run = boxed_nop(gm, [])

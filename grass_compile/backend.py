@@ -22,7 +22,7 @@ from .passes.pipeline import PASSES, Plan, PlanMismatch
 from .passes.records import Analysis, WeightInput
 from .runtime import adoption
 from .runtime import state as registry
-from .runtime.call import Call, expected
+from .runtime.call import Call, expected, in_graph
 from .runtime.rules import AdamWRule
 from .runtime.state import Assigned, Record, refusal
 from .runtime.step import SHARED_HYPER, graph_state
@@ -126,7 +126,7 @@ class Region:
         since = _torch.sequence_number()
         variant = self.variant(plan, held)
         assert variant.pair is not None
-        variant.pair.forward.key = refresh
+        variant.pair.forward.key = in_graph(held, refresh)
         results = variant.call(*inputs)
         node = _torch.backward_node(results if isinstance(results, (list, tuple)) else (results,), since)
         if node is not None:
@@ -300,7 +300,7 @@ class Region:
 
     def _pair(self, plan: Plan, held: Sequence[Record]) -> _torch.Pair:
         """The halves of a plan; the next call needs what is due now, those that follow a regular step."""
-        due, never = tuple(record.due for record in held), (False,) * len(held)
+        due, never = in_graph(held, [record.due for record in held]), (False,) * len(held)
         refreshes = (due, never) if due != never else (never,)
         forward = _torch.Half(lambda gm, key: pipeline.finish_forward(gm, plan, key), refreshes)
         backward = _torch.Half(
@@ -372,9 +372,10 @@ def _fake_state(mode: Any, captured: _torch.Captured, plan: Plan) -> list[Tensor
             weight = captured.example_inputs[projection.position]
             assigned = Assigned(projection.axis, projection.dim, projection.rank)
             config = projection.config
-            how = config.on_refresh, config.rule, config.state_dtype, config.checked
+            how = config.on_refresh, config.rule, config.state_dtype, config.checked, config.projection
             made = registry.initial_state(weight, assigned, *how)
-            made["row_count"], made["proposed"] = made["row_scale"], made["index"]
+            if config.projection == "grass":
+                made["row_count"], made["proposed"] = made["row_scale"], made["index"]
             made["noise"] = torch.empty(weight.shape[projection.dim], dtype=_state_dtype(weight), device=weight.device)
             state += [made[name] for name in graph_state(config)]
             leaves.append(registry.leaf_like(weight, assigned).requires_grad_())

@@ -20,10 +20,12 @@ Axis = Literal["rows", "columns"]
 AxisChoice = Literal["rows", "columns", "auto"]
 OnRefresh = Literal["reset", "carry", "keep"]
 Selection = Literal["top", "norm", "norm2", "uniform"]
+ProjectionKind = Literal["grass", "galore", "gaussian"]
 Scores = Literal["exact", "sampled", "estimate"]
 NonFinite = Literal["raise", "skip", "propagate"]
 
 SELECTIONS = ("top", "norm", "norm2", "uniform")
+PROJECTIONS = ("grass", "galore", "gaussian")
 SCORES = ("exact", "sampled", "estimate")
 AXES = ("rows", "columns", "auto")
 ON_REFRESH = ("reset", "carry", "keep")
@@ -51,6 +53,7 @@ class SiteConfig:
         replacement: whether rows are drawn with replacement, and scaled.
         scores: what new rows are chosen by.
         checked: whether a step whose gradient is not finite is skipped.
+        projection: ``grass`` selects rows, ``galore`` projects onto singular vectors, ``gaussian`` onto random vectors.
     """
 
     rank: int
@@ -66,11 +69,17 @@ class SiteConfig:
     replacement: bool = False
     scores: Scores = "exact"
     checked: bool = False
+    projection: ProjectionKind = "grass"
 
     @property
     def counted(self) -> bool:
         """Whether the step itself counts the updates of the moments, beside them: by row, or because some are skipped."""
         return self.checked or self.on_refresh == "carry"
+
+    @property
+    def chosen_by(self) -> str:
+        """What a refresh makes of the full gradient: a selection of rows, or ``galore``."""
+        return self.selection if self.projection == "grass" else self.projection
 
     @property
     def step_alone(self) -> SiteConfig:
@@ -99,11 +108,17 @@ class GroupOptions:
     replacement: bool = False
     scores: Scores = "exact"
     nonfinite: NonFinite = "raise"
+    projection: ProjectionKind = "grass"
 
     @property
     def checked(self) -> bool:
         """Whether a step whose gradient is not finite is skipped."""
         return self.nonfinite != "propagate"
+
+    @property
+    def refreshes_in_graph(self) -> bool:
+        """Whether a refresh is another graph than a regular step; random vectors depend on no gradient."""
+        return self.projection != "gaussian"
 
     def site(self, axis: AxisChoice, decays: bool, rule: Any) -> SiteConfig:
         """What these keywords ask of one weight; ``rank`` must not be None."""
@@ -112,6 +127,7 @@ class GroupOptions:
             rank=self.rank, axis=axis, on_refresh=self.on_refresh, decays=decays, scale=self.scale, rule=rule,
             stochastic_rounding=self.stochastic_rounding, state_dtype=self.state_dtype, selection=self.selection,
             block=self.block, replacement=self.replacement, scores=self.scores, checked=self.checked,
+            projection=self.projection,
         )  # fmt: skip
 
 
@@ -172,6 +188,9 @@ def parse_group(group: Mapping[str, Any]) -> GroupOptions:
         raise ConfigError(
             f"replacement=True scales rows by the probabilities of exact norms; scores={scores!r} has none. Use 'exact'."
         )
+    projection = one_of("projection", group["projection"], PROJECTIONS)
+    if projection != "grass":
+        _check_dense_projection(projection, group)
     if group["max_grad_norm"] is not None and finite("max_grad_norm", group["max_grad_norm"]) <= 0:
         raise ConfigError(f"max_grad_norm must be above 0, got {group['max_grad_norm']!r}.")
     if group["state_dtype"] not in STATE_DTYPES:
@@ -200,7 +219,27 @@ def parse_group(group: Mapping[str, Any]) -> GroupOptions:
         replacement=group["replacement"],
         scores=scores,
         nonfinite=one_of("nonfinite", group["nonfinite"], NONFINITE),
+        projection=projection,
     )
+
+
+def _check_dense_projection(projection: str, group: Mapping[str, Any]) -> None:
+    """Refuse keywords that are about selected rows, of which a dense projection has none.
+
+    Raises:
+        ConfigError: naming the keyword.
+    """
+    for key, only in (("selection", "top"), ("replacement", False), ("block", 1), ("scores", "exact")):
+        if group[key] != only:
+            raise ConfigError(
+                f"{key}={group[key]!r} is about which rows are selected; projection={projection!r} selects none. Leave {key} "
+                "out, or use projection='grass'."
+            )
+    if group["on_refresh"] == "carry":
+        raise ConfigError(
+            f"on_refresh='carry' lets rows that stay selected keep their moments; projection={projection!r} selects none. Use "
+            "on_refresh='reset', or 'keep'."
+        )
 
 
 STAGGER_SLOTS = 4
@@ -211,7 +250,7 @@ DEFAULT_EXCLUDE = ("*lm_head*", "*embed*")
 PROJECT: dict[str, Any] = dict(
     rank=None, update_proj_gap=200, selection="top", replacement=False, axis="auto", on_refresh="reset", scale=1.0,
     exclude=DEFAULT_EXCLUDE, step_in_backward=True, max_grad_norm=None, refresh_warmup=0, stochastic_rounding=False,
-    state_dtype=None, seed=0, block=1, stagger=False, scores="exact", nonfinite="raise",
+    state_dtype=None, seed=0, block=1, stagger=False, scores="exact", nonfinite="raise", projection="grass",
 )  # fmt: skip
 """The keywords of a grass optimizer that are ours rather than torch's, with their defaults."""
 

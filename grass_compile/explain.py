@@ -119,16 +119,21 @@ def _row(name: str, parameter: Tensor, findings: Findings) -> Row:
         reason += f"; rank {projection.config.rank} clamped to {projection.rank}"
     if findings.calls[parameter] > 1:
         reason += f"; reached by {findings.calls[parameter]} calls of compiled regions, so it moves in opt.step()"
-    axis, rank, dim = projection.axis, projection.rank, projection.dim
-    return Row(name, shape, dtype, True, axis, rank, reason, dim, projection.tokens, _state_bytes(parameter, projection))
+    axis, rank, dim, kind = projection.axis, projection.rank, projection.dim, projection.config.projection
+    if kind != "grass":
+        reason = f"projection={kind!r}; {reason}"
+    state_bytes = _state_bytes(parameter, projection)
+    return Row(name, shape, dtype, True, axis, rank, reason, dim, projection.tokens, state_bytes, kind)
 
 
 def _state_bytes(parameter: Tensor, projection: Projection) -> int:
-    """Bytes of the state that the update rule keeps for a weight."""
+    """Bytes of the state that the update rule keeps for a weight, and of a basis."""
     config, assigned = projection.config, registry.Assigned(projection.axis, projection.dim, projection.rank)
     shadow = parameter.detach().to("meta")
-    state = registry.initial_state(shadow, assigned, config.on_refresh, config.rule, config.state_dtype)
-    return sum(state[name].numel() * state[name].element_size() for name in config.rule.state_names)
+    how = config.on_refresh, config.rule, config.state_dtype, config.checked, config.projection
+    state = registry.initial_state(shadow, assigned, *how)
+    names = (*config.rule.state_names, *(("basis",) if config.projection == "galore" else ()))
+    return sum(state[name].numel() * state[name].element_size() for name in names)
 
 
 def _why_dense(parameter: Tensor) -> str:

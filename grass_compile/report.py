@@ -23,6 +23,7 @@ class Row:
         dim: the stored dimension that is indexed, or None.
         tokens: tokens per step in its products, 0 if unknown.
         state_bytes: bytes of the update rule's state if it is projected, or None.
+        projection: what takes its gradient into the compact space (``grass``: selected rows or columns), or None.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Row:
     dim: int | None = None
     tokens: int = 0
     state_bytes: int | None = None
+    projection: str | None = None
 
     @property
     def dense_elements(self) -> int:
@@ -47,6 +49,21 @@ class Row:
         if not self.projected or self.rank is None or self.dim is None:
             return self.dense_elements
         return self.dense_elements // self.shape[self.dim] * self.rank
+
+    @property
+    def weight_grad_flops(self) -> float:
+        """Flops of the gradient that is really computed, per regular step; a dense projection costs a product of its own."""
+        product = 2.0 * self.compact_elements * self.tokens
+        if self.projection in (None, "grass") or self.rank is None or self.dim is None:
+            return product
+        return product + 2.0 * self.tokens * self.shape[self.dim] * self.rank
+
+    @property
+    def basis_bytes(self) -> int:
+        """Bytes of the basis that is kept with the moments."""
+        if self.projection != "galore" or self.rank is None or self.dim is None:
+            return 0
+        return self.shape[self.dim] * self.rank * self.dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +116,7 @@ class Report:
         """Flops of the weight gradients that are matrix products found in the graph, per regular step."""
         return Totals(
             sum(2.0 * row.dense_elements * row.tokens for row in self.rows),
-            sum(2.0 * row.compact_elements * row.tokens for row in self.rows),
+            sum(row.weight_grad_flops for row in self.rows),
         )
 
     @property

@@ -23,7 +23,7 @@ LEAVES = ("errors", "config", "report", "_torch")
 ALLOWED = {
     "errors": (), "_torch": (), "config": ("errors",), "report": ("errors",),
     "runtime": (*LEAVES, "runtime"),
-    "passes": (*LEAVES, "passes", "runtime.ops", "runtime.scores", "runtime.step"),
+    "passes": (*LEAVES, "passes", "runtime.ops", "runtime.projection", "runtime.scores", "runtime.step"),
 }  # fmt: skip
 
 

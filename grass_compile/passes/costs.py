@@ -63,6 +63,8 @@ def _settle(site: Site, sharers: int, selectable: Callable[[Any, int], bool]) ->
     ]
     if asked != "auto":
         choice = Choice(asked, "asked for")
+    elif site.weight.config.projection != "grass" and len(possible) == 2:
+        choice = smaller_side(site)
     elif len(possible) == 1:
         choice = Choice(possible[0], "the only axis along which a split weight can be computed")
     else:
@@ -80,6 +82,12 @@ def cheaper(site: Site, sharers: int) -> Choice:
     axis: Axis = "rows" if costs["rows"] < costs["columns"] else "columns"
     parts = ", ".join(f"{name} {costs[name] / 1e6:.2f} MB" for name in ("rows", "columns"))
     return Choice(axis, f"cost per step: {parts} (b={token_count(site)})")
+
+
+def smaller_side(site: Site) -> Choice:
+    """The axis of the shorter stored dimension, of equal ones the second, as galore-torch's ``proj_type="std"`` has it."""
+    dim = 1 if site.shape[0] >= site.shape[1] else 0
+    return Choice("rows" if dim == site.out_dim else "columns", "the shorter side, as GaLore takes it")
 
 
 def numbers(site: Site, sharers: int) -> dict[sympy.Symbol, Any]:

@@ -27,6 +27,7 @@ from torch import fx
 
 from ..errors import GraphError
 from ..runtime import ops, scores
+from ..runtime.projection import SELECTORS
 from ..runtime.step import SCALES, Action, clip_scales, graph_state, kept, layout_of, scaled, selected, step_state
 from .anchor import anchors
 from .fx_utils import call, inline, outputs, provenance, set_outputs, specs_of, trace
@@ -106,20 +107,20 @@ def _compact(gm: fx.GraphModule, node: fx.Node, projection: Projection, refresh:
     """The compact gradient where an anchor stands; on a refresh, that of new rows unless older ones are to be kept."""
     arguments: Any = node.args
     gradient, state, config = arguments[0], _state(node, projection), projection.config
-    index, noise, proposed = state.pop("index"), state.pop("noise", None), state.pop("proposed", None)
+    index, noise, proposed = state.pop(SELECTORS[config.projection]), state.pop("noise", None), state.pop("proposed", None)
     state.pop("nonfinite", None)
     if refresh and proposed is not None and action != "keep":
         call(gm.graph, scores.propose_, arguments[4], noise, proposed, config.selection, config.block)
     if not refresh or proposed is not None:
         return gradient  # type: ignore[no-any-return]
     if action == "keep":
-        (compact,) = _trace(gm, selected, (projection.dim,), [gradient, index])
+        (compact,) = _trace(gm, selected, (config.projection, projection.dim, projection.rank), [gradient, index])
         return compact
     # Where the weight does not move, its state follows when it does.
     if action != "step":
         state = {name: tensor for name, tensor in state.items() if name in SCALES}
     layouts = "".join(layout_of(config.rule, name)[0] for name in state)
-    how = config.on_refresh, config.selection, config.block, config.replacement, layouts, config.checked
+    how = config.on_refresh, config.chosen_by, config.block, config.replacement, layouts, config.checked
     return call(gm.graph, ops.refresh_, gradient, index, noise, list(state.values()), projection.dim, projection.rank, *how)
 
 
@@ -138,13 +139,13 @@ def _step(gm: fx.GraphModule, node: fx.Node, gradient: fx.Node, projection: Proj
     arguments: Any = node.args
     _, weight, hyper, *_ = arguments
     named = _state(node, projection)
-    index, *state = (named[name] for name in step_state(projection.config))
+    selector, *state = (named[name] for name in step_state(projection.config))
     for written in (weight, *state):
         if written.op != "placeholder":
             raise GraphError(
                 f"{projection.name}: its tensor {written.name} does not reach the backward graph; please report this."
             )
-    call(gm.graph, ops.step_, gradient, weight, hyper, index, state, kernel)
+    call(gm.graph, ops.step_, gradient, weight, hyper, selector, state, kernel)
 
 
 def _trace(gm: fx.GraphModule, function: Callable[..., Any], settings: tuple[Any, ...], args: list[Any]) -> list[fx.Node]:

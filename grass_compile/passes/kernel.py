@@ -7,6 +7,8 @@
     copy_:  f32[r, n] = copy_(exp_avg, exp_avg_new)
     return ()
 
+(With a dense projection, ``rank_update_`` with the basis in place of ``row_update_`` with ``idx``.)
+
 Compiled once for all weights of one shape, it is what ``grass_compile::step_`` runs in a backward graph, and what
 ``opt.step()`` runs for compact gradients that have waited. Inlined in the backward it would be the same kernel, since nothing
 else there reads or makes these tensors elementwise; but the compiler would see it once for every weight.
@@ -37,8 +39,8 @@ def step_graph(config: SiteConfig, dim: int, specs: tuple[tuple[Any, ...], ...])
     Args:
         config: what the optimizer asked of the weight.
         dim: the stored dimension that is indexed.
-        specs: ``(shape, stride, dtype, device)`` of the compact gradient, the weight, ``hyper``, the index and each other state
-            tensor.
+        specs: ``(shape, stride, dtype, device)`` of the compact gradient, the weight, ``hyper``, the index (or what
+            takes its place) and each other state tensor.
 
     Returns:
         A graph with these inputs and no outputs, which writes the weight and the state in place.
@@ -56,7 +58,7 @@ def step_graph(config: SiteConfig, dim: int, specs: tuple[tuple[Any, ...], ...])
     gm.graph.erase_node(new_weight)
     if base is not weight:  # weight decay: the whole weight first
         call(gm.graph, aten.copy_.default, weight, base)
-    call(gm.graph, ops.row_update_, weight, *update)
+    call(gm.graph, ops.IN_PLACE[new_weight.target], weight, *update)
     for old, new in zip(state, new_state, strict=True):
         if new is not old:
             call(gm.graph, aten.copy_.default, old, new)

@@ -23,6 +23,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from .. import _torch
+from ..runtime.projection import SELECTORS
 from ..runtime.step import Action, graph_state
 from . import costs
 from .anchor import anchor
@@ -158,7 +159,7 @@ def transform(
     if analysis.projections != plan.projections:
         raise PlanMismatch(analysis)
     inputs, nodes = _inputs(gm, plan)
-    index = {position: named["index"] for position, named in inputs.items()}
+    index = {p.position: inputs[p.position][SELECTORS[p.config.projection]] for p in plan.projections}
     compact = rewrite(gm, sites=sites, index=index, from_slot="rewrite" in plan.disabled)
     log.info("rewrite: %d weight gradients made compact", len(sites))
     energy = score(gm, sites=sites, hyper={position: named["hyper"] for position, named in inputs.items()})

@@ -10,7 +10,8 @@ After, ``step_`` stands right behind ``mm_9``.
 
 Contract: a write stands after every other reader of the tensors that it writes (be it through a view), and otherwise as
 early as its inputs allow, so that a layer's compact step can run (and ``dY``, ``X`` and ``G`` be freed) as soon as its
-gradient exists.
+gradient exists. What is made from a selector alone (a random basis) stands right before its first reader: its inputs would allow
+it anywhere, and all of them at once would take memory.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ from torch import fx
 
 from ..runtime import ops
 from .fx_utils import PROVENANCE, placeholders, readers
+from .rewrite import OF_SELECTOR
 
 
 def place(gm: fx.GraphModule) -> None:
     """Finish a backward graph in place."""
     gm.graph.eliminate_dead_code()
     _hoist(gm)
+    for node in reversed([node for node in gm.graph.nodes if OF_SELECTOR in node.meta]):
+        min(node.users).prepend(node)
     gm.recompile()
 
 

@@ -21,6 +21,9 @@ The gather makes a ``[b, r]`` buffer (neighbouring threads read one row of ``gra
 
 ``gather`` checks no bounds: the index is ours, and always valid.
 
+With a dense projection, ``mm(grad_out, basis)`` or ``mm(x, basis)`` takes the gather's place, and everything else is the same.
+The basis ``f32[m, r]`` is an input (``galore``), or computed from the key right there (``gaussian``).
+
 On a refresh, `undo` takes the gathers out of a copy of the forward and of the backward graph again. What remains forms the full
 gradient; the output of the forward that held the gathered activations holds all of ``x``.
 
@@ -38,7 +41,8 @@ import torch
 from torch import fx
 
 from ..runtime import ops
-from .fx_utils import call, propagate, provenance, shape_of
+from ..runtime.projection import basis_of
+from .fx_utils import call, inline, propagate, provenance, shape_of, specs_of, trace
 from .records import Cast, Gradient, Operand, Product, Site, Sum
 
 aten = torch.ops.aten
@@ -49,8 +53,13 @@ SELECTION = "grass_compile_selection"
 """``node.meta`` key of every node that selects features; its value is a `Selection`."""
 
 
+OF_SELECTOR = "grass_compile_of_selector"
+"""``node.meta`` key of every node that is computed from an index, a basis or a key alone."""
+
+
 class Selection(NamedTuple):
-    """Which features a node selects from: those of the weight at ``position``, ``length`` of them from ``start`` on."""
+    """Which features a node selects from, or projects: those of the weight at ``position``, ``length`` of them from ``start``
+    on."""
 
     position: int
     start: int
@@ -59,11 +68,14 @@ class Selection(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Which rows of a gradient to compute: those at ``index``, for the weight at ``position``, along stored dimension ``dim``."""
+    """Which rows of a gradient to compute: those at ``index``, for the weight at ``position``, along stored dimension ``dim``;
+    with a dense projection, which ``rank`` sums of rows."""
 
     index: fx.Node
     position: int
     dim: int
+    projection: str
+    rank: int
 
 
 def rewrite(
@@ -74,7 +86,7 @@ def rewrite(
     Args:
         gm: the joint graph, changed in place.
         sites: what `detect` found.
-        index: for each site's weight position, the placeholder that holds ``idx``, ``int64[r]``.
+        index: for each site's weight position, the placeholder that holds ``idx``, ``int64[r]``, the basis or the key.
         from_slot: take the rows from the dense gradient instead of computing them alone (to debug the rewrite).
 
     Returns:
@@ -83,15 +95,22 @@ def rewrite(
     compact = {}
     for site in sites:
         position = site.weight.position
-        rows = Rows(index[position], position, site.dim)
+        rows = Rows(index[position], position, site.dim, site.weight.config.projection, site.rank)
         with provenance(gm, "rewrite", site.weight.name, site.slot), gm.graph.inserting_before(site.slot.next):
-            if from_slot:
-                where = [None, rows.index] if site.dim else [rows.index]
-                compact[position] = call(gm.graph, aten.index.Tensor, site.slot, where)
-                compact[position].meta[SELECTION] = Selection(position, 0, site.shape[site.dim])
-            else:
-                compact[position] = _select(gm.graph, site.gradient, rows)
+            compact[position] = _from_slot(gm.graph, site, rows) if from_slot else _select(gm.graph, site.gradient, rows)
     return compact
+
+
+def _from_slot(graph: fx.Graph, site: Site, rows: Rows) -> fx.Node:
+    """The rows of a gradient that is formed."""
+    length = site.shape[site.dim]
+    if rows.projection != "grass":
+        features = site.slot if rows.dim else call(graph, aten.permute.default, site.slot, [1, 0])
+        chosen = _gather(graph, features, rows, 0, length)
+        return chosen if rows.dim else call(graph, aten.permute.default, chosen, [1, 0])
+    chosen = call(graph, aten.index.Tensor, site.slot, [None, rows.index] if site.dim else [rows.index])
+    chosen.meta[SELECTION] = Selection(rows.position, 0, length)
+    return chosen
 
 
 def undo(gm: fx.GraphModule, positions: Collection[int], changed: Collection[fx.Node] = ()) -> None:
@@ -123,7 +142,8 @@ def _select(graph: fx.Graph, gradient: Gradient, rows: Rows) -> fx.Node:
     dim = rows.dim
     if isinstance(gradient, Product):
         operand = gradient.operand(dim)
-        gathered = _gather(graph, features_last(graph, operand, whole=True), rows, operand.start, operand.length)
+        features = features_last(graph, operand, whole=True)
+        gathered = _gather(graph, features, rows, operand.start, operand.length)
         return _matmul(graph, gathered, features_last(graph, gradient.operand(1 - dim)), rows)
     if isinstance(gradient, Cast):
         return call(graph, prims.convert_element_type.default, _select(graph, gradient.inner, rows), gradient.dtype)
@@ -141,11 +161,35 @@ def _select(graph: fx.Graph, gradient: Gradient, rows: Rows) -> fx.Node:
 
 
 def _gather(graph: fx.Graph, features: fx.Node, rows: Rows, start: int, length: int) -> fx.Node:
-    """``features[:, start + index]``, ``[b, r]``."""
+    """``features[:, start + index]``, or ``features[:, start : start + length] @ basis``; ``[b, r]``."""
+    if rows.projection != "grass":
+        if length != shape_of(features)[1]:
+            features = call(graph, aten.slice.Tensor, features, 1, start, start + length)
+        basis = _basis(graph, rows, length, features.meta["val"].dtype)
+        projected = call(graph, aten.mm.default, features, basis)
+        projected.meta[SELECTION] = Selection(rows.position, 0, length)
+        return projected
     index = call(graph, aten.add.Tensor, rows.index, start) if start else rows.index
     gathered = call(graph, ops.gather, features, index)
     gathered.meta[SELECTION] = Selection(rows.position, start, length)
     return gathered
+
+
+def _basis(graph: fx.Graph, rows: Rows, length: int, dtype: torch.dtype) -> fx.Node:
+    """The basis of a dense projection, ``[length, rank]``, in a dtype."""
+    if rows.projection == "galore" and rows.index.meta["val"].dtype == dtype:
+        return rows.index
+    traced = trace(_basis_of, (rows.projection, length, rows.rank, dtype), specs_of([rows.index]))
+    (basis,) = inline(graph, traced, [rows.index])
+    made: list[fx.Node] = [basis]
+    for node in made:
+        node.meta[OF_SELECTOR] = True
+        made += [source for source in node.all_input_nodes if source.op == "call_function" and source not in made]
+    return made[0]
+
+
+def _basis_of(projection: str, length: int, rank: int, dtype: torch.dtype, selector: torch.Tensor) -> tuple[torch.Tensor]:
+    return (basis_of(projection, selector, length, rank, dtype),)
 
 
 def features_last(graph: fx.Graph, operand: Operand, whole: bool = False) -> fx.Node:

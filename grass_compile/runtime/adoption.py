@@ -28,8 +28,9 @@ from .gradient import CompactGrad
 from .holder import Holder
 from .nonfinite import sound
 from .optimizer import GrassOptimizer
+from .projection import selected
 from .rules import AdamRule, AdamWRule, Rule, SGDRule
-from .state import Assigned, Kernel
+from .state import Assigned, Kernel, is_compact
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +170,7 @@ def _adopt(holder: Holder, parameter: Tensor, group: dict[str, Any], wished: Wis
     """Project one weight from this step on; its full gradient chooses the rows where a loaded state does not."""
     assert holder.optimizer is not None and parameter.grad is not None
     loaded = holder.optimizer.state.get(parameter, {})
-    if loaded and "index" not in loaded:
+    if loaded and not is_compact(loaded):
         if any(isinstance(value, Tensor) and value.dim() > 0 and bool(value.count_nonzero()) for value in loaded.values()):
             return  # trained dense so far: its full moments are not thrown away
         loaded.clear()
@@ -181,12 +182,13 @@ def _adopt(holder: Holder, parameter: Tensor, group: dict[str, Any], wished: Wis
         record.resume(assigned, state)
     record.assign(assigned, wished.kernel)
     gradient, dim = parameter.grad, assigned.dim
-    rows, *scales = record.select(gradient) if record.due else (record.state["index"].clone(),)
-    compact = gradient.index_select(dim, rows)
+    rows, *scales = record.select(gradient) if record.due else (record.state[record.selector].clone(),)
+    compact = selected(wished.options.projection, dim, assigned.rank, gradient, rows)
     compact = compact.to(torch.promote_types(compact.dtype, torch.float32))
     if record.due and record.options.checked:
         compact = torch.where(sound(gradient), compact, torch.nan)
-    parameter.grad = CompactGrad(compact, rows, dim, parameter, wished.name, record.due, tuple(scales))
+    how = dim, parameter, wished.name, record.due, tuple(scales), None, wished.options.projection
+    parameter.grad = CompactGrad(compact, rows, *how)
 
 
 def _loaded(optimizer: torch.optim.Optimizer) -> None:
@@ -203,7 +205,7 @@ def _loaded(optimizer: torch.optim.Optimizer) -> None:
         record.group = groups[parameter]
         record.forget()
         entry = optimizer.state.get(parameter, {})
-        if "index" in entry:
+        if is_compact(entry):
             record.resume(*fitting(record, unprotect(entry)))
         elif record.assigned is not None and record.kernel is not None:
             optimizer.state.pop(parameter, None)

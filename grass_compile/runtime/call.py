@@ -20,7 +20,7 @@ class Call:
     drops its `Call`, and with it the claim on the weights.
     """
 
-    __slots__ = ("__weakref__", "_actions", "_backward", "_clips", "_numbers", "_records", "_refresh", "_updates")
+    __slots__ = ("__weakref__", "_actions", "_backward", "_clips", "_in_graph", "_numbers", "_records", "_refresh", "_updates")
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class Call:
 
         Args:
             records: the weights that it projects.
-            refresh: for each, whether its backward forms the full gradient.
+            refresh: for each, whether its backward chooses new rows.
             backward: that backward.
             clips: whether that can clip all gradients of the optimizer.
             numbers: each tensor of hyper-parameters that went in, with a record that it is of, and whether that is a refresh.
@@ -42,6 +42,7 @@ class Call:
         self._numbers = tuple(numbers)
         self._clips = clips
         self._records, self._refresh, self._backward = tuple(records), tuple(refresh), backward
+        self._in_graph = in_graph(records, refresh)
         self._updates = [record.state["updates"] for record in records]
         self._actions: tuple[Action, ...] = ()
         for record in records:
@@ -80,13 +81,15 @@ class Call:
         clip = self._clips and all(steps) and all(wanted) and all(parameter.grad is None for parameter in holder.records)
         self._actions = tuple(
             _action(record, step, refresh, clip) if want else "skip"
-            for record, want, step, refresh in zip(self._records, wanted, steps, self._refresh, strict=True)
+            for record, want, step, refresh in zip(self._records, wanted, steps, self._in_graph, strict=True)
         )
-        for record, action in zip(self._records, self._actions, strict=True):
+        for record, action, refresh in zip(self._records, self._actions, self._refresh, strict=True):
             if action == "step":
                 record.parameter.grad = None  # at most what zero_grad(set_to_none=False) has left
+                if refresh and not record.options.refreshes_in_graph:
+                    record.restart()
         self._refresh_numbers()
-        self._backward.key = self._refresh, self._actions, clip
+        self._backward.key = self._in_graph, self._actions, clip
 
     def _refresh_numbers(self) -> None:
         """Bring the numbers that went in with the forward up to date: the learning rate may have changed since."""
@@ -132,6 +135,11 @@ class Call:
             moved.append(record.parameter)
             record.stepped(refresh)
         _torch.mark_written(moved)
+
+
+def in_graph(records: Sequence[Record], refresh: Sequence[bool]) -> tuple[bool, ...]:
+    """For each weight, whether its graphs are those of a refresh, given whether one is due."""
+    return tuple(new and record.options.refreshes_in_graph for record, new in zip(records, refresh, strict=True))
 
 
 def expected(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..config import AXES
 from ..errors import StateError
+from .projection import SELECTORS
 from .state import Assigned, Record, initial_state
 
 LATER = ("nonfinite",)
@@ -28,7 +29,12 @@ def fitting(record: Record, entry: Mapping[str, Any]) -> tuple[Assigned, dict[st
 
     parameter, wanted, options = record.parameter, record.options.rank, record.options
     counted = ("row_count",) if options.replacement else ()
-    names = ("index", "row_scale", *counted, "step", *record.rule.state_names, *(name for name in LATER if name in entry))
+    made_with = [projection for projection, selector in SELECTORS.items() if selector in entry]
+    if made_with not in ([options.projection], []):
+        raise refuse(f"was made with projection={made_with[0]!r}, this optimizer wants {options.projection!r}")
+    scaled = ("row_scale",) if options.projection == "grass" else ()
+    later = [name for name in LATER if name in entry]
+    names = (record.selector, *scaled, *counted, "step", *record.rule.state_names, *later)
     if missing := sorted({*names, "updates", "axis", "dim"} - set(entry)):
         raise refuse(f"lacks {missing}")
     tensors = {name: entry[name] for name in names}
@@ -37,8 +43,8 @@ def fitting(record: Record, entry: Mapping[str, Any]) -> tuple[Assigned, dict[st
     dim, axis, updates = entry["dim"], entry["axis"], entry["updates"]
     if dim not in (0, 1) or axis not in ("rows", "columns") or type(updates) is not int or updates < 0:
         raise refuse(f"has dim={dim!r}, axis={axis!r} and updates={updates!r}, which makes no sense")
-    shape, index = tuple(parameter.shape), tensors["index"]
-    rank = index.numel()
+    shape, selector = tuple(parameter.shape), tensors[record.selector]
+    rank = _rank_of(options.projection, selector, min(wanted or 0, shape[dim]))
     if len(shape) != 2 or wanted is None or rank != min(wanted, shape[dim]):
         raise refuse(f"has rank {rank}, which does not fit a weight of shape {shape} with rank {wanted}")
     if options.axis not in ("auto", axis):
@@ -46,18 +52,44 @@ def fitting(record: Record, entry: Mapping[str, Any]) -> tuple[Assigned, dict[st
     if (tensors["step"].dim() == 1) != (options.on_refresh == "carry"):
         raise refuse(f"was made with another on_refresh than {options.on_refresh!r}")
     assigned = Assigned(axis, dim, rank)
-    fresh = initial_state(parameter, assigned, options.on_refresh, record.rule, options.state_dtype)
-    fresh["row_count"] = fresh["row_scale"]
+    how = options.on_refresh, record.rule, options.state_dtype, options.checked, options.projection
+    fresh = initial_state(parameter, assigned, *how)
+    if options.replacement:
+        fresh["row_count"] = fresh["row_scale"]
     for name, value in tensors.items():
         if value.shape != fresh[name].shape:
             found, needed = tuple(value.shape), tuple(fresh[name].shape)
             raise refuse(f"has a {name} of shape {found}, where a weight of shape {shape} with rank {wanted} needs {needed}")
         if value.dtype != fresh[name].dtype:
             raise refuse(f"has a {name} of {value.dtype}, where {fresh[name].dtype} is kept (model dtype, or state_dtype=)")
-    if len(index.unique()) != rank or not bool(((index >= 0) & (index < shape[dim])).all()):
-        raise refuse(f"is damaged: index must hold {rank} different rows or columns of shape {shape}")
+    if damage := _damage(options.projection, selector, rank, shape[dim]):
+        raise refuse(f"is damaged: {damage} of shape {shape}")
     lacking = {name: fresh[name] for name in LATER if name not in entry}
     return assigned, {key: _copied(value, parameter.device) for key, value in entry.items()} | lacking
+
+
+def _rank_of(projection: str, selector: Tensor, wanted: int) -> int:
+    """The rank that a state was made with; ``wanted`` where it does not tell."""
+    if projection == "gaussian":
+        return wanted
+    return selector.shape[1] if projection == "galore" and selector.dim() == 2 else selector.numel()
+
+
+def _damage(projection: str, selector: Tensor, rank: int, length: int) -> str:
+    """What is wrong with an index, a basis or a key of a weight, or nothing."""
+    if projection == "grass":
+        sound = len(selector.unique()) == rank and bool(((selector >= 0) & (selector < length)).all())
+        return "" if sound else f"index must hold {rank} different rows or columns"
+    if projection == "galore":
+        return "" if _is_orthonormal(selector) else "basis must hold orthonormal columns, for a weight"
+    return "" if bool(((selector >= 0) & (selector < 2**31)).all()) else "key must hold numbers of 31 bits, for a weight"
+
+
+def _is_orthonormal(basis: Tensor) -> bool:
+    """Whether a basis is one, as far as bf16 can tell; before the first refresh it is zero."""
+    wide = basis.to(torch.promote_types(basis.dtype, torch.float32))
+    unit = torch.eye(basis.shape[1], dtype=wide.dtype, device=wide.device)
+    return bool(((wide.t() @ wide - unit).abs() < 0.05).all()) or not bool(basis.any())
 
 
 def check_dense(record: Record, entry: Mapping[str, Any]) -> None:
@@ -91,7 +123,7 @@ def protect(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dic
     exactly, so tensors travel as these. `unprotect` undoes this.
     """
     for number, entry in state_dict["state"].items():
-        if "index" in entry and not isinstance(entry["index"], dict):
+        if any(isinstance(entry.get(selector), Tensor) for selector in SELECTORS.values()):
             wrapped = {key: _as_bytes(value) if isinstance(value, Tensor) else value for key, value in entry.items()}
             state_dict["state"][number] = wrapped | {"step": entry["step"], "axis": AXES.index(entry["axis"])}
     return state_dict

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _torch
 from ..errors import StateError
+from .projection import basis_of, expanded
 
 aten = torch.ops.aten
 
@@ -17,14 +18,18 @@ aten = torch.ops.aten
 class CompactGrad(Tensor):
     """A gradient of shape ``[m, n]`` that is zero outside of ``r`` rows (columns), and holds only these.
 
+    With a dense projection ``P`` it is ``P C``, and holds ``C``. Its norm is then that of ``C``: the same for the orthonormal
+    basis of ``galore``; for ``gaussian``, whose ``P`` is not, an estimate of the norm of the gradient itself.
+
     What scripts do to gradients between ``backward()`` and ``step()`` works and is exact: norms, clipping by norm or value,
     scaling, unscaling by ``GradScaler``, ``zero_grad``. Everything else that only reads it gets the full tensor, made for the
     purpose. What would write other values into it is refused.
 
     Attributes:
         compact: the values, ``[r, n]`` or ``[m, r]``, at least fp32.
-        rows: their index, ``int64[r]``.
+        rows: their index, ``int64[r]``; with a dense projection, the basis or the key.
         along: the dimension that it selects along.
+        projection: how it is projected.
         name_: the name of the weight.
         fresh: whether ``rows`` were chosen by this very gradient and are not the state's yet.
         scales: what was chosen along with fresh rows where they are drawn with replacement.
@@ -35,6 +40,7 @@ class CompactGrad(Tensor):
     compact: Tensor
     rows: Tensor
     along: int
+    projection: str
     name_: str
     fresh: bool
     scales: tuple[Tensor, ...]
@@ -56,9 +62,10 @@ class CompactGrad(Tensor):
         fresh: bool = False,
         scales: tuple[Tensor, ...] = (),
         next_rows: Tensor | None = None,
+        projection: str = "grass",
     ) -> None:
         self.compact, self.rows, self.along, self.name_, self.fresh, self.zeroed = values, index, dim, name, fresh, False
-        self.scales, self.next_rows = scales, next_rows
+        self.scales, self.next_rows, self.projection = scales, next_rows, projection
 
     def tolist(self) -> Any:
         """Of the full gradient."""
@@ -69,10 +76,14 @@ class CompactGrad(Tensor):
         return self.full().numpy(force=force)
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
-        return f"CompactGrad(shape={tuple(self.shape)}, {len(self.rows)} along dimension {self.along})"
+        return f"CompactGrad(shape={tuple(self.shape)}, {self.compact.shape[self.along]} along dimension {self.along})"
 
     def full(self) -> Tensor:
         """The full gradient, ``[m, n]``, in its nominal dtype."""
+        if self.projection != "grass":
+            length, rank = self.shape[self.along], self.compact.shape[self.along]
+            basis = basis_of(self.projection, self.rows, length, rank, self.compact.dtype)
+            return expanded(self.compact, self.along, basis).to(self.dtype)
         full = torch.zeros(self.shape, dtype=self.compact.dtype, device=self.compact.device)
         return full.index_add_(self.along, self.rows, self.compact).to(self.dtype)
 
@@ -84,17 +95,17 @@ class CompactGrad(Tensor):
         if func is aten.clone.default:
             grad = args[0]
             scales = tuple(scale.clone() for scale in grad.scales)
-            held = grad.along, grad, grad.name_, grad.fresh, scales, grad.next_rows
+            held = grad.along, grad, grad.name_, grad.fresh, scales, grad.next_rows, grad.projection
             return CompactGrad(grad.compact.clone(), grad.rows.clone(), *held)
         if func is aten.zero_.default:
             args[0].zeroed = True
         if func in _IN_PLACE and _is_number(*args[1:]):
             func(args[0].compact, *args[1:], **kwargs)
             return args[0]
-        if func in _WHOLE_NORMS and len(args) < 3 and "dim" not in kwargs and _order(*args) > 0:
+        if func in _WHOLE_NORMS and len(args) < 3 and "dim" not in kwargs and _knows_norm(*args):
             return func(args[0].compact, *args[1:], **kwargs)
         if func is aten.clamp_.default:
-            _clamp_(args[0].compact, *args[1:], **{{"min": "low", "max": "high"}[key]: value for key, value in kwargs.items()})
+            _clamp_(_inner(args[0]), *args[1:], **{{"min": "low", "max": "high"}[key]: value for key, value in kwargs.items()})
             return args[0]
         if func is aten._amp_foreach_non_finite_check_and_unscale_.default:
             return _unscale(*args)
@@ -168,20 +179,39 @@ def _is_number(*others: Any) -> bool:
     return all(other.numel() == 1 for other in others if isinstance(other, Tensor))
 
 
-def _order(gradient: Tensor, order: Any = 2) -> Any:
-    return order
+def _knows_norm(gradient: CompactGrad, order: Any = 2) -> bool:
+    """Whether the norm of the compact gradient is that of the full one: any that zeros do not count in, if rows were selected."""
+    return bool(order == 2 if gradient.projection != "grass" else order > 0)
 
 
 def _one_by_one(single: Callable[..., Any], gradients: list[Any], *rest: Any) -> Any:
     """A ``_foreach`` operator on a list in which compact and full gradients are mixed."""
-    if single is _norm and rest and rest[0] <= 0:
-        return [_norm(g.full() if isinstance(g, CompactGrad) else g, *rest) for g in gradients]
+    if single is _norm:
+        whole = [isinstance(g, CompactGrad) and not _knows_norm(g, *rest[:1]) for g in gradients]
+        gradients = [g.full() if form else g for g, form in zip(gradients, whole, strict=True)]
+    clamps = single in (_clamp_, _clamp_max_)
     arguments = [[other[at] if isinstance(other, (list, tuple)) else other for other in rest] for at in range(len(gradients))]
     for gradient, others in zip(gradients, arguments, strict=True):
         if isinstance(gradient, CompactGrad) and not _is_number(*others):
             raise StateError(f"{gradient.name_}: a compact gradient can be scaled by numbers only; keep it dense with exclude=.")
-    inner = [gradient.compact if isinstance(gradient, CompactGrad) else gradient for gradient in gradients]
+    inner = [_inner(gradient, clamps) for gradient in gradients]
     return [single(gradient, *others) for gradient, others in zip(inner, arguments, strict=True)]
+
+
+def _inner(gradient: Tensor, clamped: bool = True) -> Tensor:
+    """The values of a gradient, compact or not.
+
+    Raises:
+        StateError: they are to be clamped, and are no elements of the gradient that they stand for.
+    """
+    if not isinstance(gradient, CompactGrad):
+        return gradient
+    if clamped and gradient.projection != "grass":
+        raise StateError(
+            f"{gradient.name_}: it is projected with {gradient.projection!r}, so that its elements cannot be clamped one by one. "
+            "Clip by norm, or keep this weight dense with exclude=."
+        )
+    return gradient.compact
 
 
 def _clamp_(gradient: Tensor, low: Any = None, high: Any = None) -> Tensor:
@@ -200,7 +230,7 @@ def _norm(gradient: Tensor, order: Any = 2, dtype: Any = None) -> Tensor:
 
 
 def _unscale(gradients: list[Tensor], found_inf: Tensor, inverse_scale: Tensor) -> None:
-    inner = [gradient.compact if isinstance(gradient, CompactGrad) else gradient for gradient in gradients]
+    inner = [_inner(gradient, False) for gradient in gradients]
     for gradient in inner:
         torch._amp_foreach_non_finite_check_and_unscale_([gradient], found_inf, inverse_scale)
 

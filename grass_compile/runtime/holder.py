@@ -171,7 +171,8 @@ class Holder:
                 record.settle(gradient)
                 gradient.fresh = False
             hyper, dim = self.hyper(record, fresh), record.assigned.dim
-            record.kernel(record.config(), dim, gradient.compact, parameter, hyper, *record.tensors())
+            with _torch.without_autocast():
+                record.kernel(record.config(), dim, gradient.compact, parameter, hyper, *record.tensors())
             record.count(fresh)
             if gradient.next_rows is not None:
                 record.renew(gradient.next_rows)

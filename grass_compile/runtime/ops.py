@@ -9,6 +9,8 @@ distinct, so a plain read-modify-write is right; it adds in the precision of ``u
 It is functional, for tracing; ``row_update_`` writes. Inductor lowers the latter to one loop that is fused with the computation
 of ``update``.
 
+``rank_update`` and ``rank_update_`` do the same to the whole weight, with the product of a basis and an update.
+
 ``step_`` runs the compiled step of one weight inside a backward graph (`grass_compile.passes.kernel` says why it is not inlined).
 
 ``refresh_`` makes one operator of `grass_compile.runtime.refresh`, which says why.
@@ -19,7 +21,6 @@ the backward while the partitioner runs, and is replaced afterwards (`grass_comp
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 from .. import _torch
+from .noise import rounding_noise
 from .refresh import refresh as choose_anew
 
 _library = torch.library.Library("grass_compile", "DEF")
@@ -43,30 +45,6 @@ def round_stochastically(value: Tensor, noise: Tensor) -> Tensor:
     """
     rounded = ((value.view(torch.int32) + noise) & -65536).view(torch.float32)
     return torch.where(value.isfinite(), rounded, value).to(torch.bfloat16)
-
-
-def rounding_noise(shape: Sequence[int], seed: Tensor) -> Tensor:
-    """Uniform whole numbers of 16 bits, ``int32``, a function of ``seed`` and position alone.
-
-    The mixing steps are those of a 32-bit finalizer (multiply, shift, xor), in int64 with 31-bit multipliers so that nothing
-    overflows: the same numbers come out of every compiler and device.
-    """
-    mask = 0xFFFFFFFF
-    position = torch.zeros(shape, dtype=torch.int64, device=seed.device)
-    for dim, size in enumerate(shape):
-        numbers = torch.arange(size, device=seed.device)
-        position = position * size + numbers.reshape([-1 if d == dim else 1 for d in range(len(shape))])
-    mixed = (position * 0x3C6EF35F + seed.to(torch.int64) * 0x5851F42D) & mask
-    for multiplier in (0x45D9F3B, 0x2C1B3C6D):
-        mixed = ((mixed ^ (mixed >> 16)) * multiplier) & mask
-    return ((mixed ^ (mixed >> 15)) & 0xFFFF).to(torch.int32)
-
-
-def gaussian(shape: Sequence[int], seed: Tensor) -> Tensor:
-    """Numbers of a normal distribution, fp32, a function of ``seed`` and position alone: Box and Muller's transform of
-    `rounding_noise`. None is beyond 4.9 standard deviations."""
-    first, second = (rounding_noise((2, *shape), seed) / 65536).unbind()
-    return (-2 * (first + 0.5 / 65536).log()).sqrt() * (2 * math.pi * second).cos()
 
 
 def _updated_rows(weight: Tensor, dim: int, index: Tensor, update: Tensor, noise: Tensor | None) -> Tensor:
@@ -96,6 +74,52 @@ row_update_ = torch.ops.grass_compile.row_update_.default
 """The same in place."""
 
 _torch.register_row_update_lowering(row_update_)
+
+
+# ------------------------------------------------------------------------------------------------------------ rank update
+
+_library.define("rank_update(Tensor weight, int dim, Tensor basis, Tensor update, Tensor? seed=None) -> Tensor")
+_library.define("rank_update_(Tensor(a!) weight, int dim, Tensor basis, Tensor update, Tensor? seed=None) -> ()")
+
+ROUNDED_AT_A_TIME = 2**20
+"""Elements of a weight that are rounded stochastically at a time: 4 MiB of sums in fp32, and 24 MiB of whole numbers."""
+
+
+def _rank_update_(weight: Tensor, dim: int, basis: Tensor, update: Tensor, seed: Tensor | None = None) -> None:
+    left, right = (update, basis.t()) if dim else (basis, update)
+    if seed is None:
+        weight.addmm_(left.to(weight.dtype), right.to(weight.dtype))
+        return
+    left, right = left.to(update.dtype), right.to(update.dtype)
+    rows = max(1, ROUNDED_AT_A_TIME // weight.shape[1])
+    for first in range(0, weight.shape[0], rows):
+        part = weight[first : first + rows]
+        moved = part.to(update.dtype).addmm_(left[first : first + rows], right)  # in place, so that autocast lets it be
+        part.copy_(round_stochastically(moved, rounding_noise(part.shape, seed, first)))
+
+
+def _rank_update(weight: Tensor, dim: int, basis: Tensor, update: Tensor, seed: Tensor | None = None) -> Tensor:
+    moved = weight.clone()
+    _rank_update_(moved, dim, basis, update, seed)
+    return moved
+
+
+_library.impl("rank_update", _rank_update, "CompositeExplicitAutograd")
+_library.impl("rank_update_", _rank_update_, "CompositeExplicitAutograd")
+torch.library.register_fake("grass_compile::rank_update", lambda weight, *args: torch.empty_like(weight))
+torch.library.register_fake("grass_compile::rank_update_", lambda weight, *args: None)
+
+rank_update = torch.ops.grass_compile.rank_update.default
+"""``rank_update(weight [m, n], dim, basis [m, r] or [n, r], update [r, n] or [m, r], seed=None) -> [m, n]``: the weight plus
+``basis update``, or ``update basis^T``.
+
+``seed``, a whole number, rounds to bf16 stochastically."""
+
+rank_update_ = torch.ops.grass_compile.rank_update_.default
+"""The same in place: one matrix product that adds to the weight. Nothing else of the weight's size is made."""
+
+IN_PLACE = {row_update: row_update_, rank_update: rank_update_}
+"""The twins that write."""
 
 
 # ----------------------------------------------------------------------------------------------------------------- gather
@@ -146,7 +170,8 @@ _torch.register_once_lowering(torch.ops.grass_compile.once.default)
 
 _library.define(
     "refresh_(Tensor gradient, Tensor(a!) index, Tensor? noise, Tensor(b!)[] state, int dim, int rank, str on_refresh, "
-    "str selection, int block, bool replacement, str layouts, bool checked) -> Tensor"
+    "str selection, int block, bool replacement, str layouts, bool checked) -> Tensor",
+    tags=(torch.Tag.cudagraph_unsafe,),  # a decomposition waits for the device, and one step in a gap is not worth recording
 )
 
 
@@ -174,27 +199,27 @@ torch.library.register_fake("grass_compile::refresh_", _fake_refresh_)
 
 refresh_ = torch.ops.grass_compile.refresh_.default
 """``refresh_(gradient [m, n], index int64[r], noise, state, dim, rank, on_refresh, selection, block, replacement, layouts,
-checked)`` returns the compact gradient of the rows that it
-has chosen; ``index`` and ``state`` are written."""
+checked)`` returns the compact gradient of the rows that it has chosen; ``index`` and ``state`` are written. With the selection
+``galore``, ``index`` is a basis, ``[m, r]``."""
 
 
 # ------------------------------------------------------------------------------------------------------------------- step
 
-_library.define("step_(Tensor gradient, Tensor(a!) weight, Tensor hyper, Tensor index, Tensor(b!)[] state, str kernel) -> ()")
+_library.define("step_(Tensor gradient, Tensor(a!) weight, Tensor hyper, Tensor selector, Tensor(b!)[] state, str kernel) -> ()")
 
 kernels: dict[str, Callable[..., None]] = {}
-"""Compiled steps by name; each takes ``(gradient, weight, hyper, index, *state)``. Filled by the backend."""
+"""Compiled steps by name; each takes ``(gradient, weight, hyper, selector, *state)``. Filled by the backend."""
 
 
-def _step_(gradient: Tensor, weight: Tensor, hyper: Tensor, index: Tensor, state: Sequence[Tensor], kernel: str) -> None:
-    kernels[kernel](gradient, weight, hyper, index, *state)
+def _step_(gradient: Tensor, weight: Tensor, hyper: Tensor, selector: Tensor, state: Sequence[Tensor], kernel: str) -> None:
+    kernels[kernel](gradient, weight, hyper, selector, *state)
 
 
 _library.impl("step_", _step_, "CompositeExplicitAutograd")
 torch.library.register_fake("grass_compile::step_", lambda *args: None)
 
 step_ = torch.ops.grass_compile.step_.default
-"""``step_(gradient [r, n] or [m, r], weight [m, n], hyper, index int64[r], state, kernel)`` moves the weight and its state."""
+"""``step_(gradient [r, n] or [m, r], weight [m, n], hyper, selector, state, kernel)`` moves the weight and its state."""
 
 
 # ----------------------------------------------------------------------------------------------------------------- anchor

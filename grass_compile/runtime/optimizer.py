@@ -16,6 +16,7 @@ from ..errors import ConfigError, GrassWarning, StateError
 from .checkpoint import check_dense, fitting, unprotect
 from .holder import Holder
 from .rules import Rule
+from .state import is_compact
 
 COMMON = ("step_in_backward", "max_grad_norm", "nonfinite")
 """Keywords that belong to an optimizer as a whole."""
@@ -241,7 +242,7 @@ class GrassOptimizer(torch.optim.Optimizer):
         for parameter, index in zip(order, saved, strict=True):
             entry = state_dict["state"].get(index, {})
             record = self._holder.records[parameter]
-            if "index" in entry:
+            if is_compact(entry):
                 loaded[parameter] = fitting(record, unprotect(entry))
             else:
                 check_dense(record, entry)
@@ -271,7 +272,7 @@ class GrassOptimizer(torch.optim.Optimizer):
         for group, other in zip(mine, saved, strict=True):
             merged = {**{key: group[key] for key in self._own}, **other}
             for name, parameter in zip(group.get("param_names") or [], group["params"], strict=False):
-                for key in ("rank", "axis"):
+                for key in ("rank", "axis", "projection"):
                     if merged[key] != group[key]:
                         raise StateError(
                             f"{name}: the loaded state was made with {key}={merged[key]!r}, this optimizer with "

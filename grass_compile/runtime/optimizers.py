@@ -37,7 +37,8 @@ class AdamW(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
     ``state[p]`` of a projected weight holds ``index`` (``int64[r]``), ``row_scale`` (``[r]``), ``exp_avg`` and ``exp_avg_sq``
     (``[r, n]`` for rows, ``[m, r]`` for columns; transposed for a weight that is stored in x out), ``step`` (updates since the
     moments were last zero; per row with ``on_refresh="carry"``), ``updates`` (updates in all), ``nonfinite`` (how many of
-    them were skipped, ``int32[1]``) and ``axis``.
+    them were skipped, ``int32[1]``) and ``axis``. With a dense projection, ``basis`` (``[m, r]``, ``[n, r]`` for columns) or
+    ``key`` (``int64[2]``) takes the place of the first two.
 
     Args:
         params: ``model.named_parameters()`` (the names serve ``exclude`` and messages), ``parameters()``, or groups; a group may
@@ -52,7 +53,8 @@ class AdamW(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
             replacement, with probabilities proportional to the norm, its square, or one.
         replacement: draw with replacement, independently, and scale each row by ``rho = 1 / sqrt(rank * probability)`` before and
             after the update rule, once for each time it was drawn: what is applied is unbiased for a linear rule.
-        axis: ``"rows"`` (out-features), ``"columns"`` (in-features) or ``"auto"`` (the cheaper by the cost model).
+        axis: ``"rows"`` (out-features), ``"columns"`` (in-features) or ``"auto"`` (the cheaper by the cost model; with a dense
+            projection the shorter side, as GaLore takes it).
         on_refresh: ``"reset"`` zeroes the moments; ``"carry"`` keeps those of rows that stay selected; ``"keep"`` hands the
             moments of the old rows to the new ones, slot by slot.
         block: neighbouring rows that are chosen together; divides ``rank``.
@@ -72,11 +74,14 @@ class AdamW(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
         stochastic_rounding: round bf16 weights (and bf16 moments) stochastically, so that updates below half a unit in the
             last place are not lost.
         state_dtype: dtype of the moments; None for at least fp32.
-        seed: of drawn rows and of the stochastic rounding; None draws one from torch's default generator. It is part of the
-            state.
+        seed: of drawn rows, of random projections and of the stochastic rounding; None draws one from torch's default
+            generator. It is part of the state.
         nonfinite: what becomes of a gradient that is infinite or NaN. ``"raise"``: the step of this parameter is skipped, and
             `step` (on a GPU, the next one) raises `NonFiniteError` with its name; ``"skip"``: it is skipped and counted in
             ``state[p]["nonfinite"]``; ``"propagate"``: it spreads, as in torch.
+        projection: ``"grass"`` selects rows; ``"galore"`` projects onto the first ``rank`` singular vectors of the gradient at
+            the last refresh (arXiv 2403.03507; galore-torch has ``on_refresh="keep"`` and ``scale=0.25``); ``"gaussian"`` onto
+            random vectors that are computed from a seed and never stored (Flora, arXiv 2402.03293).
 
     Raises:
         ConfigError: an argument is out of range, unknown, or not available in this version.
@@ -108,6 +113,7 @@ class AdamW(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
         stagger: bool | int = False,
         scores: str = "exact",
         nonfinite: NonFinite = "raise",
+        projection: str = "grass",
     ) -> None:
         self.rule = AdamWRule()
         own = _own_keywords(
@@ -115,7 +121,7 @@ class AdamW(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
             on_refresh=on_refresh, scale=scale, exclude=exclude,
             step_in_backward=step_in_backward, max_grad_norm=max_grad_norm, refresh_warmup=refresh_warmup,
             stochastic_rounding=stochastic_rounding, state_dtype=state_dtype, block=block, stagger=stagger, seed=seed,
-            scores=scores, nonfinite=nonfinite,
+            scores=scores, nonfinite=nonfinite, projection=projection,
         )  # fmt: skip
         super().__init__(params, own=own, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=True)
 
@@ -425,6 +431,6 @@ def _own_keywords(**given: Any) -> dict[str, Any]:
     if not isinstance(own["exclude"], str):
         own["exclude"] = tuple(own["exclude"])
     if given.get("seed") is None:
-        draws = own["stochastic_rounding"] or own["selection"] != "top"
+        draws = own["stochastic_rounding"] or own["selection"] != "top" or own["projection"] == "gaussian"
         own["seed"] = int(torch.randint(2**31, ())) if draws else 0
     return own

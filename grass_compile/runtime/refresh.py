@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import selection
+from . import projection, selection
 from .nonfinite import sound
 
 
@@ -35,13 +35,13 @@ def refresh(
 
     Args:
         gradient: ``[m, n]``, full.
-        index: ``int64[r]``, of the last refresh.
+        index: ``int64[r]``, of the last refresh; with ``galore``, the basis.
         noise: ``[m]``, uniform in (0, 1), where rows are drawn.
         state: with ``carry``, ``step`` ``[r]`` first; then the rule's state.
         dim: the stored dimension that is indexed.
         rank: r.
         on_refresh: ``reset``, ``carry`` or ``keep``.
-        chosen_by: the selection.
+        chosen_by: the selection, or ``galore``.
         block: neighbouring rows that are chosen together.
         replacement: whether rows are drawn with replacement.
         layouts: what each tensor of ``state`` has a number for, see `settled`.
@@ -51,6 +51,13 @@ def refresh(
         The compact gradient, the new index and the state that belongs to it, all new tensors. If nothing is chosen: NaN, the old
         index and the old state.
     """
+    if chosen_by == "galore":
+        if checked and not bool(sound(gradient)):  # a decomposition waits for the device anyway, and takes no NaN
+            nothing = projection.compact(gradient, dim, index) * torch.nan
+            return nothing, index, list(state)
+        basis = projection.singular_vectors(gradient, dim, rank)
+        compact = projection.compact(gradient, dim, basis)
+        return compact, basis, settled(on_refresh, layouts, gradient.shape[dim], dim, index, basis, state)
     scores = selection.scores(gradient, dim)
     chosen, *scales = chosen_rows(scores, noise, rank, chosen_by, block, replacement)
     scaled = iter(scales)
@@ -83,6 +90,7 @@ def settled(
     Args:
         on_refresh: ``reset``: zero; ``keep``: slot by slot that of the old rows; ``carry``: rows that ``old_index`` already
             held keep theirs, the others start from zero.
+            (With a dense projection, whose ``index`` are no rows, there is no ``carry``.)
         layouts: for each tensor of ``state``, ``f`` (full), ``s`` (of each selected row) or ``o`` and ``w`` (of each other
             feature or of the weight as a whole, which rows have in common).
         length: number of rows of the weight along ``dim``.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import selection
-from .ops import rounding_noise
+from .noise import rounding_noise
 
 STRIDE = 8
 """Of the tokens, ``sampled`` takes every eighth."""

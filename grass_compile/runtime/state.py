@@ -21,7 +21,9 @@ from ..config import Axis, GroupOptions, SiteConfig
 from ..errors import StateError
 from . import selection
 from .gradient import CompactGrad
+from .noise import new_key
 from .nonfinite import sound
+from .projection import SELECTORS, singular_vectors
 from .refresh import chosen_rows, settled
 from .rules import Rule
 from .step import SCALES, layout_of, settled_state, step_state
@@ -61,7 +63,7 @@ class Record:
         moved: whether a backward has updated it since the last ``opt.step()``.
         flight: the backward in which a compact gradient has been computed that autograd has not delivered yet (it waits until
             every call in the same graph has contributed), or None.
-        rows: the index of that gradient.
+        rows: the index of that gradient; with a dense projection, the basis or the key.
         proposes: whether the backward of that gradient has proposed the rows to take next.
         trained_dense: whether full moments are known to be no mere zeros.
         refreshed: whether the last update was the first of new rows.
@@ -163,9 +165,9 @@ class Record:
         self.kernel = kernel
         if self.assigned is None:
             self.assigned = assigned
-        if "index" not in self.state:
+        if not is_compact(self.state):
             options = self.options
-            how = options.on_refresh, self.rule, options.state_dtype, options.checked
+            how = options.on_refresh, self.rule, options.state_dtype, options.checked, options.projection
             made = initial_state(self.parameter, assigned, *how)
             if options.replacement:
                 made["row_count"] = torch.ones_like(made["row_scale"])
@@ -285,9 +287,13 @@ class Record:
         return self._noise
 
     def select(self, gradient: Tensor) -> tuple[Tensor, ...]:
-        """New rows from a full gradient, as a refresh chooses them, and what is chosen along with them."""
+        """New rows from a full gradient, as a refresh chooses them, and what is chosen along with them; or a new basis or key."""
         assert self.assigned is not None
         config = self.config()
+        if config.projection == "galore":
+            return (singular_vectors(gradient, self.assigned.dim, self.assigned.rank),)
+        if config.projection == "gaussian":
+            return (self._new_key(),)
         noise = self.noise(True) if config.selection in selection.SAMPLED else None
         scores, how = selection.scores(gradient, self.assigned.dim), (config.selection, config.block, config.replacement)
         return chosen_rows(scores, noise, self.assigned.rank, *how)
@@ -298,9 +304,31 @@ class Record:
             self._scratch = [tensor.clone() for tensor in self.chosen()]
         return self._scratch
 
+    @property
+    def selector(self) -> str:
+        """The state tensor that says where the compact gradient lies."""
+        return SELECTORS[self.options.projection]
+
     def chosen(self) -> list[Tensor]:
         """The same in the state."""
-        return [self.state[name] for name in ("index", *(SCALES if self.options.replacement else ()))]
+        return [self.state[name] for name in (self.selector, *(SCALES if self.options.replacement else ()))]
+
+    def _choose(self, values: Sequence[Tensor]) -> None:
+        """Make ``values`` what `chosen` returns.
+
+        A basis is taken over as it is, and the old one is not written: it may be that of a compact gradient that somebody keeps.
+        """
+        if self.options.projection == "galore":
+            (self.state[self.selector],) = values
+            self._scratch = None
+            return
+        with _torch.unversioned(self.chosen()):
+            for old, value in zip(self.chosen(), values, strict=True):
+                old.copy_(value)
+
+    def _new_key(self) -> Tensor:
+        """The key of the refresh that is due."""
+        return new_key(self.options.seed, self.number, self.state["updates"]).to(self.parameter.device)
 
     def inputs(self, refresh: bool) -> list[Tensor]:
         """`tensors`, and the noise if there is any, as the inputs of a compiled region.
@@ -317,7 +345,10 @@ class Record:
             return tensors
         scratch = self.scratch()
         pending = self.pending
-        current = [pending.rows, *pending.scales] if pending is not None and not pending.zeroed else self.chosen()
+        if pending is not None and not pending.zeroed:
+            current = [pending.rows, *pending.scales]
+        else:
+            current = self.chosen() if self.options.refreshes_in_graph else [self._new_key()]
         if not self.in_flight:
             with _torch.unversioned(scratch):
                 for target, value in zip(scratch, current, strict=False):  # a gradient of older rows has no scales of its own
@@ -328,7 +359,7 @@ class Record:
         """Note that a compact gradient is on its way, of the rows that a region was given or has chosen."""
         if not self.in_flight:
             exact = self.options.scores == "exact"
-            self.rows = self.scratch()[0] if refresh and exact else self.state["index"]
+            self.rows = self.scratch()[0] if refresh and exact else self.state[self.selector]
             self.proposes = refresh and not exact
         self.flight = _torch.graph_task()
 
@@ -342,11 +373,21 @@ class Record:
         chosen, dim, names = self.chosen(), self.assigned.dim, settled_state(self.config())
         rest = [self.state[name] for name in names]
         layouts = "".join(layout_of(self.rule, name)[0] for name in names)
-        length = self.parameter.shape[dim]
-        new = settled(self.options.on_refresh, layouts, length, dim, chosen[0], rows, rest)
-        with _torch.unversioned([*chosen, *rest]):
-            for old, value in zip((*chosen, *rest), (rows, *scales, *new), strict=True):
+        new = settled(self.options.on_refresh, layouts, self.parameter.shape[dim], dim, chosen[0], rows, rest)
+        with _torch.unversioned(rest):
+            for old, value in zip(rest, new, strict=True):
                 old.copy_(value if ok is None else torch.where(ok, value, old))
+        values = (rows, *scales)
+        self._choose(values if ok is None else [torch.where(ok, new, old) for new, old in zip(values, chosen, strict=True)])
+
+    def restart(self) -> None:
+        """Before a backward that moves the weight by a new key: the moments that go with it. (A refresh in the graph sees to them
+        itself.) A backward that breaks off has done no harm: the refresh is still due."""
+        if self.options.on_refresh == "reset":
+            moments = [self.state[name] for name in settled_state(self.config())]
+            with _torch.unversioned(moments):
+                for moment in moments:
+                    moment.zero_()
 
     @property
     def proposed(self) -> Tensor:
@@ -370,9 +411,7 @@ class Record:
                 self.renew(self.proposed)
         else:
             if refresh:
-                with _torch.unversioned(self.chosen()):
-                    for state, chosen in zip(self.chosen(), self.scratch(), strict=True):
-                        state.copy_(chosen)
+                self._choose(self.scratch())
             self.count(refresh)
         self.moved = True
         self.holder.clipped = self.holder.max_norm is not None
@@ -409,12 +448,12 @@ def _deliver(record: Record | None, leaf: Tensor) -> None:
         pending.compact.add_(values)
         return
     assert record.assigned is not None and record.rows is not None
-    fresh = record.rows is not record.state["index"]
+    fresh, projection = record.rows is not record.state[record.selector], record.options.projection
     scales = tuple(scale.clone() for scale in record.scratch()[1:]) if fresh else ()
+    rows = record.rows.clone() if fresh or projection != "galore" else record.rows  # nobody writes into the basis of a state
     next_rows = record.proposed.clone() if record.proposes else None
-    parameter.grad = CompactGrad(
-        values, record.rows.clone(), record.assigned.dim, parameter, record.name, fresh, scales, next_rows
-    )
+    how = record.assigned.dim, parameter, record.name, fresh, scales, next_rows, projection
+    parameter.grad = CompactGrad(values, rows, *how)
 
 
 def leaf_like(weight: Tensor, assigned: Assigned) -> Tensor:
@@ -424,6 +463,11 @@ def leaf_like(weight: Tensor, assigned: Assigned) -> Tensor:
     return torch.empty((), dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device).expand(shape)
 
 
+def is_compact(state: Mapping[str, Any]) -> bool:
+    """Whether an entry of an optimizer's state is that of a projected weight."""
+    return any(selector in state for selector in SELECTORS.values())
+
+
 def initial_state(
     parameter: Tensor,
     assigned: Assigned,
@@ -431,22 +475,23 @@ def initial_state(
     rule: Rule,
     state_dtype: torch.dtype | None = None,
     checked: bool = False,
+    projection: str = "grass",
 ) -> dict[str, Any]:
     """The compact state of a weight before its first refresh.
 
     Returns:
-        ``index`` ``int64[r]``; ``row_scale`` ``[r]``; ``step`` (0-d on the CPU, as torch keeps it; beside the moments if the step
-        itself counts it, and then ``[r]`` if by row); ``updates`` (how many the weight has had in all); ``nonfinite``
-        (``int32[1]``, how many of them were skipped); ``axis`` and ``dim`` (the stored dimension that is indexed); and the
-        rule's state by its layout, in the dtype that the rule names, ``state_dtype``, or at least fp32.
+        ``index`` ``int64[r]`` and ``row_scale`` ``[r]``, or with a dense projection ``basis`` ``[m, r]`` (in the weight's dtype)
+        or ``key`` ``int64[2]``; ``step`` (0-d on the CPU, as torch keeps it; beside the moments if the step itself counts it, and
+        then ``[r]`` if by row); ``updates`` (how many the weight has had in all); ``nonfinite`` (``int32[1]``, how many of them
+        were skipped); ``axis`` and ``dim`` (the stored dimension that is indexed); and the rule's state by its layout, in the
+        dtype that the rule names, ``state_dtype``, or at least fp32.
     """
     dtype, device = torch.promote_types(parameter.dtype, torch.float32), parameter.device
     counted = checked or on_refresh == "carry"
     shape = list(parameter.shape)
     shape[assigned.dim] = assigned.rank
     state: dict[str, Any] = {
-        "index": torch.arange(assigned.rank, device=device),
-        "row_scale": torch.ones(assigned.rank, dtype=dtype, device=device),
+        **_initial_selector(parameter, assigned, projection),
         "step": torch.zeros([assigned.rank] if on_refresh == "carry" else [], device=device if counted else "cpu"),
         "updates": 0,
         "nonfinite": torch.zeros(1, dtype=torch.int32, device=device),
@@ -459,6 +504,17 @@ def initial_state(
         sizes = shape if full else rule.shape(name, assigned.rank, shape[1 - assigned.dim])
         state[name] = torch.zeros(sizes, dtype=kind, device=device)
     return state
+
+
+def _initial_selector(parameter: Tensor, assigned: Assigned, projection: str) -> dict[str, Tensor]:
+    """What says where the compact gradient lies, before anything was chosen."""
+    rank, device = assigned.rank, parameter.device
+    if projection == "galore":
+        return {"basis": torch.zeros(parameter.shape[assigned.dim], rank, dtype=parameter.dtype, device=device)}
+    if projection == "gaussian":
+        return {"key": torch.zeros(2, dtype=torch.int64, device=device)}
+    wide = torch.promote_types(parameter.dtype, torch.float32)
+    return {"index": torch.arange(rank, device=device), "row_scale": torch.ones(rank, dtype=wide, device=device)}
 
 
 _records: WeakIdKeyDictionary = WeakIdKeyDictionary()

@@ -1,7 +1,8 @@
 """One optimizer step on one weight, as pure functions over tensors. Traced, never run as they stand.
 
 Grass (arXiv 2406.17660), Algorithm 1, for a selection with unit row scale: ``C = G[idx]``,
-``(state, update) = rule(C, state)``, ``W[idx] -= scale * update``.
+``(state, update) = rule(C, state)``, ``W[idx] -= scale * update``. With a dense projection ``P`` (see `projection`),
+``C = P^T G`` and ``W -= scale * P update``.
 
 `apply` is the step; `grass_compile.passes.kernel` compiles it.
 """
@@ -15,8 +16,11 @@ import torch
 from torch import Tensor
 
 from ..errors import GraphError
+from .noise import rounding_noise
 from .nonfinite import sound
-from .ops import once, round_stochastically, rounding_noise, row_update
+from .ops import once, rank_update, round_stochastically, row_update
+from .projection import SELECTORS, basis_of
+from .projection import selected as select
 from .rules.base import Rule
 from .selection import SAMPLED
 
@@ -36,10 +40,10 @@ backward is not for the weights."""
 
 
 def apply_all(
-    config: SiteConfig, dim: int, compact_grad: Tensor, weight: Tensor, hyper: Tensor, index: Tensor, *state: Tensor
+    config: SiteConfig, dim: int, compact_grad: Tensor, weight: Tensor, hyper: Tensor, selector: Tensor, *state: Tensor
 ) -> tuple[Tensor, ...]:
     """`apply` with the tensors in the order of a graph's inputs."""
-    return apply(config, dim, compact_grad, weight, hyper, index, state)
+    return apply(config, dim, compact_grad, weight, hyper, selector, state)
 
 
 def kept(compact_grad: Tensor) -> tuple[Tensor]:
@@ -47,9 +51,9 @@ def kept(compact_grad: Tensor) -> tuple[Tensor]:
     return (compact_grad.to(torch.promote_types(compact_grad.dtype, torch.float32)),)
 
 
-def selected(dim: int, gradient: Tensor, index: Tensor) -> tuple[Tensor]:
+def selected(projection: str, dim: int, rank: int, gradient: Tensor, selector: Tensor) -> tuple[Tensor]:
     """The compact gradient from the full one, for rows that have been chosen before."""
-    return (gradient.index_select(dim, index),)
+    return (select(projection, dim, rank, gradient, selector),)
 
 
 SCALES = ("row_scale", "row_count")
@@ -62,7 +66,7 @@ def step_state(config: SiteConfig) -> tuple[str, ...]:
     ``step`` is among them only where the step counts it (`SiteConfig.counted`); otherwise it comes with ``hyper``.
     """
     chosen = SCALES if config.replacement else ()
-    return ("index", *chosen, *(("nonfinite",) if config.checked else ()), *settled_state(config))
+    return (SELECTORS[config.projection], *chosen, *(("nonfinite",) if config.checked else ()), *settled_state(config))
 
 
 def settled_state(config: SiteConfig) -> tuple[str, ...]:
@@ -90,14 +94,14 @@ def apply(
     compact_grad: Tensor,
     weight: Tensor,
     hyper: Tensor,
-    index: Tensor,
+    selector: Tensor,
     state: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
-    """The step itself: the new weight, and the new state after ``index``.
+    """The step itself: the new weight, and the new state after ``selector``.
 
     Where gradients are checked and this one is not finite, all of it comes out as it went in, but for the count of such steps.
     """
-    rule = config.rule
+    rule, projection, rank = config.rule, config.projection, compact_grad.shape[dim]
     numbers = dict(zip((*rule.hyper_names, *SHARED_HYPER), hyper.unbind(), strict=True))
     wide = torch.promote_types(weight.dtype, torch.float32)
     written: list[Tensor] = []
@@ -121,12 +125,12 @@ def apply(
     if scales:
         compact_grad = compact_grad * scales[0]
     if config.decays and rule.coupled_decay:
-        compact_grad = compact_grad + numbers["weight_decay"] * weight.index_select(dim, index).to(wide)
+        compact_grad = compact_grad + numbers["weight_decay"] * select(projection, dim, rank, weight, selector).to(wide)
     given = dict(zip(rule.state_names, state, strict=True))
     named = {name: _seen(rule, dim, name, tensor, wide) for name, tensor in given.items()}
     named["step"] = _rows_first(rule, dim, step)
     if rule.reads_weight:
-        named["weight"] = _rows_first(rule, dim, weight.index_select(dim, index).to(wide))
+        named["weight"] = _rows_first(rule, dim, select(projection, dim, rank, weight, selector).to(wide))
     update, new = run_rule(rule, _rows_first(rule, dim, compact_grad), named, numbers)
     update = _rows_first(rule, dim, update)
     new = {name: _stored(rule, dim, name, tensor, given[name]) for name, tensor in new.items()}
@@ -148,9 +152,14 @@ def apply(
         rounding = noise if old.dtype == torch.bfloat16 and rule.layout(name) == "full" else None
         moment = new[name].to(old.dtype) if rounding is None else round_stochastically(new[name], rounding)
         moments.append(_unless_skipped(ok, moment, old))
-    weight_noise = noise if weight.dtype == torch.bfloat16 else None
+    rounds = noise is not None and weight.dtype == torch.bfloat16
     step_by = _unless_skipped(ok, -update, -0.0)  # adding -0.0 changes no bit, of zeros either
-    return (row_update(weight, dim, index, step_by, weight_noise), *written, *moments)
+    if projection == "grass":
+        moved = row_update(weight, dim, selector, step_by, noise if rounds else None)
+    else:
+        basis = basis_of(projection, selector, weight.shape[dim], rank, weight.dtype)
+        moved = rank_update(weight, dim, basis, step_by, numbers["seed"] if rounds else None)
+    return (moved, *written, *moments)
 
 
 def _unless_skipped(ok: Tensor | None, new: Tensor, old: Tensor | float) -> Tensor:

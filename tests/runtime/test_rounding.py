@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import grass_compile
 from grass_compile.runtime import ops
-from grass_compile.runtime.step import rounding_noise, seed_of
+from grass_compile.runtime.noise import rounding_noise
+from grass_compile.runtime.step import seed_of
 
 from .. import forms
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 import grass_compile
 from grass_compile.errors import ConfigError
 from grass_compile.runtime import scores
+from grass_compile.runtime.noise import rounding_noise
 from grass_compile.runtime.reference import CompactState, ReferenceAdamW
-from grass_compile.runtime.step import rounding_noise, seed_of
+from grass_compile.runtime.step import seed_of
 from tests.harness import KEYWORDS
 
 RANK, GAP = 4, 3

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..ops import gaussian
+from ..noise import gaussian
 from .adamw import AdamWRule
 from .base import Layout
 
@@ -45,8 +44,7 @@ class ApolloRule(AdamWRule):
 
     def projection(self, features: int, like: Tensor) -> Tensor:
         """``P``, ``[n, k]``, in the dtype and on the device of ``like``."""
-        seed = torch.full((), self.seed, device=like.device)
-        return gaussian((features, self.directions), seed).to(like.dtype) / math.sqrt(self.directions)
+        return gaussian(torch.arange(2, device=like.device) + self.seed, features, self.directions, like.dtype)
 
     def update(
         self, compact_grad: Tensor, state: Mapping[str, Tensor], hyper: Mapping[str, Tensor]
