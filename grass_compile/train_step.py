@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import _torch
 from .config import positive_int
-from .errors import ConfigError
+from .errors import ConfigError, NonFiniteError
 from .runtime.optimizer import GrassOptimizer
 
 P = ParamSpec("P")
@@ -46,6 +46,7 @@ def train_step(
     Raises:
         ConfigError: ``accumulate`` is no positive whole number, or (when called) the function returned neither a scalar loss nor
             a tuple that begins with one.
+        NonFiniteError: (when called) as ``optimizer.step()``; the gradients are cleared, and the next call starts afresh.
     """
     count = positive_int("accumulate", accumulate)
     keywords: dict[str, Any] = {"options": dict(options)} if options else {"mode": mode} if mode else {}
@@ -69,8 +70,10 @@ def train_step(
             if last:
                 try:
                     optimizer.step()
-                finally:
-                    optimizer.zero_grad()
+                except NonFiniteError:
+                    optimizer.zero_grad()  # the next call starts afresh
+                    raise
+                optimizer.zero_grad()
             detached: R = _torch.tree_map_only(Tensor, Tensor.detach, returned)
             return detached
 

@@ -48,6 +48,7 @@ class Holder:
         self._accumulating = 0
         self._skips = Skips()
         self._withheld: list[Record] = []
+        self._taken: dict[Record, Tensor] = {}
         self._hyper: dict[object, tuple[tuple[float, ...], Tensor]] = {}
 
     @property
@@ -113,6 +114,9 @@ class Holder:
         """Rebuild all numbers at their next use, and take the counts of skipped steps as they are."""
         self._hyper.clear()
         self._skips.forget()
+        for record in self._taken:
+            record.skipped = 0
+        self._taken.clear()
 
     # -------------------------------------------------------------------------------------------------- at the step
 
@@ -182,18 +186,28 @@ class Holder:
     def withhold(self) -> dict[Tensor, Tensor]:
         """Gradients of dense parameters that are not to be applied, since they are not finite.
 
-        Those on a GPU are left alone, for it would have to be waited for.
+        Those on a GPU are only counted: the answer would have to be waited for.
         """
         if not self.checked:
             return {}
-        dense = {
-            parameter: parameter.grad
-            for parameter, record in self.records.items()
-            if parameter.grad is not None and record.pending is None and _can_be_looked_at(parameter.grad)
-        }
-        found = {parameter: dense[parameter] for parameter in unsound(dense)}
+        given = {p: p.grad for p, record in self.records.items() if p.grad is not None and record.pending is None}
+        dense = {parameter: gradient for parameter, gradient in given.items() if gradient.layout is torch.strided}
+        near = {parameter: gradient for parameter, gradient in dense.items() if _is_at_hand(gradient)}
+        self._watch({parameter: gradient for parameter, gradient in dense.items() if parameter not in near})
+        bad = unsound(list(near.values())).tolist()
+        found = {parameter: gradient for (parameter, gradient), is_bad in zip(near.items(), bad, strict=True) if is_bad}
         self._withheld = [self.records[parameter] for parameter in found]
         return found
+
+    def _watch(self, gradients: Mapping[Tensor, Tensor]) -> None:
+        """Count, without waiting for the device, which gradients are not finite."""
+        if not gradients:
+            return
+        records = [self.records[parameter] for parameter in gradients]
+        bad = unsound(list(gradients.values())).to(torch.int32)
+        zero = torch.zeros_like(bad[:1])
+        counts = torch._foreach_add([self._taken.get(record, zero) for record in records], list(bad.split(1)))
+        self._taken.update(zip(records, counts, strict=True))
 
     def close(self) -> None:
         """Note the end of a step.
@@ -206,15 +220,17 @@ class Holder:
         for record in self.records.values():
             record.moved = False
         withheld, self._withheld = self._withheld, []
-        report(self._skipped() + Counter(withheld))
+        news = self._news()
+        taken = {record: count for record, count in news.items() if record.assigned is None}
+        report(Counter(withheld) + news - Counter(taken), taken)
 
-    def _skipped(self) -> Counter[Record]:
-        """The steps that compiled code has skipped and that were not known yet. A refresh that was skipped is due again."""
+    def _news(self) -> Counter[Record]:
+        """How many gradients that were not finite have become known. A refresh that was skipped is due again."""
         state = self.optimizer.state if self.optimizer is not None else {}
         checked = {p: record for p, record in self.records.items() if record.assigned is not None and record.options.checked}
         refreshed = [record for record in checked.values() if record.refreshed]
         counts = {record: state[parameter]["nonfinite"] for parameter, record in checked.items()}
-        late, current = self._skips.look(counts, now=bool(refreshed))
+        late, current = self._skips.look({**self._taken, **counts}, now=bool(refreshed))
         for record in refreshed:
             record.refreshed = False
             if record in current:
@@ -229,9 +245,9 @@ def _take_norm(holder: Holder | None, leaf: Tensor) -> None:
     leaf.grad = None
 
 
-def _can_be_looked_at(gradient: Tensor) -> bool:
-    """Whether its values are at hand."""
-    return gradient.device.type == "cpu" and gradient.layout is torch.strided
+def _is_at_hand(gradient: Tensor) -> bool:
+    """Whether its values can be looked at without waiting for a device."""
+    return gradient.device.type == "cpu"
 
 
 def _warm(record: Record) -> float:

@@ -30,12 +30,11 @@ def sound(gradient: Tensor) -> Tensor:
     return (wide * wide).sum().isfinite()
 
 
-def unsound(gradients: Mapping[Tensor, Tensor]) -> list[Tensor]:
-    """The parameters whose gradients are not sound; waits for the device."""
+def unsound(gradients: Sequence[Tensor]) -> Tensor:
+    """Which gradients are not sound; ``bool``, one number for each, on the device of the first."""
     if not gradients:
-        return []
-    finite = _norms(list(gradients.values()), 2.0).isfinite().tolist()
-    return [parameter for parameter, ok in zip(gradients, finite, strict=True) if not ok]
+        return torch.zeros(0, dtype=torch.bool)
+    return _norms(gradients, 2.0).isfinite().logical_not()
 
 
 def clip_(gradients: Sequence[Tensor], max_norm: float, norm_type: float) -> Tensor:
@@ -64,24 +63,38 @@ def _norms(gradients: Sequence[Tensor], norm_type: float) -> Tensor:
     return torch.stack([norm.to(norms[0].device) for norm in norms])
 
 
-def report(skipped: Mapping[Record, int]) -> None:
+def report(skipped: Mapping[Record, int], taken: Mapping[Record, int]) -> None:
     """Raise for the parameters that ask for it.
 
     Args:
         skipped: how many of their steps were.
+        taken: of dense parameters that could not be held back, how many steps took a gradient that is not finite.
 
     Raises:
         NonFiniteError: naming them.
     """
-    asked = {record: count for record, count in skipped.items() if record.options.nonfinite == "raise"}
-    names = [f"{record.name or 'a weight'} ({count} step{'s' * (count > 1)})" for record, count in asked.items()]
-    if names:
-        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-        raise NonFiniteError(
-            f"the gradient was not finite: {', '.join(names[:8])}{more}. These steps were skipped: weights and moments are as "
-            "before, and after zero_grad() training may go on. Look for the cause in the data and the loss; nonfinite='skip' "
-            "skips without a word, 'propagate' takes the step as torch does."
+    skips, takes = _listed(skipped), _listed(taken)
+    sentences = []
+    if skips:
+        go_on = "" if takes else ", and after zero_grad() training may go on"
+        sentences.append(
+            f"the gradient was not finite: {skips}. These steps were skipped: weight and moments are as before{go_on}."
         )
+    if takes:
+        sentences.append(f"the gradient of dense parameters was not finite: {takes}. On a GPU they are not held back: they have")
+        sentences.append("taken it, so go back to a checkpoint.")
+    if sentences:
+        sentences.append(
+            "Look for the cause in the data and the loss; nonfinite='skip' says nothing, 'propagate' checks nothing."
+        )
+        raise NonFiniteError(" ".join(sentences))
+
+
+def _listed(counts: Mapping[Record, int]) -> str:
+    """The names of the parameters that ask for a report, and how many steps it is about."""
+    asked = {record: count for record, count in counts.items() if record.options.nonfinite == "raise"}
+    names = [f"{record.name or 'a weight'} ({count} step{'s' * (count > 1)})" for record, count in asked.items()]
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def send(counts: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import grass_compile
 from grass_compile import ConfigError, NonFiniteError, StateError
-from grass_compile.runtime import nonfinite, ops
+from grass_compile.runtime import holder, nonfinite, ops
 from grass_compile.runtime.selection import SAMPLED
 
 NAN, INF = float("nan"), float("inf")
@@ -532,6 +532,22 @@ def test_late_counts_of_a_refresh_are_waited_for(late: list[Arrival]) -> None:
         assert late[-1].waited == waits, seed
         assert run.optimizer.state[run.model.a.weight]["updates"] == updates
         assert torch.equal(run.optimizer.state[run.model.a.weight]["index"], index) == (seed not in (0, 3, 7))
+
+
+def test_dense_parameters_that_cannot_be_held_back_are_named(late: list[Arrival], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: they have taken the gradient by the time it is known, and the error says so."""
+    monkeypatch.setattr(holder, "_is_at_hand", lambda gradient: False)
+    run = Run(update_proj_gap=100)
+    run.steps(range(2))
+    assert run.step(2, {"b": NAN}) is None
+    assert run.model.b.bias.isnan().all() and run.model.b.weight.isfinite().all() and run.model.a.bias.isfinite().all()
+    skips, _, takes = str(run.step(3)).partition("dense parameters")
+    assert "b.weight (1 step)" in skips and "b.bias (1 step)" in takes and "a." not in skips + takes
+    assert "training may go on" not in skips and "go back to a checkpoint" in takes
+    with torch.no_grad():
+        run.model.b.bias.zero_()
+    run.optimizer.load_state_dict(run.optimizer.state_dict())
+    assert run.step(4) is None and run.step(5) is None
 
 
 @pytest.mark.gpu
