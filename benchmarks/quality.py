@@ -87,7 +87,9 @@ def rates(study: Study, size: str = "small") -> Iterator[Run]:
     """Learning rates of dense training; then of grass with everything else at dense training's best."""
     for lr in DENSE_LRS:
         yield Run("dense", size, lr, lr)
-    dense = study.best(lambda run: run.method == "dense" and run.size == size)
+    dense = study.best(lambda run: run.method == "dense" and run.size == size and run.lr == run.dense_lr)
+    for factor in (2, 4):  # as every other method may: a rate of their own for the linear weights
+        yield dataclasses.replace(dense, lr=dense.lr * factor)
     for lr in GRASS_LRS:
         yield Run("AdamW", size, lr, dense.lr, 4, BASE)
 
@@ -136,7 +138,7 @@ def rules(study: Study) -> Iterator[Run]:
 
 def peers(study: Study) -> Iterator[Run]:
     """The packages that people use today, at the same rank and at rates of their own."""
-    dense = study.best(lambda run: run.method == "dense" and run.size == "small")
+    dense = study.best(lambda run: run.method == "dense" and run.size == "small" and run.lr == run.dense_lr)
     for name, lrs in (
         ("galore", (4e-3, 8e-3, 1.6e-2, 3.2e-2)),
         ("apollo", (1e-3, 2e-3, 4e-3, 8e-3)),
@@ -150,7 +152,7 @@ def peers(study: Study) -> Iterator[Run]:
 def finals(study: Study) -> Iterator[Run]:
     """The finalists at the larger size: rates with the first seed, the best of these with two more."""
     yield from rates(study, "large")
-    dense = study.best(lambda run: run.method == "dense" and run.size == "large")
+    dense = study.best(lambda run: run.method == "dense" and run.size == "large" and run.lr == run.dense_lr)
     finalists = [best_grid(study), *(best_of(study, name) for name in ("galore", "apollo", "fira"))]
     paper = changed(best_base(study), selection="top", on_refresh="reset", axis="rows", stagger=False)
     for finalist in (*finalists, paper):

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT / "examples"))  # the demo is a folder of scripts, w
 from training import Event, TrainConfig, parameters_by_kind, train
 
 SIZES: dict[str, dict[str, int]] = {
-    "small": {"hidden_size": 128, "intermediate_size": 344, "layers": 4, "heads": 4, "steps": 400},
+    "small": {"hidden_size": 128, "intermediate_size": 344, "layers": 4, "heads": 4, "steps": 250},
     "large": {"hidden_size": 256, "intermediate_size": 688, "layers": 4, "heads": 4, "steps": 300},
 }
 """The demo's LLaMA at two sizes; both see the same batches of 8 x 256 bytes."""
