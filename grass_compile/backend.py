@@ -372,7 +372,8 @@ def _fake_state(mode: Any, captured: _torch.Captured, plan: Plan) -> list[Tensor
             weight = captured.example_inputs[projection.position]
             assigned = Assigned(projection.axis, projection.dim, projection.rank)
             config = projection.config
-            made = registry.initial_state(weight, assigned, config.on_refresh, config.rule, config.state_dtype, config.projection)
+            how = config.on_refresh, config.rule, config.state_dtype, config.checked, config.projection
+            made = registry.initial_state(weight, assigned, *how)
             if config.projection == "grass":
                 made["row_count"], made["proposed"] = made["row_scale"], made["index"]
             made["noise"] = torch.empty(weight.shape[projection.dim], dtype=_state_dtype(weight), device=weight.device)

@@ -22,12 +22,14 @@ OnRefresh = Literal["reset", "carry", "keep"]
 Selection = Literal["top", "norm", "norm2", "uniform"]
 ProjectionKind = Literal["grass", "galore", "gaussian"]
 Scores = Literal["exact", "sampled", "estimate"]
+NonFinite = Literal["raise", "skip", "propagate"]
 
 SELECTIONS = ("top", "norm", "norm2", "uniform")
 PROJECTIONS = ("grass", "galore", "gaussian")
 SCORES = ("exact", "sampled", "estimate")
 AXES = ("rows", "columns", "auto")
 ON_REFRESH = ("reset", "carry", "keep")
+NONFINITE = ("raise", "skip", "propagate")
 COMPILERS = ("inductor", "aot_eager")
 STATE_DTYPES = (None, torch.float32, torch.bfloat16, torch.float64)
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -50,6 +52,7 @@ class SiteConfig:
         block: neighbouring rows that are chosen together.
         replacement: whether rows are drawn with replacement, and scaled.
         scores: what new rows are chosen by.
+        checked: whether a step whose gradient is not finite is skipped.
         projection: ``grass`` selects rows, ``galore`` projects onto singular vectors, ``gaussian`` onto random vectors.
     """
 
@@ -65,7 +68,13 @@ class SiteConfig:
     block: int = 1
     replacement: bool = False
     scores: Scores = "exact"
+    checked: bool = False
     projection: ProjectionKind = "grass"
+
+    @property
+    def counted(self) -> bool:
+        """Whether the step itself counts the updates of the moments, beside them: by row, or because some are skipped."""
+        return self.checked or self.on_refresh == "carry"
 
     @property
     def chosen_by(self) -> str:
@@ -98,7 +107,13 @@ class GroupOptions:
     stagger: int = 1
     replacement: bool = False
     scores: Scores = "exact"
+    nonfinite: NonFinite = "raise"
     projection: ProjectionKind = "grass"
+
+    @property
+    def checked(self) -> bool:
+        """Whether a step whose gradient is not finite is skipped."""
+        return self.nonfinite != "propagate"
 
     @property
     def refreshes_in_graph(self) -> bool:
@@ -111,7 +126,8 @@ class GroupOptions:
         return SiteConfig(
             rank=self.rank, axis=axis, on_refresh=self.on_refresh, decays=decays, scale=self.scale, rule=rule,
             stochastic_rounding=self.stochastic_rounding, state_dtype=self.state_dtype, selection=self.selection,
-            block=self.block, replacement=self.replacement, scores=self.scores, projection=self.projection,
+            block=self.block, replacement=self.replacement, scores=self.scores, checked=self.checked,
+            projection=self.projection,
         )  # fmt: skip
 
 
@@ -202,6 +218,7 @@ def parse_group(group: Mapping[str, Any]) -> GroupOptions:
         stagger=stagger,
         replacement=group["replacement"],
         scores=scores,
+        nonfinite=one_of("nonfinite", group["nonfinite"], NONFINITE),
         projection=projection,
     )
 
@@ -233,7 +250,7 @@ DEFAULT_EXCLUDE = ("*lm_head*", "*embed*")
 PROJECT: dict[str, Any] = dict(
     rank=None, update_proj_gap=200, selection="top", replacement=False, axis="auto", on_refresh="reset", scale=1.0,
     exclude=DEFAULT_EXCLUDE, step_in_backward=True, max_grad_norm=None, refresh_warmup=0, stochastic_rounding=False,
-    state_dtype=None, seed=0, block=1, stagger=False, scores="exact", projection="grass",
+    state_dtype=None, seed=0, block=1, stagger=False, scores="exact", nonfinite="raise", projection="grass",
 )  # fmt: skip
 """The keywords of a grass optimizer that are ours rather than torch's, with their defaults."""
 

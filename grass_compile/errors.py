@@ -22,5 +22,12 @@ class StateError(GrassError):
     """The training loop and the compact state contradict each other; nothing was changed."""
 
 
+class NonFiniteError(StateError, FloatingPointError):
+    """Gradients were infinite or NaN, and ``nonfinite="raise"``; their steps were skipped, and training may go on.
+
+    A class of its own, so that a script that goes on after it hides no other error.
+    """
+
+
 class GrassWarning(UserWarning):
     """Training goes on, though not as the user probably expects."""

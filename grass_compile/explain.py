@@ -122,7 +122,17 @@ def _row(name: str, parameter: Tensor, findings: Findings) -> Row:
     axis, rank, dim, kind = projection.axis, projection.rank, projection.dim, projection.config.projection
     if kind != "grass":
         reason = f"projection={kind!r}; {reason}"
-    return Row(name, shape, dtype, True, axis, rank, reason, dim, projection.tokens, kind)
+    return Row(name, shape, dtype, True, axis, rank, reason, dim, projection.tokens, _state_bytes(parameter, projection), kind)
+
+
+def _state_bytes(parameter: Tensor, projection: Projection) -> int:
+    """Bytes of the state that the update rule keeps for a weight, and of a basis."""
+    config, assigned = projection.config, registry.Assigned(projection.axis, projection.dim, projection.rank)
+    shadow = parameter.detach().to("meta")
+    how = config.on_refresh, config.rule, config.state_dtype, config.checked, config.projection
+    state = registry.initial_state(shadow, assigned, *how)
+    names = (*config.rule.state_names, *(("basis",) if "basis" in state else ()))
+    return sum(state[name].numel() * state[name].element_size() for name in names)
 
 
 def _why_dense(parameter: Tensor) -> str:

@@ -56,11 +56,16 @@ def run(options: BackendOptions, config: SiteConfig, dim: int, *tensors: Tensor)
     ops.kernels[named(options, config, dim)](*tensors)
 
 
+RECOMPUTE = {"realize_reads_threshold": 64, "realize_acc_reads_threshold": 64, "realize_opcount_threshold": 512}
+"""Inductor config values with which what a rule decodes from its codes is computed again where it is needed twice: in a buffer it
+would be as large as what the codes are there to save."""
+
+
 @functools.cache
 def _compiled_step(options: BackendOptions, config: SiteConfig, dim: int, specs: Any) -> Callable[..., Any]:
     log.info("compiling a step: rank %d along dimension %d of %s", config.rank, dim, list(specs[1][0]))
     gm = step_graph(config, dim, specs)
-    patches = dict(options.inductor)
+    patches = {**(RECOMPUTE if config.rule.state_dtypes else {}), **dict(options.inductor)}
     return _torch.compile_kernel(gm, compiler=options.compiler, mode=options.mode, patches=patches, key=source_hash())
 
 

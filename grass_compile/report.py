@@ -22,6 +22,7 @@ class Row:
         reason: why it is projected this way, or why it stays dense.
         dim: the stored dimension that is indexed, or None.
         tokens: tokens per step in its products, 0 if unknown.
+        state_bytes: bytes of the update rule's state if it is projected, or None.
         projection: what takes its gradient into the compact space (``grass``: selected rows or columns), or None.
     """
 
@@ -34,6 +35,7 @@ class Row:
     reason: str
     dim: int | None = None
     tokens: int = 0
+    state_bytes: int | None = None
     projection: str | None = None
 
     @property
@@ -55,13 +57,6 @@ class Row:
         if self.projection in (None, "grass") or self.rank is None or self.dim is None:
             return product
         return product + 2.0 * self.tokens * self.shape[self.dim] * self.rank
-
-    @property
-    def basis_bytes(self) -> int:
-        """Bytes of the basis that is kept with the moments."""
-        if self.projection != "galore" or self.rank is None or self.dim is None:
-            return 0
-        return self.shape[self.dim] * self.rank * self.dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,13 +122,11 @@ class Report:
 
     @property
     def state_bytes(self) -> Totals:
-        """Bytes of both moments and of a kept basis: torch keeps moments in the weight's dtype, ours are at least fp32."""
-        dense = sum(2 * row.dense_elements * row.dtype.itemsize for row in self.rows)
-        compact = 0
-        for row in self.rows:
-            wide = max(4, row.dtype.itemsize) if row.projected else row.dtype.itemsize
-            compact += 2 * row.compact_elements * wide + row.basis_bytes
-        return Totals(dense, compact)
+        """Bytes of AdamW's two moments, which torch keeps in the weight's dtype; of projected weights what their rule keeps, and
+        a basis."""
+        moments = [2 * row.dense_elements * row.dtype.itemsize for row in self.rows]
+        compact = [dense if row.state_bytes is None else row.state_bytes for row, dense in zip(self.rows, moments, strict=True)]
+        return Totals(sum(moments), sum(compact))
 
     def __str__(self) -> str:
         lines = [("name", "shape", "dtype", "projected", "axis", "rank", "reason"), *(_cells(row) for row in self.rows)]

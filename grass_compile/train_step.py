@@ -67,8 +67,10 @@ def train_step(
                 (loss / count if count > 1 else loss).backward()
             calls += 1
             if last:
-                optimizer.step()
-                optimizer.zero_grad()
+                try:
+                    optimizer.step()
+                finally:
+                    optimizer.zero_grad()
             detached: R = _torch.tree_map_only(Tensor, Tensor.detach, returned)
             return detached
 

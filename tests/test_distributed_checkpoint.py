@@ -118,6 +118,7 @@ VARIANTS: dict[str, MakeOptimizer] = {
     "auto": lambda model: ours(model, axis="auto"),
     "deferred": lambda model: ours(model, on_refresh="carry", step_in_backward=False),
     "groups": two_groups,
+    "8 bits": lambda model: grass_compile.AdamW8bit(model.named_parameters(), **NUMBERS, **PROJECT, on_refresh="carry"),
 }
 
 

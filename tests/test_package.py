@@ -77,8 +77,8 @@ def test_nothing_imports_through_the_links() -> None:
 
 def test_public_names() -> None:
     names = {name for name in vars(grass_compile) if not name.startswith("_")}
-    optimizers = {"Adafactor", "AdamW", "Lion", "Optimizer", "Rule", "SGD", "register_rule"}
-    errors = {"ConfigError", "GrassError", "GrassWarning", "GraphError", "StateError"}
+    optimizers = {"Adafactor", "AdamW", "AdamW8bit", "Apollo", "Lion", "Optimizer", "Rule", "SGD", "Sketchy", "register_rule"}
+    errors = {"ConfigError", "GrassError", "GrassWarning", "GraphError", "NonFiniteError", "StateError"}
     public = {*optimizers, *errors, "Report", "explain", "train_step"}
     modules = {"backend", "config", "errors", "explain", "kernels", "passes", "report", "runtime"}
     assert public <= names and names <= public | modules

@@ -28,7 +28,7 @@ from torch import fx
 from ..errors import GraphError
 from ..runtime import ops, scores
 from ..runtime.projection import SELECTORS
-from ..runtime.step import SCALES, Action, clip_scale, graph_state, kept, layout_of, scaled, selected, step_state
+from ..runtime.step import SCALES, Action, clip_scales, graph_state, kept, layout_of, scaled, selected, step_state
 from .anchor import anchors
 from .fx_utils import call, inline, outputs, provenance, set_outputs, specs_of, trace
 from .records import Projection
@@ -81,7 +81,7 @@ def fuse(
 def _clipped(
     gm: fx.GraphModule, norm: fx.Node, projections: Sequence[Projection], kernels: Sequence[str], refresh: Sequence[bool]
 ) -> None:
-    """First every compact gradient, then the norm of all gradients and the factor, then the steps and the scaled rest."""
+    """First every compact gradient, then the norm of all gradients and the factors, then the steps and the scaled rest."""
     values, found = outputs(gm), anchors(gm)
     arguments: Any = norm.args
     numbers = [int(node.args[-1]) for node in found]  # type: ignore[arg-type]
@@ -90,9 +90,12 @@ def _clipped(
         with provenance(gm, "fuse", projections[number].name, node), gm.graph.inserting_before(node):
             gradients.append(_compact(gm, node, projections[number], refresh[number], "step"))
     with provenance(gm, "fuse", "norm", norm), gm.graph.inserting_before(norm):
-        total, scale = _trace(gm, clip_scale, (), [found[0].args[2], *gradients, *arguments[1]])
-        small = {gradient: _trace(gm, scaled, (), [gradient, scale])[0] for gradient in arguments[1]}
-    for node, number, gradient in zip(found, numbers, gradients, strict=True):
+        checked = projections[0].config.checked
+        total, *scales = _trace(gm, clip_scales, (checked,), [found[0].args[2], *gradients, *arguments[1]])
+        own, rest = scales[: len(gradients)], scales[len(gradients) :]
+        dense = zip(arguments[1], rest, strict=True)
+        small = {gradient: _trace(gm, scaled, (), [gradient, scale])[0] for gradient, scale in dense}
+    for node, number, gradient, scale in zip(found, numbers, gradients, own, strict=True):
         with provenance(gm, "fuse", projections[number].name, node), gm.graph.inserting_before(norm):
             (wide,) = _trace(gm, kept, (), [gradient])
             _step(gm, node, _trace(gm, scaled, (), [wide, scale])[0], projections[number], kernels[number])
@@ -105,6 +108,7 @@ def _compact(gm: fx.GraphModule, node: fx.Node, projection: Projection, refresh:
     arguments: Any = node.args
     gradient, state, config = arguments[0], _state(node, projection), projection.config
     index, noise, proposed = state.pop(SELECTORS[config.projection]), state.pop("noise", None), state.pop("proposed", None)
+    state.pop("nonfinite", None)
     if refresh and proposed is not None and action != "keep":
         call(gm.graph, scores.propose_, arguments[4], noise, proposed, config.selection, config.block)
     if not refresh or proposed is not None:
@@ -116,8 +120,8 @@ def _compact(gm: fx.GraphModule, node: fx.Node, projection: Projection, refresh:
     if action != "step":
         state = {name: tensor for name, tensor in state.items() if name in SCALES}
     layouts = "".join(layout_of(config.rule, name)[0] for name in state)
-    how = (projection.dim, projection.rank, config.on_refresh, config.chosen_by, config.block, config.replacement, layouts)
-    return call(gm.graph, ops.refresh_, gradient, index, noise, list(state.values()), *how)
+    how = config.on_refresh, config.chosen_by, config.block, config.replacement, layouts, config.checked
+    return call(gm.graph, ops.refresh_, gradient, index, noise, list(state.values()), projection.dim, projection.rank, *how)
 
 
 def _state(node: fx.Node, projection: Projection) -> dict[str, fx.Node]:

@@ -26,6 +26,7 @@ from . import state as registry
 from .checkpoint import fitting, protect, unprotect
 from .gradient import CompactGrad
 from .holder import Holder
+from .nonfinite import sound
 from .optimizer import GrassOptimizer
 from .projection import selected
 from .rules import AdamRule, AdamWRule, Rule, SGDRule
@@ -112,13 +113,17 @@ def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any
             holder.apply(waiting)
         for parameter in waiting:
             parameter.grad = None
-        holder.hidden = waiting
+        holder.hidden = dict(waiting)
     return changed
 
 
 @_torch.outside_dynamo
 def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Show the gradients again: it is ``zero_grad`` that clears them."""
+    """Show the gradients again: it is ``zero_grad`` that clears them.
+
+    Raises:
+        NonFiniteError: as ``nonfinite="raise"`` says, after all else is done.
+    """
     holder = _holders.get(optimizer)
     if holder is not None:
         for parameter, gradient in holder.hidden.items():
@@ -173,15 +178,17 @@ def _adopt(holder: Holder, parameter: Tensor, group: dict[str, Any], wished: Wis
     record = holder.records[parameter]
     assigned = wished.assigned
     if loaded:
-        assigned, holder.optimizer.state[parameter] = fitting(record, unprotect(loaded))
+        assigned, state = fitting(record, unprotect(loaded))
+        record.resume(assigned, state)
     record.assign(assigned, wished.kernel)
-    state = record.state
     gradient, dim = parameter.grad, assigned.dim
-    rows, *scales = record.select(gradient) if record.due else (state[record.selector].clone(),)
+    rows, *scales = record.select(gradient) if record.due else (record.state[record.selector].clone(),)
     compact = selected(wished.options.projection, dim, assigned.rank, gradient, rows)
-    wide = torch.promote_types(compact.dtype, torch.float32)
+    compact = compact.to(torch.promote_types(compact.dtype, torch.float32))
+    if record.due and record.options.checked:
+        compact = torch.where(sound(gradient), compact, torch.nan)
     how = dim, parameter, wished.name, record.due, tuple(scales), None, wished.options.projection
-    parameter.grad = CompactGrad(compact.to(wide), rows, *how)
+    parameter.grad = CompactGrad(compact, rows, *how)
 
 
 def _loaded(optimizer: torch.optim.Optimizer) -> None:
@@ -199,7 +206,7 @@ def _loaded(optimizer: torch.optim.Optimizer) -> None:
         record.forget()
         entry = optimizer.state.get(parameter, {})
         if is_compact(entry):
-            record.assigned, optimizer.state[parameter] = fitting(record, unprotect(entry))
+            record.resume(*fitting(record, unprotect(entry)))
         elif record.assigned is not None and record.kernel is not None:
             optimizer.state.pop(parameter, None)
             record.assign(record.assigned, record.kernel)

@@ -13,6 +13,9 @@ from ..errors import StateError
 from .projection import SELECTORS
 from .state import Assigned, Record, initial_state
 
+LATER = ("nonfinite",)
+"""State that earlier versions did not have; it is made anew where it is missing."""
+
 
 def fitting(record: Record, entry: Mapping[str, Any]) -> tuple[Assigned, dict[str, Any]]:
     """A copy of a loaded compact state on the weight's device, and how the weight is projected by it.
@@ -30,7 +33,8 @@ def fitting(record: Record, entry: Mapping[str, Any]) -> tuple[Assigned, dict[st
     if made_with not in ([options.projection], []):
         raise refuse(f"was made with projection={made_with[0]!r}, this optimizer wants {options.projection!r}")
     scaled = ("row_scale",) if options.projection == "grass" else ()
-    names = (record.selector, *scaled, *counted, "step", *record.rule.state_names)
+    later = (name for name in LATER if name in entry)
+    names = (record.selector, *scaled, *counted, "step", *record.rule.state_names, *later)
     if missing := sorted({*names, "updates", "axis", "dim"} - set(entry)):
         raise refuse(f"lacks {missing}")
     tensors = {name: entry[name] for name in names}
@@ -48,7 +52,8 @@ def fitting(record: Record, entry: Mapping[str, Any]) -> tuple[Assigned, dict[st
     if (tensors["step"].dim() == 1) != (options.on_refresh == "carry"):
         raise refuse(f"was made with another on_refresh than {options.on_refresh!r}")
     assigned = Assigned(axis, dim, rank)
-    fresh = initial_state(parameter, assigned, options.on_refresh, record.rule, options.state_dtype, options.projection)
+    how = options.on_refresh, record.rule, options.state_dtype, options.checked, options.projection
+    fresh = initial_state(parameter, assigned, *how)
     if options.replacement:
         fresh["row_count"] = fresh["row_scale"]
     for name, value in tensors.items():
@@ -59,7 +64,8 @@ def fitting(record: Record, entry: Mapping[str, Any]) -> tuple[Assigned, dict[st
             raise refuse(f"has a {name} of {value.dtype}, where {fresh[name].dtype} is kept (model dtype, or state_dtype=)")
     if damage := _damage(options.projection, selector, rank, shape[dim]):
         raise refuse(f"is damaged: {damage} of shape {shape}")
-    return assigned, {key: _copied(value, parameter.device) for key, value in entry.items()}
+    lacking = {name: fresh[name] for name in LATER if name not in entry}
+    return assigned, {key: _copied(value, parameter.device) for key, value in entry.items()} | lacking
 
 
 def _rank_of(projection: str, selector: Tensor, wanted: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -14,6 +15,7 @@ from ..config import GroupOptions
 from ..errors import StateError
 from . import state as registry
 from .gradient import CompactGrad
+from .nonfinite import Skips, clip_, report, unsound
 from .rules import Rule
 from .state import Record
 from .step import seed_of
@@ -27,9 +29,10 @@ class Holder:
         records: one for each of its parameters.
         fused: whether weights may move inside the backward.
         max_norm: the largest common norm of all gradients, or None.
+        checked: whether gradients of dense parameters that are not finite are to be kept from the optimizer's own code.
         clipped: whether the gradients of this step have been clipped inside the backward.
         grad_norm: the gradient norm at the last clipping, 0-d, on the device.
-        hidden: compact gradients that are taken out of ``.grad`` while torch's own code takes its step.
+        hidden: gradients that are taken out of ``.grad`` while torch's own code takes its step.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, fused: bool) -> None:
@@ -37,11 +40,14 @@ class Holder:
         self.records: dict[Tensor, Record] = {}
         self.fused = fused
         self.max_norm: float | None = None
+        self.checked = False
         self.clipped = False
         self._norm_leaf: Tensor | None = None
         self.grad_norm: Tensor | None = None
-        self.hidden: dict[Tensor, CompactGrad] = {}
+        self.hidden: dict[Tensor, Tensor] = {}
         self._accumulating = 0
+        self._skips = Skips()
+        self._withheld: list[Record] = []
         self._hyper: dict[object, tuple[tuple[float, ...], Tensor]] = {}
 
     @property
@@ -104,8 +110,9 @@ class Holder:
         return self._norm_leaf
 
     def forget_numbers(self) -> None:
-        """Rebuild all numbers at their next use."""
+        """Rebuild all numbers at their next use, and take the counts of skipped steps as they are."""
         self._hyper.clear()
+        self._skips.forget()
 
     # -------------------------------------------------------------------------------------------------- at the step
 
@@ -147,8 +154,11 @@ class Holder:
                     f"{record.name}: it has already moved inside the backward, so its gradient can no longer be clipped. Use "
                     "step_in_backward=False, or max_grad_norm=."
                 )
-        parameters = [parameter for parameter in self.records if parameter.grad is not None]
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
+        gradients = {parameter: parameter.grad for parameter in self.records if parameter.grad is not None}
+        if self.checked:
+            self.grad_norm = clip_(list(gradients.values()), max_norm, norm_type)
+        else:
+            self.grad_norm = torch.nn.utils.clip_grad_norm_(gradients, max_norm, norm_type)
         return self.grad_norm
 
     @torch.no_grad()
@@ -158,7 +168,7 @@ class Holder:
             record = self.records[parameter]
             assert record.assigned is not None and record.kernel is not None
             if fresh := gradient.fresh:
-                record.settle(gradient.rows, gradient.scales)
+                record.settle(gradient)
                 gradient.fresh = False
             hyper, dim = self.hyper(record, fresh), record.assigned.dim
             with _torch.without_autocast():
@@ -168,11 +178,48 @@ class Holder:
                 record.renew(gradient.next_rows)
         _torch.mark_written(list(gradients))
 
+    @torch.no_grad()
+    def withhold(self) -> dict[Tensor, Tensor]:
+        """Gradients of dense parameters that are not to be applied, since they are not finite.
+
+        Those on a GPU are left alone, for it would have to be waited for.
+        """
+        if not self.checked:
+            return {}
+        dense = {
+            parameter: parameter.grad
+            for parameter, record in self.records.items()
+            if parameter.grad is not None and record.pending is None and _can_be_looked_at(parameter.grad)
+        }
+        found = {parameter: dense[parameter] for parameter in unsound(dense)}
+        self._withheld = [self.records[parameter] for parameter in found]
+        return found
+
     def close(self) -> None:
-        """Note the end of a step."""
+        """Note the end of a step.
+
+        Raises:
+            NonFiniteError: parameters with ``nonfinite="raise"`` have been left as they were, in this step or (on a GPU) in the
+                one before.
+        """
         self.clipped = False
         for record in self.records.values():
             record.moved = False
+        withheld, self._withheld = self._withheld, []
+        report(self._skipped() + Counter(withheld))
+
+    def _skipped(self) -> Counter[Record]:
+        """The steps that compiled code has skipped and that were not known yet. A refresh that was skipped is due again."""
+        state = self.optimizer.state if self.optimizer is not None else {}
+        checked = {p: record for p, record in self.records.items() if record.assigned is not None and record.options.checked}
+        refreshed = [record for record in checked.values() if record.refreshed]
+        counts = {record: state[parameter]["nonfinite"] for parameter, record in checked.items()}
+        late, current = self._skips.look(counts, now=bool(refreshed))
+        for record in refreshed:
+            record.refreshed = False
+            if record in current:
+                record.state["updates"] -= 1
+        return Counter(late) + Counter(current)
 
 
 @_torch.outside_dynamo
@@ -180,6 +227,11 @@ def _take_norm(holder: Holder | None, leaf: Tensor) -> None:
     if holder is not None and leaf.grad is not None:
         holder.grad_norm = leaf.grad
     leaf.grad = None
+
+
+def _can_be_looked_at(gradient: Tensor) -> bool:
+    """Whether its values are at hand."""
+    return gradient.device.type == "cpu" and gradient.layout is torch.strided
 
 
 def _warm(record: Record) -> float:

@@ -21,6 +21,7 @@ the backward while the partitioner runs, and is replaced afterwards (`grass_comp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -45,6 +46,13 @@ def round_stochastically(value: Tensor, noise: Tensor) -> Tensor:
     """
     rounded = ((value.view(torch.int32) + noise) & -65536).view(torch.float32)
     return torch.where(value.isfinite(), rounded, value).to(torch.bfloat16)
+
+
+def gaussian(shape: Sequence[int], seed: Tensor) -> Tensor:
+    """Numbers of a normal distribution, fp32, a function of ``seed`` and position alone: Box and Muller's transform of
+    `rounding_noise`. None is beyond 4.9 standard deviations."""
+    first, second = (rounding_noise((2, *shape), seed) / 65536).unbind()
+    return (-2 * (first + 0.5 / 65536).log()).sqrt() * (2 * math.pi * second).cos()
 
 
 def _updated_rows(weight: Tensor, dim: int, index: Tensor, update: Tensor, noise: Tensor | None) -> Tensor:
@@ -170,7 +178,7 @@ _torch.register_once_lowering(torch.ops.grass_compile.once.default)
 
 _library.define(
     "refresh_(Tensor gradient, Tensor(a!) index, Tensor? noise, Tensor(b!)[] state, int dim, int rank, str on_refresh, "
-    "str selection, int block, bool replacement, str layouts) -> Tensor",
+    "str selection, int block, bool replacement, str layouts, bool checked) -> Tensor",
     tags=(torch.Tag.cudagraph_unsafe,),  # a decomposition waits for the device, and one step in a gap is not worth recording
 )
 
@@ -198,8 +206,8 @@ _library.impl("refresh_", _refresh_, "CompositeExplicitAutograd")
 torch.library.register_fake("grass_compile::refresh_", _fake_refresh_)
 
 refresh_ = torch.ops.grass_compile.refresh_.default
-"""``refresh_(gradient [m, n], index int64[r], noise, state, dim, rank, on_refresh, selection, block, replacement, layouts)``
-returns the compact gradient of the rows that it
+"""``refresh_(gradient [m, n], index int64[r], noise, state, dim, rank, on_refresh, selection, block, replacement, layouts,
+checked)`` returns the compact gradient of the rows that it
 has chosen; ``index`` and ``state`` are written. With the selection ``galore``, ``index`` is a basis, ``[m, r]``."""
 
 

@@ -18,7 +18,7 @@ from .holder import Holder
 from .rules import Rule
 from .state import is_compact
 
-COMMON = ("step_in_backward", "max_grad_norm")
+COMMON = ("step_in_backward", "max_grad_norm", "nonfinite")
 """Keywords that belong to an optimizer as a whole."""
 
 
@@ -57,6 +57,7 @@ class GrassOptimizer(torch.optim.Optimizer):
         group = self.param_groups[0]
         self._holder.fused = group["step_in_backward"]
         self._holder.max_norm = None if group["max_grad_norm"] is None else float(group["max_grad_norm"])
+        self._holder.checked = parse_group(group).checked
 
     # ------------------------------------------------------------------------------------------------------- groups
 
@@ -72,6 +73,9 @@ class GrassOptimizer(torch.optim.Optimizer):
         if unknown:
             raise ConfigError(f"parameter group has unknown keywords {sorted(unknown)}; valid: {sorted(self._own)}.")
         options = parse_group(param_group)
+        if options.state_dtype is not None and self.rule.state_dtypes:
+            which = f"state_dtype={options.state_dtype}: the state of {type(self).__name__}"
+            raise ConfigError(f"{which} is quantised by its rule; leave state_dtype out.")
         given = param_group["params"]
         param_group["params"] = given = [given] if isinstance(given, Tensor) else list(given)
         tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in given]
@@ -115,6 +119,7 @@ class GrassOptimizer(torch.optim.Optimizer):
 
         Raises:
             StateError: a projected weight has a full gradient as well, from outside its compiled region.
+            NonFiniteError: as ``nonfinite="raise"`` says, after all else is done.
         """
         loss = None
         if closure is not None:
@@ -127,12 +132,13 @@ class GrassOptimizer(torch.optim.Optimizer):
             holder.clip(holder.max_norm)
         waiting = holder.pending()
         holder.apply(waiting)
+        hidden = {**waiting, **holder.withhold()}
         try:
-            for parameter in waiting:
+            for parameter in hidden:
                 parameter.grad = None
             self._dense_step()
         finally:
-            for parameter, gradient in waiting.items():
+            for parameter, gradient in hidden.items():
                 parameter.grad = gradient
         holder.close()
         return loss
@@ -189,7 +195,8 @@ class GrassOptimizer(torch.optim.Optimizer):
         """The gradient norm before the last clipping, 0-d, on the device; None if nothing was clipped yet.
 
         The norm is that of what is computed: the dense gradients, and of each projected weight the selected rows, without their
-        row scale. It is therefore smaller than the norm of all full gradients.
+        row scale. It is therefore smaller than the norm of all full gradients. Unless ``nonfinite="propagate"``, a gradient
+        whose norm is not finite is left out.
         """
         return self._holder.grad_norm
 
@@ -245,9 +252,9 @@ class GrassOptimizer(torch.optim.Optimizer):
             for parameter in group["params"]:
                 record = self._holder.records[parameter]
                 record.group, record.options, record.assigned = group, options, None
-                if parameter in loaded:
-                    record.assigned, self.state[parameter] = loaded[parameter]
                 record.forget()
+                if parameter in loaded:
+                    record.resume(*loaded[parameter])
         self._holder.forget_numbers()
         self._settle()
 

@@ -8,10 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import DEFAULT_EXCLUDE, PROJECT, AxisChoice, finite, nearest
+from ..config import DEFAULT_EXCLUDE, PROJECT, AxisChoice, NonFinite, finite, nearest, positive_int
 from ..errors import ConfigError
 from .optimizer import GrassOptimizer
-from .rules import AdafactorRule, AdamWRule, Layout, LionRule, Rule, SGDRule, registered_rules
+from .rules import (
+    RESERVED,
+    AdafactorRule,
+    AdamW8bitRule,
+    AdamWRule,
+    ApolloRule,
+    LionRule,
+    Rule,
+    SGDRule,
+    SketchyRule,
+    registered_rules,
+)
+from .state import is_compact
 from .step import run_rule
 
 
@@ -25,8 +37,9 @@ class AdamW(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
 
     ``state[p]`` of a projected weight holds ``index`` (``int64[r]``), ``row_scale`` (``[r]``), ``exp_avg`` and ``exp_avg_sq``
     (``[r, n]`` for rows, ``[m, r]`` for columns; transposed for a weight that is stored in x out), ``step`` (updates since the
-    moments were last zero; per row with ``on_refresh="carry"``), ``updates`` (updates in all) and ``axis``. With a dense
-    projection, ``basis`` (``[m, r]``, ``[n, r]`` for columns) or ``key`` (``int64[2]``) takes the place of the first two.
+    moments were last zero; per row with ``on_refresh="carry"``), ``updates`` (updates in all), ``nonfinite`` (how many of
+    them were skipped, ``int32[1]``) and ``axis``. With a dense projection, ``basis`` (``[m, r]``, ``[n, r]`` for columns) or
+    ``key`` (``int64[2]``) takes the place of the first two.
 
     Args:
         params: ``model.named_parameters()`` (the names serve ``exclude`` and messages), ``parameters()``, or groups; a group may
@@ -64,6 +77,9 @@ class AdamW(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
         state_dtype: dtype of the moments; None for at least fp32.
         seed: of drawn rows, of random projections and of the stochastic rounding; None draws one from torch's default
             generator. It is part of the state.
+        nonfinite: what becomes of a gradient that is infinite or NaN. ``"raise"``: the step of this parameter is skipped, and
+            `step` (on a GPU, the next one) raises `NonFiniteError` with its name; ``"skip"``: it is skipped and counted in
+            ``state[p]["nonfinite"]``; ``"propagate"``: it spreads, as in torch.
         projection: ``"grass"`` selects rows; ``"galore"`` projects onto the first ``rank`` singular vectors of the gradient at
             the last refresh (arXiv 2403.03507; galore-torch has ``on_refresh="keep"`` and ``scale=0.25``); ``"gaussian"`` onto
             random vectors that are computed from a seed and never stored (Flora, arXiv 2402.03293).
@@ -97,6 +113,7 @@ class AdamW(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
         block: int = 1,
         stagger: bool | int = False,
         scores: str = "exact",
+        nonfinite: NonFinite = "raise",
         projection: str = "grass",
     ) -> None:
         self.rule = AdamWRule()
@@ -105,9 +122,114 @@ class AdamW(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
             on_refresh=on_refresh, scale=scale, exclude=exclude,
             step_in_backward=step_in_backward, max_grad_norm=max_grad_norm, refresh_warmup=refresh_warmup,
             stochastic_rounding=stochastic_rounding, state_dtype=state_dtype, block=block, stagger=stagger, seed=seed,
-            scores=scores, projection=projection,
+            scores=scores, nonfinite=nonfinite, projection=projection,
         )  # fmt: skip
         super().__init__(params, own=own, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=True)
+
+
+class AdamW8bit(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
+    """AdamW in the compact space with moments of 8 bits; the dense rest through ``torch.optim.AdamW``, with moments in full.
+
+    ``state[p]`` of a projected weight holds the codes ``exp_avg`` (``int8``) and ``exp_avg_sq`` (``uint8``), ``[r, n]`` or
+    ``[m, r]``, and the largest magnitude of each block of 128 features of a row, ``exp_avg_max`` and ``exp_avg_sq_max``,
+    ``[r, ceil(n / 128)]`` or ``[r, ceil(m / 128)]``: 2.06 bytes for an element where `AdamW` has 8. `AdamW8bitRule` in
+    ``grass_compile.runtime.rules`` says what the codes stand for, and their errors.
+
+    Args:
+        params: as of `AdamW`.
+        lr: learning rate.
+        betas: decay rates of the moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled weight decay, on the whole weight.
+        **project: ``rank`` and the other keywords of `AdamW` from there on, but for ``state_dtype``.
+
+    Raises:
+        ConfigError: as of `AdamW`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        **project: Any,
+    ) -> None:
+        self.rule = AdamW8bitRule()
+        keywords = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        super().__init__(params, own=_own_keywords(**project), **keywords, foreach=True)
+
+
+class Apollo(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
+    """APOLLO (arXiv 2412.05270) in the compact space, a learning rate for each selected row; the dense rest through
+    ``torch.optim.AdamW``, as in the paper.
+
+    ``state[p]`` of a projected weight holds Adam's moments in the auxiliary space, ``exp_avg`` and ``exp_avg_sq`` (``[r,
+    directions]``), and ``norm``, the norm of the last update: a few numbers for each row.
+
+    Args:
+        params: as of `AdamW`.
+        lr: learning rate.
+        betas: decay rates of the moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled weight decay, on the whole weight.
+        directions: rank of the auxiliary space, the paper's r. Steps are about ``sqrt(directions / n)`` as long as those of
+            `AdamW`; ``scale`` makes up for it.
+        **project: ``rank`` and the other keywords of `AdamW` from there on.
+
+    Raises:
+        ConfigError: as of `AdamW`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        directions: int = 16,
+        **project: Any,
+    ) -> None:
+        self.rule = ApolloRule(positive_int("directions", directions))
+        keywords = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        super().__init__(params, own=_own_keywords(**project), **keywords, foreach=True)
+
+
+class Sketchy(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
+    """Sketchy (arXiv 2302.03764) in the compact space, a full-matrix preconditioner along the features from a sketch of small
+    rank; the dense rest through ``torch.optim.AdamW``.
+
+    ``state[p]`` of a projected weight holds ``exp_avg`` (``[r, n]`` or ``[m, r]``), the ``sketch`` that rows have in common
+    (``[size, n]`` or ``[size, m]``), and two numbers, ``escaped`` and ``total``.
+
+    Args:
+        params: as of `AdamW`.
+        lr: learning rate: of projected weights about the largest singular value of an update.
+        betas: decay rates of the first moment and of the sketch.
+        eps: added to the root.
+        weight_decay: decoupled weight decay, on the whole weight.
+        size: of the sketch.
+        **project: ``rank`` and the other keywords of `AdamW` from there on.
+
+    Raises:
+        ConfigError: as of `AdamW`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        size: int = 16,
+        **project: Any,
+    ) -> None:
+        self.rule = SketchyRule(positive_int("size", size))
+        keywords = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        super().__init__(params, own=_own_keywords(**project), **keywords, foreach=True)
 
 
 class SGD(GrassOptimizer, torch.optim.SGD):  # type: ignore[override]
@@ -198,12 +320,30 @@ class Optimizer(GrassOptimizer):
             rule = known[rule]
         if not isinstance(rule, Rule):
             raise ConfigError(f"rule must be a grass_compile.Rule or the name of one, got {type(rule).__name__}.")
+        if taken := sorted(RESERVED & set(rule.state_names)):
+            raise ConfigError(f"{type(rule).__name__}: the state name {taken[0]!r} is taken; choose another one.")
         self.rule = rule
         defaults = {"weight_decay": 0.0, **rule.defaults}
         own = {key: value for key, value in keywords.items() if key not in defaults}
         chosen = {**defaults, **{key: value for key, value in keywords.items() if key in defaults}}
         _check_numbers(type(self).__name__, chosen)
         super().__init__(params, own=_own_keywords(**own), defaults=chosen)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As of `AdamW`; here the state of dense parameters is ours too, and keeps its dtypes, which torch would turn into the
+        parameter's.
+
+        Raises:
+            StateError: as of `AdamW`.
+        """
+        super().load_state_dict(state_dict)
+        saved = [number for group in state_dict["param_groups"] for number in group["params"]]
+        mine = [parameter for group in self.param_groups for parameter in group["params"]]
+        for parameter, number in zip(mine, saved, strict=True):
+            entry = state_dict["state"].get(number, {})
+            if not is_compact(entry):
+                kept = {name: entry[name].detach().clone() for name in self.rule.state_names if name in entry}
+                self.state[parameter].update({name: tensor.to(parameter.device) for name, tensor in kept.items()})
 
     @torch.no_grad()
     def _dense_step(self) -> None:
@@ -223,11 +363,12 @@ class Optimizer(GrassOptimizer):
         weight, gradient = (tensor.reshape(shape).to(wide) for tensor in (parameter, parameter.grad))
         if not state:
             state["step"] = torch.zeros(())
-            sizes = {"full": gradient.shape, "selected": gradient.shape[:1], "others": gradient.shape[1:]}
             for name in rule.state_names:
-                state[name] = gradient.new_zeros(sizes[rule.layout(name)])
+                sizes = parameter.shape if rule.layout(name) == "full" else rule.shape(name, *gradient.shape)
+                state[name] = gradient.new_zeros(sizes, dtype=rule.state_dtypes.get(name))
         state["step"] += 1
-        seen = {name: _broadcast(rule.layout(name), state[name]) for name in rule.state_names}
+        full = {name: state[name].reshape(gradient.shape) for name in rule.state_names if rule.layout(name) == "full"}
+        seen = {name: full[name] if name in full else rule.seen(name, state[name]) for name in rule.state_names}
         seen |= {"step": state["step"].to(weight), **({"weight": weight} if rule.reads_weight else {})}
         if rule.coupled_decay:
             gradient = gradient + float(group["weight_decay"]) * weight
@@ -237,10 +378,6 @@ class Optimizer(GrassOptimizer):
         parameter.copy_((weight - update).view(parameter.shape))
         for name, tensor in new.items():
             state[name].copy_(tensor.view(state[name].shape))
-
-
-def _broadcast(layout: Layout, tensor: Tensor) -> Tensor:
-    return tensor.unsqueeze(1 if layout == "selected" else 0) if layout != "full" else tensor
 
 
 class Lion(Optimizer):

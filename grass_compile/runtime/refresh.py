@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import projection, selection
+from .nonfinite import sound
 
 
 def refresh(
@@ -28,6 +29,7 @@ def refresh(
     block: int,
     replacement: bool,
     layouts: str,
+    checked: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Choose new rows.
 
@@ -43,20 +45,28 @@ def refresh(
         block: neighbouring rows that are chosen together.
         replacement: whether rows are drawn with replacement.
         layouts: what each tensor of ``state`` has a number for, see `settled`.
+        checked: whether a gradient that is not sound chooses nothing.
 
     Returns:
-        The compact gradient, the new index and the state that belongs to it, all new tensors.
+        The compact gradient, the new index and the state that belongs to it, all new tensors. If nothing is chosen: NaN, the old
+        index and the old state.
     """
+    scores = selection.scores(gradient, dim)
+    kind, scales = "grass", []
     if chosen_by == "galore":
-        basis = projection.singular_vectors(gradient, dim, rank)
-        compact = projection.compact(gradient, dim, basis)
-        return compact, basis, settled(on_refresh, layouts, gradient.shape[dim], dim, index, basis, state)
-    chosen, *scales = chosen_rows(selection.scores(gradient, dim), noise, rank, chosen_by, block, replacement)
+        kind, chosen = "galore", projection.singular_vectors(gradient, dim, rank)
+    else:
+        chosen, *scales = chosen_rows(scores, noise, rank, chosen_by, block, replacement)
     scaled = iter(scales)
     kept = [tensor for layout, tensor in zip(layouts, state, strict=True) if layout != "c"]
     rest = iter(settled(on_refresh, layouts.replace("c", ""), gradient.shape[dim], dim, index, chosen, kept))
-    state = [next(scaled if layout == "c" else rest) for layout in layouts]
-    return gradient.index_select(dim, chosen), chosen, state
+    new = [next(scaled if layout == "c" else rest) for layout in layouts]
+    compact = projection.selected(kind, dim, rank, gradient, chosen)
+    if not checked:
+        return compact, chosen, new
+    ok = sound(scores)
+    new = [torch.where(ok, fresh, old) for fresh, old in zip(new, state, strict=True)]
+    return torch.where(ok, compact, torch.nan), torch.where(ok, chosen, index), new
 
 
 def chosen_rows(
@@ -78,13 +88,13 @@ def settled(
         on_refresh: ``reset``: zero; ``keep``: slot by slot that of the old rows; ``carry``: rows that ``old_index`` already
             held keep theirs, the others start from zero.
             (With a dense projection, whose ``index`` are no rows, there is no ``carry``.)
-        layouts: for each tensor of ``state``, ``f`` (full), ``s`` (one number for each selected row) or ``o`` (one for each other
-            feature, which rows have in common).
+        layouts: for each tensor of ``state``, ``f`` (full), ``s`` (of each selected row) or ``o`` and ``w`` (of each other
+            feature or of the weight as a whole, which rows have in common).
         length: number of rows of the weight along ``dim``.
         dim: the stored dimension that is indexed.
         old_index: ``int64[r]``, before the refresh.
         index: ``int64[r]``, after it.
-        state: tensors ``[r, n]`` or ``[m, r]``, ``[r]``, and ``[n]`` or ``[m]``.
+        state: tensors ``[r, n]`` or ``[m, r]``; ``[r]`` or ``[r, width]``; and of any shape.
     """
     if on_refresh == "reset":
         return [torch.zeros_like(tensor) for tensor in state]
@@ -96,10 +106,10 @@ def settled(
     kept, slot = slot >= 0, slot.clamp(min=0)
 
     def carried(layout: str, tensor: Tensor) -> Tensor:
-        if layout == "o":
+        if layout in "ow":
             return tensor.clone()
         along = 0 if layout == "s" else dim
-        mask = kept if layout == "s" else kept.unsqueeze(1 - dim)
+        mask = kept if tensor.dim() == 1 else kept.unsqueeze(1 - along)
         return torch.where(mask, tensor.index_select(along, slot), torch.zeros((), dtype=tensor.dtype, device=tensor.device))
 
     return [carried(layout, tensor) for layout, tensor in zip(layouts, state, strict=True)]

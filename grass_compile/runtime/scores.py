@@ -51,7 +51,8 @@ def _sketched_energy(own: Tensor, other: Tensor, hyper: Tensor) -> Tensor:
 
 
 def _propose_(energy: Tensor, noise: Tensor | None, proposed: Tensor, chosen_by: str, block: int) -> None:
-    proposed.copy_(selection.select(chosen_by, energy.sqrt(), noise, len(proposed), block))
+    chosen = selection.select(chosen_by, energy.sqrt(), noise, len(proposed), block)
+    proposed.copy_(torch.where(energy.isfinite().all(), chosen, proposed))
 
 
 def _like_energy(features: Tensor, *rest: object) -> Tensor:
@@ -86,4 +87,5 @@ sketched_energy = torch.ops.grass_compile.sketched_energy.default
 """``sketched_energy(own [b, m], other [b, n], hyper) -> [m]``: an estimate of the same; the seed of the signs is in ``hyper``."""
 
 propose_ = torch.ops.grass_compile.propose_.default
-"""``propose_(energy [m], noise, proposed int64[r], selection, block)`` writes the rows to take next."""
+"""``propose_(energy [m], noise, proposed int64[r], selection, block)`` writes the rows to take next; those that stand there stay
+if the energies are not finite."""

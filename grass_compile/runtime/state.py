@@ -22,10 +22,11 @@ from ..errors import StateError
 from . import selection
 from .gradient import CompactGrad
 from .noise import new_key
+from .nonfinite import sound
 from .projection import SELECTORS, singular_vectors
 from .refresh import chosen_rows, settled
 from .rules import Rule
-from .step import SCALES, layout_of, step_state
+from .step import SCALES, layout_of, settled_state, step_state
 
 if TYPE_CHECKING:
     from .call import Call
@@ -65,11 +66,14 @@ class Record:
         rows: the index of that gradient; with a dense projection, the basis or the key.
         proposes: whether the backward of that gradient has proposed the rows to take next.
         trained_dense: whether full moments are known to be no mere zeros.
+        refreshed: whether the last update was the first of new rows.
+        skipped: how many of its steps are known to have been skipped, see `grass_compile.runtime.nonfinite`.
     """
 
     __slots__ = (
         "__weakref__", "_configs", "_holder", "_leaf", "_noise", "_parameter", "_proposed", "_scratch", "assigned", "flight",
-        "group", "kernel", "moved", "name", "number", "options", "outstanding", "proposes", "rows", "rule", "trained_dense",
+        "group", "kernel", "moved", "name", "number", "options", "outstanding", "proposes", "refreshed", "rows", "rule",
+        "skipped", "trained_dense",
     )  # fmt: skip
 
     def __init__(
@@ -86,6 +90,7 @@ class Record:
         self.outstanding: weakref.WeakSet[Call] = weakref.WeakSet()
         self.moved = False
         self.trained_dense = False
+        self.refreshed, self.skipped = False, 0
         self.flight: int | None = None
         self.rows: Tensor | None = None
         self._scratch: list[Tensor] | None = None
@@ -162,10 +167,20 @@ class Record:
             self.assigned = assigned
         if not is_compact(self.state):
             options = self.options
-            made = initial_state(self.parameter, assigned, options.on_refresh, self.rule, options.state_dtype, options.projection)
+            how = options.on_refresh, self.rule, options.state_dtype, options.checked, options.projection
+            made = initial_state(self.parameter, assigned, *how)
             if options.replacement:
                 made["row_count"] = torch.ones_like(made["row_scale"])
             self.state.update(made)
+            self.refreshed, self.skipped = False, 0
+
+    def resume(self, assigned: Assigned, state: dict[str, Any]) -> None:
+        """Go on from a loaded state that fits."""
+        assert self.holder is not None and self.holder.optimizer is not None
+        self.assigned = assigned
+        state["step"] = state["step"].to(self.parameter.device if self.config().counted else "cpu")
+        self.holder.optimizer.state[self.parameter] = state
+        self.refreshed, self.skipped = False, int(state["nonfinite"])
 
     @property
     def leaf(self) -> Tensor:
@@ -222,12 +237,12 @@ class Record:
         return self.number * slots // len(self.holder.records) * gap // slots
 
     def next_step(self, fresh: bool) -> int:
-        """Updates since the moments were last zero, the next one included; 0 where that is counted per row.
+        """Updates since the moments were last zero, the next one included; 0 where the step itself counts them.
 
         Args:
             fresh: whether the next update is the first of new rows.
         """
-        if self.options.on_refresh == "carry":
+        if self.config().counted:
             return 0
         return 1 if fresh and self.options.on_refresh == "reset" else int(self.state["step"]) + 1
 
@@ -348,23 +363,32 @@ class Record:
             self.proposes = refresh and not exact
         self.flight = _torch.graph_task()
 
-    def settle(self, rows: Tensor, scales: Sequence[Tensor]) -> None:
-        """Make new rows, and what was chosen along with them, those of the state."""
+    def settle(self, gradient: CompactGrad) -> None:
+        """Make the rows of a fresh gradient, and what was chosen along with them, those of the state; unless its step will be
+        skipped."""
+        self._settle(gradient.rows, gradient.scales, sound(gradient.compact) if self.options.checked else None)
+
+    def _settle(self, rows: Tensor, scales: Sequence[Tensor], ok: Tensor | None) -> None:
         assert self.assigned is not None
-        chosen, dim = self.chosen(), self.assigned.dim
-        index, names, rest = chosen[0], step_state(self.config())[len(chosen) :], self.tensors()[len(chosen) :]
+        chosen, dim, names = self.chosen(), self.assigned.dim, settled_state(self.config())
+        rest = [self.state[name] for name in names]
         layouts = "".join(layout_of(self.rule, name)[0] for name in names)
-        new = settled(self.options.on_refresh, layouts, self.parameter.shape[dim], dim, index, rows, rest)
+        length = self.parameter.shape[dim]
+        new = settled(self.options.on_refresh, layouts, length, dim, chosen[0], rows, rest)
+
+        def unless_skipped(values: Sequence[Tensor], olds: Sequence[Tensor]) -> list[Tensor]:
+            return [value if ok is None else torch.where(ok, value, old) for value, old in zip(values, olds, strict=True)]
+
         with _torch.unversioned(rest):
-            for old, value in zip(rest, new, strict=True):
+            for old, value in zip(rest, unless_skipped(new, rest), strict=True):
                 old.copy_(value)
-        self._choose((rows, *scales))
+        self._choose(unless_skipped((rows, *scales), chosen))
 
     def restart(self) -> None:
         """Before a backward that moves the weight by a new key: the moments that go with it. (A refresh in the graph sees to them
-        itself.) A backward that breaks off has done no harm: the refresh is still due."""
+        itself.) A backward that breaks off or is skipped has done no harm: the refresh is still due."""
         if self.options.on_refresh == "reset":
-            moments = self.tensors()[1:]
+            moments = [self.state[name] for name in settled_state(self.config())]
             with _torch.unversioned(moments):
                 for moment in moments:
                     moment.zero_()
@@ -378,7 +402,7 @@ class Record:
 
     def renew(self, rows: Tensor) -> None:
         """Go over to rows that were proposed by a step that is done."""
-        self.settle(rows, ())
+        self._settle(rows, (), None)
         if self.options.on_refresh == "reset":
             self.state["step"].zero_()
 
@@ -397,10 +421,11 @@ class Record:
         self.holder.clipped = self.holder.max_norm is not None
 
     def count(self, fresh: bool) -> None:
-        """Note that this weight was updated."""
-        if self.options.on_refresh != "carry":
+        """Note that this weight was updated, or that its step was skipped: that is for the device to know."""
+        if not self.config().counted:
             self.state["step"].fill_(self.next_step(fresh))
         self.state["updates"] += 1
+        self.refreshed = fresh
 
 
 def refusal(name: str, parameter: Tensor, options: GroupOptions) -> str | None:
@@ -453,31 +478,35 @@ def initial_state(
     on_refresh: str,
     rule: Rule,
     state_dtype: torch.dtype | None = None,
+    checked: bool = False,
     projection: str = "grass",
 ) -> dict[str, Any]:
     """The compact state of a weight before its first refresh.
 
     Returns:
         ``index`` ``int64[r]`` and ``row_scale`` ``[r]``, or with a dense projection ``basis`` ``[m, r]`` (in the weight's dtype)
-        or ``key`` ``int64[2]``; ``step`` (0-d on the CPU, as torch keeps it; ``[r]`` beside the moments if
-        it is counted per row); ``updates`` (how many the weight has had in all); ``axis`` and ``dim`` (the stored dimension that
-        is indexed); and the rule's state by its layout, in ``state_dtype`` or at least fp32.
+        or ``key`` ``int64[2]``; ``step`` (0-d on the CPU, as torch keeps it; beside the moments if the step itself counts it, and
+        then ``[r]`` if by row); ``updates`` (how many the weight has had in all); ``nonfinite`` (``int32[1]``, how many of them
+        were skipped); ``axis`` and ``dim`` (the stored dimension that is indexed); and the rule's state by its layout, in the
+        dtype that the rule names, ``state_dtype``, or at least fp32.
     """
     dtype, device = torch.promote_types(parameter.dtype, torch.float32), parameter.device
+    counted = checked or on_refresh == "carry"
     shape = list(parameter.shape)
     shape[assigned.dim] = assigned.rank
     state: dict[str, Any] = {
         **_initial_selector(parameter, assigned, projection),
-        "step": torch.zeros(assigned.rank, device=device) if on_refresh == "carry" else torch.zeros(()),
+        "step": torch.zeros([assigned.rank] if on_refresh == "carry" else [], device=device if counted else "cpu"),
         "updates": 0,
+        "nonfinite": torch.zeros(1, dtype=torch.int32, device=device),
         "axis": assigned.axis,
         "dim": assigned.dim,
     }
-    shapes = {"full": shape, "selected": [assigned.rank], "others": [shape[1 - assigned.dim]]}
     for name in rule.state_names:
-        layout = rule.layout(name)
-        kind = state_dtype if state_dtype is not None and layout == "full" else dtype
-        state[name] = torch.zeros(shapes[layout], dtype=kind, device=device)
+        full = rule.layout(name) == "full"
+        kind = rule.state_dtypes.get(name, state_dtype if state_dtype is not None and full else dtype)
+        sizes = shape if full else rule.shape(name, assigned.rank, shape[1 - assigned.dim])
+        state[name] = torch.zeros(sizes, dtype=kind, device=device)
     return state
 
 

@@ -17,19 +17,20 @@ from torch import Tensor
 
 from ..errors import GraphError
 from .noise import rounding_noise
-from .ops import rank_update, round_stochastically, row_update
+from .nonfinite import sound
+from .ops import once, rank_update, round_stochastically, row_update
 from .projection import SELECTORS, basis_of
 from .projection import selected as select
-from .rules.base import Layout, Rule
+from .rules.base import Rule
 from .selection import SAMPLED
 
 if TYPE_CHECKING:
     from ..config import SiteConfig
 
 SHARED_HYPER = ("decay", "step", "seed", "max_norm")
-"""The last elements of ``hyper``: ``1 - lr * weight_decay``, the factor on the whole weight; where all rows of a weight have had
-equally many updates, their number, this one included; where rounding is stochastic, the seed of this step's; and where
-gradients are clipped, the largest norm allowed."""
+"""The last elements of ``hyper``: ``1 - lr * weight_decay``, the factor on the whole weight; where the host counts the updates
+of the moments, their number, this one included; where rounding is stochastic, the seed of this step's; and where gradients are
+clipped, the largest norm allowed."""
 
 
 Action = Literal["step", "choose", "keep", "skip"]
@@ -62,10 +63,15 @@ SCALES = ("row_scale", "row_count")
 def step_state(config: SiteConfig) -> tuple[str, ...]:
     """The state tensors of one weight that a step reads, in their order; it writes all but what a refresh has chosen.
 
-    ``step`` is among them only where it is kept per row; otherwise it comes with ``hyper``.
+    ``step`` is among them only where the step counts it (`SiteConfig.counted`); otherwise it comes with ``hyper``.
     """
     chosen = SCALES if config.replacement else ()
-    return (SELECTORS[config.projection], *chosen, *(("step",) if config.on_refresh == "carry" else ()), *config.rule.state_names)
+    return (SELECTORS[config.projection], *chosen, *(("nonfinite",) if config.checked else ()), *settled_state(config))
+
+
+def settled_state(config: SiteConfig) -> tuple[str, ...]:
+    """Those that belong to the rows: a refresh resets, carries or keeps them."""
+    return (*(("step",) if config.counted else ()), *config.rule.state_names)
 
 
 def layout_of(rule: Rule, name: str) -> str:
@@ -91,7 +97,10 @@ def apply(
     selector: Tensor,
     state: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
-    """The step itself: the new weight, and the new state after ``selector``."""
+    """The step itself: the new weight, and the new state after ``selector``.
+
+    Where gradients are checked and this one is not finite, all of it comes out as it went in, but for the count of such steps.
+    """
     rule, projection, rank = config.rule, config.projection, compact_grad.shape[dim]
     numbers = dict(zip((*rule.hyper_names, *SHARED_HYPER), hyper.unbind(), strict=True))
     wide = torch.promote_types(weight.dtype, torch.float32)
@@ -102,23 +111,29 @@ def apply(
         row_scale, row_count, *state = state
         written += [row_scale, row_count]
         scales = [row_scale.to(wide).unsqueeze(1 - dim), row_count.to(wide).unsqueeze(1 - dim)]
-    if config.on_refresh == "carry":
-        counted, *state = state
-        written += [counted + 1]
-        step = written[-1].to(hyper.dtype).unsqueeze(1 - dim)
     compact_grad = compact_grad.to(wide)
+    ok = None
+    if config.checked:
+        skipped, *state = state
+        ok = once(sound(compact_grad))
+        written += [skipped + ok.logical_not()]
+    if config.counted:
+        counted, *state = state
+        written += [_unless_skipped(ok, counted + 1, counted)]
+        step = (counted + 1).to(hyper.dtype)
+        step = step.unsqueeze(1 - dim) if step.dim() else step
     if scales:
         compact_grad = compact_grad * scales[0]
     if config.decays and rule.coupled_decay:
         compact_grad = compact_grad + numbers["weight_decay"] * select(projection, dim, rank, weight, selector).to(wide)
     given = dict(zip(rule.state_names, state, strict=True))
-    named = {name: _seen(rule, dim, rule.layout(name), tensor.to(wide)) for name, tensor in given.items()}
-    named["step"] = _seen(rule, dim, "full", step)
+    named = {name: _seen(rule, dim, name, tensor, wide) for name, tensor in given.items()}
+    named["step"] = _rows_first(rule, dim, step)
     if rule.reads_weight:
-        named["weight"] = _seen(rule, dim, "full", select(projection, dim, rank, weight, selector).to(wide))
-    update, new = run_rule(rule, _seen(rule, dim, "full", compact_grad), named, numbers)
-    update = _seen(rule, dim, "full", update)
-    new = {name: _stored(rule, dim, rule.layout(name), tensor) for name, tensor in new.items()}
+        named["weight"] = _rows_first(rule, dim, select(projection, dim, rank, weight, selector).to(wide))
+    update, new = run_rule(rule, _rows_first(rule, dim, compact_grad), named, numbers)
+    update = _rows_first(rule, dim, update)
+    new = {name: _stored(rule, dim, name, tensor, given[name]) for name, tensor in new.items()}
     if scales:
         update = update * (scales[0] * scales[1])
     if config.scale != 1.0:
@@ -127,7 +142,7 @@ def apply(
     if config.stochastic_rounding and torch.bfloat16 in (weight.dtype, *(tensor.dtype for tensor in state)):
         noise = rounding_noise(compact_grad.shape, numbers["seed"])
     if config.decays and not rule.coupled_decay:
-        decayed = weight.to(wide) * numbers["decay"]
+        decayed = weight.to(wide) * _unless_skipped(ok, numbers["decay"], 1.0)
         if config.stochastic_rounding and weight.dtype == torch.bfloat16:
             weight = round_stochastically(decayed, rounding_noise(weight.shape, numbers["seed"] + 1.0))
         else:
@@ -135,30 +150,38 @@ def apply(
     moments = []
     for old, name in zip(state, rule.state_names, strict=True):
         rounding = noise if old.dtype == torch.bfloat16 and rule.layout(name) == "full" else None
-        moments.append(new[name].to(old.dtype) if rounding is None else round_stochastically(new[name], rounding))
+        moment = new[name].to(old.dtype) if rounding is None else round_stochastically(new[name], rounding)
+        moments.append(_unless_skipped(ok, moment, old))
     rounds = noise is not None and weight.dtype == torch.bfloat16
+    step_by = _unless_skipped(ok, -update, -0.0)  # adding -0.0 changes no bit, of zeros either
     if projection == "grass":
-        moved = row_update(weight, dim, selector, -update, noise if rounds else None)
+        moved = row_update(weight, dim, selector, step_by, noise if rounds else None)
     else:
         basis = basis_of(projection, selector, weight.shape[dim], rank, weight.dtype)
-        moved = rank_update(weight, dim, basis, -update, numbers["seed"] if rounds else None)
+        moved = rank_update(weight, dim, basis, step_by, numbers["seed"] if rounds else None)
     return (moved, *written, *moments)
 
 
-def _seen(rule: Rule, dim: int, layout: Layout, tensor: Tensor) -> Tensor:
-    """A tensor as the rule sees it: selected rows first, so columns are transposed, unless the rule is elementwise."""
-    if layout == "selected":
-        return tensor.unsqueeze(1)
-    if layout == "others":
-        return tensor.unsqueeze(0)
+def _unless_skipped(ok: Tensor | None, new: Tensor, old: Tensor | float) -> Tensor:
+    """``new``, or ``old`` where the step is skipped; ``ok`` is None where none ever is."""
+    return new if ok is None else torch.where(ok, new, old)
+
+
+def _rows_first(rule: Rule, dim: int, tensor: Tensor) -> Tensor:
+    """A tensor of the compact gradient's shape as the rule sees it, and back: selected rows first, so columns are transposed,
+    unless the rule is elementwise."""
     return tensor.t() if dim and not rule.elementwise and tensor.dim() == 2 else tensor
 
 
-def _stored(rule: Rule, dim: int, layout: Layout, tensor: Tensor) -> Tensor:
+def _seen(rule: Rule, dim: int, name: str, tensor: Tensor, wide: torch.dtype) -> Tensor:
+    """A state tensor as the rule sees it; codes in their own dtype."""
+    tensor = tensor if name in rule.state_dtypes else tensor.to(wide)
+    return _rows_first(rule, dim, tensor) if rule.layout(name) == "full" else rule.seen(name, tensor)
+
+
+def _stored(rule: Rule, dim: int, name: str, tensor: Tensor, old: Tensor) -> Tensor:
     """The inverse of `_seen`."""
-    if layout == "full":
-        return _seen(rule, dim, layout, tensor)
-    return tensor.squeeze(1 if layout == "selected" else 0)
+    return _rows_first(rule, dim, tensor) if rule.layout(name) == "full" else tensor.reshape(old.shape)
 
 
 def run_rule(
@@ -202,11 +225,16 @@ def _where(rule: Rule, error: BaseException | None = None) -> str:
     return f"{type(rule).__name__} ({file}:{line})"
 
 
-def clip_scale(hyper: Tensor, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-    """The common norm of gradients, and the factor that brings it down to ``max_norm``, as ``torch.nn.utils.clip_grad_norm_``."""
-    squares = [(gradient.to(hyper.dtype) ** 2).sum() for gradient in gradients]
-    norm = torch.stack(squares).sum().sqrt()
-    return norm, (hyper[-1] / (norm + 1e-6)).clamp(max=1.0)
+def clip_scales(checked: bool, hyper: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
+    """The common norm of gradients, and for each the factor that brings it down to ``max_norm``, as
+    ``torch.nn.utils.clip_grad_norm_``; with ``checked``, as `grass_compile.runtime.nonfinite.clip_`."""
+    squares = torch.stack([(gradient.to(hyper.dtype) ** 2).sum() for gradient in gradients])
+    finite = squares.isfinite()
+    norm = (torch.where(finite, squares, 0.0) if checked else squares).sum().sqrt()
+    scale = (hyper[-1] / (norm + 1e-6)).clamp(max=1.0)
+    if not checked:
+        return norm, *[scale for _ in gradients]
+    return norm, *torch.where(finite & norm.isfinite(), scale, float("nan")).unbind()
 
 
 def scaled(gradient: Tensor, scale: Tensor) -> tuple[Tensor]:

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import grass_compile
-from grass_compile.config import Axis
+from grass_compile import kernels
+from grass_compile.config import Axis, BackendOptions, SiteConfig
 from grass_compile.runtime import ops
 from grass_compile.runtime.rules import AdamWRule
 from grass_compile.runtime.step import SHARED_HYPER
@@ -67,7 +68,7 @@ def train(axis: Axis) -> None:
     weight, state = model[0].gate.weight, optimizer.state[model[0].gate.weight]
     gradient, hyper = torch.zeros_like(state["exp_avg"], dtype=weight.dtype), torch.zeros(len(HYPER))
     (name,) = {name for name in ops.kernels if "AdamW" in name}
-    ops.kernels[name](gradient, weight, hyper, state["index"], state["exp_avg"], state["exp_avg_sq"])
+    ops.kernels[name](gradient, weight, hyper, *(state[key] for key in ("index", "nonfinite", "step", "exp_avg", "exp_avg_sq")))
 
 
 HYPER = (*AdamWRule.hyper_names, *SHARED_HYPER)
@@ -161,16 +162,19 @@ def test_each_weight_moves_once_with_its_moments(run: Run, kind: str) -> None:
     steps = [launch for launch in module.launches if launch.function == STEP]
     for weight, moments in sites(backward, run.axis).items():
         (step,) = (launch for launch in steps if weight in launch.names)
-        assert step.arguments[1] == weight and step.arguments[4] == f"[{moments[0]}, {moments[1]}]"
+        assert step.arguments[1] == weight and step.arguments[4].endswith(f", {moments[0]}, {moments[1]}]")
         assert module.launches.index(step) >= max(i for i, launch in enumerate(module.launches) if weight in launch.names)
 
 
 def test_one_kernel_writes_a_weight_and_its_moments(run: Run) -> None:
+    """Before it, a sum over the gradient, in two stages, tells whether that is finite, and counts; after it, the step counts."""
     module = parse(run.step.code)
-    _, weight, _, _, *moments = run.step.inputs
-    (launch,) = module.launches
-    assert launch.function in module.kernels and not module.layouts, "nothing is allocated"
+    _, weight, _, _, nonfinite, step, *moments = run.step.inputs
+    assert {launch.function for launch in module.launches} <= set(module.kernels)
+    _, check, launch, count = module.launches
     assert launch.written == {weight, *moments}
+    assert nonfinite in check.written and step in count.written
+    assert all(module.numel(name) < RANK for name in module.layouts), "nothing large is allocated"
 
 
 def test_no_kernel_uses_atomics(run: Run) -> None:
@@ -186,3 +190,35 @@ def test_refresh_needs_one_full_gradient_at_a_time(run: Run) -> None:
     spans = sorted((module.needed(name) for name in gradients), key=lambda span: span.start)
     for before, after in itertools.pairwise(spans):
         assert before.stop <= after.start, "a full gradient is still needed when the next is formed"
+
+
+# ------------------------------------------------------------------------------------------------------- moments of 8 bits
+
+
+def step_of_8_bits(axis: Axis, features: str) -> None:
+    """The step of one weight whose rows have so many features; the model itself is not compiled."""
+    shape = (WIDTH, int(features)) if axis == "rows" else (int(features), WIDTH)
+    model = nn.Linear(*shape[::-1], bias=False).to(torch.bfloat16)
+    optimizer = grass_compile.AdamW8bit(model.named_parameters(), rank=RANK, axis=axis)
+    compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
+    compiled(torch.zeros(8, shape[1], dtype=torch.bfloat16)).float().square().mean().backward()
+    weight, state, rule = model.weight, optimizer.state[model.weight], optimizer.rule
+    gradient = torch.zeros_like(state["exp_avg"], dtype=weight.dtype)
+    config = SiteConfig(rank=RANK, axis=axis, on_refresh="reset", decays=False, scale=1.0, rule=rule)
+    hyper = torch.zeros(len(HYPER))
+    moments = [state[name] for name in rule.state_names]
+    kernels.run(BackendOptions(), config, state["dim"], gradient, weight.detach(), hyper, state["index"], *moments)
+
+
+@pytest.mark.parametrize("features", [2048, 2000])  # full blocks, and a last one that is not
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+def test_moments_of_8_bits_are_never_stored_in_full(axis: str, features: int) -> None:
+    """They are decoded, updated and encoded in registers: no buffer of floating-point numbers is as large as the gradient."""
+    (graph,) = generate(step_of_8_bits, axis, str(features))
+    module = parse(graph.code)
+    found = re.findall(r"(\w+) = empty_strided_cuda\(.*, torch\.(\w+)\)", graph.code)
+    large = {name: dtype for name, dtype in found if (module.numel(name) or 0) >= RANK * 1000}
+    assert found and set(large.values()) <= {"int8", "uint8"}
+    codes = [name for name, value in graph.inputs.items() if value.dtype in ("torch.int8", "torch.uint8")]
+    assert len(codes) == 2 and all(module.writers(name) for name in codes)
+    assert set(graph.ptx) == set(module.kernels)

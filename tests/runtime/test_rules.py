@@ -278,6 +278,9 @@ def test_unknown_rule_and_keyword() -> None:
         grass_compile.Optimizer(parameters.items(), "lyon")
     with pytest.raises(ConfigError, match=r"rule must be a grass_compile\.Rule or the name of one, got int"):
         grass_compile.Optimizer(parameters.items(), 3)  # type: ignore[arg-type]
+    taken = type("Taken", (RMSprop,), {"state_names": ("square_avg", "weight")})()
+    with pytest.raises(ConfigError, match="Taken: the state name 'weight' is taken; choose another one"):
+        grass_compile.Optimizer(parameters.items(), taken)
     with pytest.raises(ConfigError, match=r"rnk=4: this optimizer has no such argument. Did you mean 'rank'"):
         grass_compile.Lion(parameters.items(), rnk=4)
     for keywords, message in (

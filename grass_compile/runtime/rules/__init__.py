@@ -3,19 +3,25 @@
 from .adafactor import AdafactorRule
 from .adam import AdamRule
 from .adamw import AdamWRule
-from .base import Layout, Rule, register_rule, registered_rules
+from .adamw8bit import AdamW8bitRule
+from .apollo import ApolloRule
+from .base import RESERVED, Layout, Rule, register_rule, registered_rules
 from .lion import LionRule
 from .sgd import SGDRule
+from .sketchy import SketchyRule
 from .sonew import SONewRule
 
 __all__ = [
-    "AdafactorRule", "AdamRule", "AdamWRule", "Layout", "LionRule", "Rule", "SGDRule", "SONewRule", "register_rule",
-    "registered_rules",
+    "RESERVED", "AdafactorRule", "AdamRule", "AdamW8bitRule", "AdamWRule", "ApolloRule", "Layout", "LionRule", "Rule",
+    "SGDRule", "SONewRule", "SketchyRule", "register_rule", "registered_rules",
 ]  # fmt: skip
 
 register_rule("adamw", AdamWRule())
+register_rule("adamw8bit", AdamW8bitRule())
 register_rule("adam", AdamRule())
 register_rule("sgd", SGDRule())
 register_rule("lion", LionRule())
 register_rule("adafactor", AdafactorRule())
 register_rule("sonew", SONewRule())
+register_rule("apollo", ApolloRule())
+register_rule("sketchy", SketchyRule())

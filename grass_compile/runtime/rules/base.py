@@ -6,11 +6,19 @@ import abc
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
-Layout = Literal["full", "selected", "others"]
-"""What a state tensor has a number for: each element of the compact gradient, each selected row, or each of the features that the
-rows have. On a refresh, what belongs to rows goes with them; ``others`` stays, unless everything is reset."""
+Layout = Literal["full", "selected", "others", "whole"]
+"""What a state tensor has a number for: each element of the compact gradient, each selected row, each of the features that the
+rows have, or the weight as a whole. On a refresh, what belongs to rows goes with them; ``others`` and ``whole`` stay, unless
+everything is reset."""
+
+
+RESERVED = frozenset(
+    "axis basis dim hyper index key leaf noise nonfinite proposed row_count row_scale step updates weight".split()
+)
+"""Names that a state tensor of a rule cannot have: they stand for something else in a weight's state or in a compiled region."""
 
 
 class Rule(abc.ABC):
@@ -27,6 +35,10 @@ class Rule(abc.ABC):
 
     state_layout: ClassVar[Mapping[str, Layout]] = {}
     """The layout of each; those that are not named are ``full``."""
+
+    state_dtypes: ClassVar[Mapping[str, torch.dtype]] = {}
+    """The dtype of those that hold codes rather than numbers; `update` takes and returns these as they are stored. The others are
+    at least fp32. Zero must stand for what the state of new rows is."""
 
     hyper_names: ClassVar[tuple[str, ...]]
     """Names of the numbers that reach the graph as elements of one tensor, so that changing one never recompiles."""
@@ -53,9 +65,9 @@ class Rule(abc.ABC):
 
         Args:
             compact_grad: ``[r, n]``, the selected rows (columns, transposed) of the gradient, in the dtype of the state.
-            state: the tensors named by ``state_names``, ``[r, n]``, ``[r, 1]`` or ``[1, n]`` by their layout; and ``step``:
-            the number
-                of updates these rows have had since their state was last zero, this one included, 0-d or ``[r, 1]``.
+            state: the tensors named by ``state_names``, by their layout ``[r, n]``, ``[r, width]``, ``[width, n]`` or ``[1, 1]``;
+                and ``step``: the number of updates these rows have had since their state was last zero, this one included,
+                0-d or ``[r, 1]``.
             hyper: 0-d tensors named by ``hyper_names``.
 
         Returns:
@@ -65,6 +77,24 @@ class Rule(abc.ABC):
     def layout(self, name: str) -> Layout:
         """The layout of one state tensor."""
         return self.state_layout.get(name, "full")
+
+    def width(self, name: str, features: int) -> int | None:
+        """How many numbers a state tensor has for each selected row, or for each of the ``features`` that the rows have; None for
+        one number, which is stored without a dimension of its own."""
+        return None
+
+    def shape(self, name: str, rows: int, features: int) -> tuple[int, ...]:
+        """The shape of one state tensor as it is stored, but for ``full``, which is stored as the gradient is."""
+        width = self.width(name, features)
+        wide = () if width is None else (width,)
+        shapes = {"full": (rows, features), "selected": (rows, *wide), "others": (*wide, features), "whole": (1,)}
+        return shapes[self.layout(name)]
+
+    def seen(self, name: str, tensor: Tensor) -> Tensor:
+        """A stored state tensor as `update` sees it: a matrix."""
+        shapes = {"selected": (tensor.shape[0], -1), "others": (-1, tensor.shape[-1]), "whole": (1, 1)}
+        layout = self.layout(name)
+        return tensor if layout == "full" else tensor.reshape(shapes[layout])
 
     @property
     def elementwise(self) -> bool:
