@@ -122,8 +122,7 @@ def _row(name: str, parameter: Tensor, findings: Findings) -> Row:
     axis, rank, dim, kind = projection.axis, projection.rank, projection.dim, projection.config.projection
     if kind != "grass":
         reason = f"projection={kind!r}; {reason}"
-    state_bytes = _state_bytes(parameter, projection)
-    return Row(name, shape, dtype, True, axis, rank, reason, dim, projection.tokens, state_bytes, kind)
+    return Row(name, shape, dtype, True, axis, rank, reason, dim, projection.tokens, _state_bytes(parameter, projection), kind)
 
 
 def _state_bytes(parameter: Tensor, projection: Projection) -> int:
@@ -132,7 +131,7 @@ def _state_bytes(parameter: Tensor, projection: Projection) -> int:
     shadow = parameter.detach().to("meta")
     how = config.on_refresh, config.rule, config.state_dtype, config.checked, config.projection
     state = registry.initial_state(shadow, assigned, *how)
-    names = (*config.rule.state_names, *(("basis",) if config.projection == "galore" else ()))
+    names = (*config.rule.state_names, *(("basis",) if "basis" in state else ()))
     return sum(state[name].numel() * state[name].element_size() for name in names)
 
 

@@ -58,13 +58,6 @@ class Row:
             return product
         return product + 2.0 * self.tokens * self.shape[self.dim] * self.rank
 
-    @property
-    def basis_bytes(self) -> int:
-        """Bytes of the basis that is kept with the moments."""
-        if self.projection != "galore" or self.rank is None or self.dim is None:
-            return 0
-        return self.shape[self.dim] * self.rank * self.dtype.itemsize
-
 
 @dataclasses.dataclass(frozen=True)
 class Totals:
@@ -129,7 +122,8 @@ class Report:
 
     @property
     def state_bytes(self) -> Totals:
-        """Bytes of AdamW's two moments, which torch keeps in the weight's dtype; of projected weights what their rule keeps."""
+        """Bytes of AdamW's two moments, which torch keeps in the weight's dtype; of projected weights what their rule keeps, and
+        a basis."""
         moments = [2 * row.dense_elements * row.dtype.itemsize for row in self.rows]
         compact = [dense if row.state_bytes is None else row.state_bytes for row, dense in zip(self.rows, moments, strict=True)]
         return Totals(sum(moments), sum(compact))

@@ -33,7 +33,7 @@ def fitting(record: Record, entry: Mapping[str, Any]) -> tuple[Assigned, dict[st
     if made_with not in ([options.projection], []):
         raise refuse(f"was made with projection={made_with[0]!r}, this optimizer wants {options.projection!r}")
     scaled = ("row_scale",) if options.projection == "grass" else ()
-    later = [name for name in LATER if name in entry]
+    later = (name for name in LATER if name in entry)
     names = (record.selector, *scaled, *counted, "step", *record.rule.state_names, *later)
     if missing := sorted({*names, "updates", "axis", "dim"} - set(entry)):
         raise refuse(f"lacks {missing}")

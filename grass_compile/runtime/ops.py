@@ -47,6 +47,13 @@ def round_stochastically(value: Tensor, noise: Tensor) -> Tensor:
     return torch.where(value.isfinite(), rounded, value).to(torch.bfloat16)
 
 
+def gaussian(shape: Sequence[int], seed: Tensor) -> Tensor:
+    """Numbers of a normal distribution, fp32, a function of ``seed`` and position alone: Box and Muller's transform of
+    `rounding_noise`. None is beyond 4.9 standard deviations."""
+    first, second = (rounding_noise((2, *shape), seed) / 65536).unbind()
+    return (-2 * (first + 0.5 / 65536).log()).sqrt() * (2 * math.pi * second).cos()
+
+
 def _updated_rows(weight: Tensor, dim: int, index: Tensor, update: Tensor, noise: Tensor | None) -> Tensor:
     rows = weight.index_select(dim, index).to(update.dtype) + update
     return rows.to(weight.dtype) if noise is None else round_stochastically(rows, noise)
@@ -199,8 +206,8 @@ torch.library.register_fake("grass_compile::refresh_", _fake_refresh_)
 
 refresh_ = torch.ops.grass_compile.refresh_.default
 """``refresh_(gradient [m, n], index int64[r], noise, state, dim, rank, on_refresh, selection, block, replacement, layouts,
-checked)`` returns the compact gradient of the rows that it has chosen; ``index`` and ``state`` are written. With the selection
-``galore``, ``index`` is a basis, ``[m, r]``."""
+checked)`` returns the compact gradient of the rows that it
+has chosen; ``index`` and ``state`` are written. With the selection ``galore``, ``index`` is a basis, ``[m, r]``."""
 
 
 # ------------------------------------------------------------------------------------------------------------------- step

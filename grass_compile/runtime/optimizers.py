@@ -23,6 +23,7 @@ from .rules import (
     SketchyRule,
     registered_rules,
 )
+from .state import is_compact
 from .step import run_rule
 
 
@@ -340,7 +341,7 @@ class Optimizer(GrassOptimizer):
         mine = [parameter for group in self.param_groups for parameter in group["params"]]
         for parameter, number in zip(mine, saved, strict=True):
             entry = state_dict["state"].get(number, {})
-            if "index" not in entry:
+            if not is_compact(entry):
                 kept = {name: entry[name].detach().clone() for name in self.rule.state_names if name in entry}
                 self.state[parameter].update({name: tensor.to(parameter.device) for name, tensor in kept.items()})
 

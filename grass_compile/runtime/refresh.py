@@ -51,20 +51,17 @@ def refresh(
         The compact gradient, the new index and the state that belongs to it, all new tensors. If nothing is chosen: NaN, the old
         index and the old state.
     """
-    if chosen_by == "galore":
-        if checked and not bool(sound(gradient)):  # a decomposition waits for the device anyway, and takes no NaN
-            nothing = projection.compact(gradient, dim, index) * torch.nan
-            return nothing, index, list(state)
-        basis = projection.singular_vectors(gradient, dim, rank)
-        compact = projection.compact(gradient, dim, basis)
-        return compact, basis, settled(on_refresh, layouts, gradient.shape[dim], dim, index, basis, state)
     scores = selection.scores(gradient, dim)
-    chosen, *scales = chosen_rows(scores, noise, rank, chosen_by, block, replacement)
+    kind, scales = "grass", []
+    if chosen_by == "galore":
+        kind, chosen = "galore", projection.singular_vectors(gradient, dim, rank)
+    else:
+        chosen, *scales = chosen_rows(scores, noise, rank, chosen_by, block, replacement)
     scaled = iter(scales)
     kept = [tensor for layout, tensor in zip(layouts, state, strict=True) if layout != "c"]
     rest = iter(settled(on_refresh, layouts.replace("c", ""), gradient.shape[dim], dim, index, chosen, kept))
     new = [next(scaled if layout == "c" else rest) for layout in layouts]
-    compact = gradient.index_select(dim, chosen)
+    compact = projection.selected(kind, dim, rank, gradient, chosen)
     if not checked:
         return compact, chosen, new
     ok = sound(scores)

@@ -373,16 +373,20 @@ class Record:
         chosen, dim, names = self.chosen(), self.assigned.dim, settled_state(self.config())
         rest = [self.state[name] for name in names]
         layouts = "".join(layout_of(self.rule, name)[0] for name in names)
-        new = settled(self.options.on_refresh, layouts, self.parameter.shape[dim], dim, chosen[0], rows, rest)
+        length = self.parameter.shape[dim]
+        new = settled(self.options.on_refresh, layouts, length, dim, chosen[0], rows, rest)
+
+        def unless_skipped(values: Sequence[Tensor], olds: Sequence[Tensor]) -> list[Tensor]:
+            return [value if ok is None else torch.where(ok, value, old) for value, old in zip(values, olds, strict=True)]
+
         with _torch.unversioned(rest):
-            for old, value in zip(rest, new, strict=True):
-                old.copy_(value if ok is None else torch.where(ok, value, old))
-        values = (rows, *scales)
-        self._choose(values if ok is None else [torch.where(ok, new, old) for new, old in zip(values, chosen, strict=True)])
+            for old, value in zip(rest, unless_skipped(new, rest), strict=True):
+                old.copy_(value)
+        self._choose(unless_skipped((rows, *scales), chosen))
 
     def restart(self) -> None:
         """Before a backward that moves the weight by a new key: the moments that go with it. (A refresh in the graph sees to them
-        itself.) A backward that breaks off has done no harm: the refresh is still due."""
+        itself.) A backward that breaks off or is skipped has done no harm: the refresh is still due."""
         if self.options.on_refresh == "reset":
             moments = [self.state[name] for name in settled_state(self.config())]
             with _torch.unversioned(moments):

@@ -481,6 +481,30 @@ def test_a_gradient_that_is_not_finite_is_seen(bad: float) -> None:
     assert difference(*results) == 0.0
 
 
+@pytest.mark.parametrize("loop", ["fused", "deferred", "clipped"])
+@pytest.mark.parametrize("on_refresh", ["reset", "keep"])
+@pytest.mark.parametrize("kind", DENSE)
+def test_steps_that_are_skipped_equal_the_formula(kind: str, on_refresh: str, loop: str) -> None:
+    """A refresh that is skipped is due again; a regular step counts."""
+    model, keywords = layers(), LOOPS[loop]
+    twin = copy.deepcopy(model)
+    shared = {"on_refresh": on_refresh, "nonfinite": "skip"}
+    optimizer = grass_compile.AdamW(model.named_parameters(), projection=kind, **KEYWORDS, **shared, **keywords)
+    rest = {key: value for key, value in keywords.items() if key != "step_in_backward"}
+    formula, call = Formula(twin, kind, on_refresh=on_refresh, **rest), compiled(model)
+    for step, bad in enumerate([True, False, True, False, True, False, False, False]):
+        (loss_of(call(batch(step))) * (math.nan if bad else 1.0)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if not bad:
+            loss_of(twin(batch(step))).backward()
+            formula.step()
+        elif formula.updates % GAP:
+            formula.updates += 1
+        assert difference(model, twin) < 1e-10, step
+        assert optimizer.state[model.tall.weight]["updates"] == formula.updates
+
+
 def test_a_refresh_is_kept_out_of_cuda_graphs() -> None:
     """``torch.linalg.svd`` looks at its result on the host, which no CUDA graph can record."""
     assert torch.Tag.cudagraph_unsafe in ops.refresh_.tags
@@ -804,7 +828,7 @@ def test_the_report_says_which_projection(kind: str) -> None:
     assert [row.axis for row in report.projected] == ["rows", "columns", "columns"]
     row, tokens = report["tall.weight"], 15
     assert row.weight_grad_flops == 2 * tokens * RANK * (32 + 24)
-    assert row.basis_bytes == (24 * RANK * 4 if kind == "galore" else 0)
+    assert row.state_bytes == 4 * RANK * (2 * 32 + (24 if kind == "galore" else 0))
 
 
 def test_groups_may_differ() -> None:
