@@ -47,13 +47,6 @@ def round_stochastically(value: Tensor, noise: Tensor) -> Tensor:
     return torch.where(value.isfinite(), rounded, value).to(torch.bfloat16)
 
 
-def gaussian(shape: Sequence[int], seed: Tensor) -> Tensor:
-    """Numbers of a normal distribution, fp32, a function of ``seed`` and position alone: Box and Muller's transform of
-    `rounding_noise`. None is beyond 4.9 standard deviations."""
-    first, second = (rounding_noise((2, *shape), seed) / 65536).unbind()
-    return (-2 * (first + 0.5 / 65536).log()).sqrt() * (2 * math.pi * second).cos()
-
-
 def _updated_rows(weight: Tensor, dim: int, index: Tensor, update: Tensor, noise: Tensor | None) -> Tensor:
     rows = weight.index_select(dim, index).to(update.dtype) + update
     return rows.to(weight.dtype) if noise is None else round_stochastically(rows, noise)
