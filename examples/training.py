@@ -39,7 +39,7 @@ class TrainConfig:
     axis: str = "columns"
     update_proj_gap: int = 50
     on_refresh: str = "carry"
-    selection: str = "top"
+    selection: str = "norm"
     stagger: bool = False
     dense_lr: float | None = None  # for what grass leaves dense; None: `lr`
 
