@@ -23,8 +23,9 @@ from .passes.records import Analysis, WeightInput
 from .runtime import adoption
 from .runtime import state as registry
 from .runtime.call import Call, expected, in_graph
+from .runtime.compact import Assigned, initial_state, leaf_like
 from .runtime.rules import AdamWRule
-from .runtime.state import Assigned, Record, refusal
+from .runtime.state import Record, refusal
 from .runtime.step import SHARED_HYPER, graph_state
 
 log = logging.getLogger(__name__)
@@ -373,12 +374,12 @@ def _fake_state(mode: Any, captured: _torch.Captured, plan: Plan) -> list[Tensor
             assigned = Assigned(projection.axis, projection.dim, projection.rank)
             config = projection.config
             how = config.on_refresh, config.rule, config.state_dtype, config.checked, config.projection
-            made = registry.initial_state(weight, assigned, *how)
+            made = initial_state(weight, assigned, *how)
             if config.projection == "grass":
                 made["row_count"], made["proposed"] = made["row_scale"], made["index"]
             made["noise"] = torch.empty(weight.shape[projection.dim], dtype=_state_dtype(weight), device=weight.device)
             state += [made[name] for name in graph_state(config)]
-            leaves.append(registry.leaf_like(weight, assigned).requires_grad_())
+            leaves.append(leaf_like(weight, assigned).requires_grad_())
             if slot not in hyper:
                 count = len(config.rule.hyper_names) + len(SHARED_HYPER)
                 hyper[slot] = torch.empty(count, dtype=_state_dtype(weight), device=weight.device)

@@ -16,6 +16,7 @@ from .errors import ConfigError, GrassError
 from .passes.records import Projection
 from .report import Report, Row
 from .runtime import state as registry
+from .runtime.compact import Assigned, initial_state
 from .runtime.optimizer import GrassOptimizer
 
 
@@ -127,10 +128,10 @@ def _row(name: str, parameter: Tensor, findings: Findings) -> Row:
 
 def _state_bytes(parameter: Tensor, projection: Projection) -> int:
     """Bytes of the state that the update rule keeps for a weight, and of a basis."""
-    config, assigned = projection.config, registry.Assigned(projection.axis, projection.dim, projection.rank)
+    config, assigned = projection.config, Assigned(projection.axis, projection.dim, projection.rank)
     shadow = parameter.detach().to("meta")
     how = config.on_refresh, config.rule, config.state_dtype, config.checked, config.projection
-    state = registry.initial_state(shadow, assigned, *how)
+    state = initial_state(shadow, assigned, *how)
     names = (*config.rule.state_names, *(("basis",) if "basis" in state else ()))
     return sum(state[name].numel() * state[name].element_size() for name in names)
 

@@ -24,13 +24,14 @@ from ..config import GroupOptions
 from ..errors import GrassWarning, StateError
 from . import state as registry
 from .checkpoint import fitting, protect, unprotect
+from .compact import Assigned, is_compact
 from .gradient import CompactGrad
 from .holder import Holder
 from .nonfinite import sound
 from .optimizer import GrassOptimizer
 from .projection import selected
 from .rules import AdamRule, AdamWRule, Rule, SGDRule
-from .state import Assigned, Kernel, is_compact
+from .state import Kernel
 
 
 @dataclasses.dataclass(frozen=True)

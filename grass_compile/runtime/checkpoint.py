@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..config import AXES
 from ..errors import StateError
+from .compact import Assigned, initial_state
 from .projection import SELECTORS
-from .state import Assigned, Record, initial_state
+from .state import Record
 
 LATER = ("nonfinite",)
 """State that earlier versions did not have; it is made anew where it is missing."""

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from .. import _torch
-from ..config import parse_group
+from ..config import PROJECT, nearest, parse_group
 from ..errors import ConfigError, GrassWarning, StateError
 from .checkpoint import check_dense, fitting, unprotect
+from .compact import is_compact
 from .holder import Holder
 from .rules import Rule
-from .state import is_compact
 
 COMMON = ("step_in_backward", "max_grad_norm", "nonfinite")
 """Keywords that belong to an optimizer as a whole."""
@@ -30,17 +30,17 @@ class GrassOptimizer(torch.optim.Optimizer):
     stays None, or its ``.grad`` is a `CompactGrad` and it moves in `step`.
     """
 
-    rule: Rule
-
-    def __init__(self, params: Any, *, own: Mapping[str, Any], **torch_keywords: Any) -> None:
+    def __init__(self, params: Any, rule: Rule, own: Mapping[str, Any], **torch_keywords: Any) -> None:
         """Set up groups.
 
         Args:
             params: parameters, named parameters or groups, as for any torch optimizer.
-            own: defaults of the keywords that are ours.
+            rule: what moves the projected weights.
+            own: defaults of the keywords that are ours; those that are missing have the package's.
             **torch_keywords: defaults of torch's keywords.
         """
-        self._own = dict(own)
+        self.rule = rule
+        self._own = _completed(own)
         self._holder = Holder(self, fused=True)
         self._warned = False
         try:
@@ -287,3 +287,21 @@ class GrassOptimizer(torch.optim.Optimizer):
             if len({group[key] for group in groups}) > 1:
                 raise StateError(f"{key} differs between the loaded parameter groups. Nothing was changed.")
         return groups
+
+
+def _completed(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Our keywords, completed.
+
+    Raises:
+        ConfigError: an unknown one.
+    """
+    for key in given:
+        if key not in PROJECT:
+            raise ConfigError(f"{key}={given[key]!r}: this optimizer has no such argument.{nearest(key, PROJECT)}")
+    own = {**PROJECT, "rank": 128, **given}
+    if not isinstance(own["exclude"], str):
+        own["exclude"] = tuple(own["exclude"])
+    if given.get("seed") is None:
+        draws = own["stochastic_rounding"] or own["selection"] != "top" or own["projection"] == "gaussian"
+        own["seed"] = int(torch.randint(2**31, ())) if draws else 0
+    return own

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import DEFAULT_EXCLUDE, PROJECT, AxisChoice, NonFinite, finite, nearest, positive_int
+from ..config import DEFAULT_EXCLUDE, AxisChoice, NonFinite, finite, nearest, positive_int
 from ..errors import ConfigError
+from .compact import is_compact
 from .optimizer import GrassOptimizer
 from .rules import (
     RESERVED,
@@ -23,7 +24,6 @@ from .rules import (
     SketchyRule,
     registered_rules,
 )
-from .state import is_compact
 from .step import run_rule
 
 
@@ -116,15 +116,14 @@ class AdamW(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
         nonfinite: NonFinite = "raise",
         projection: str = "grass",
     ) -> None:
-        self.rule = AdamWRule()
-        own = _own_keywords(
+        own = dict(
             rank=rank, update_proj_gap=update_proj_gap, selection=selection, replacement=replacement, axis=axis,
             on_refresh=on_refresh, scale=scale, exclude=exclude,
             step_in_backward=step_in_backward, max_grad_norm=max_grad_norm, refresh_warmup=refresh_warmup,
             stochastic_rounding=stochastic_rounding, state_dtype=state_dtype, block=block, stagger=stagger, seed=seed,
             scores=scores, nonfinite=nonfinite, projection=projection,
         )  # fmt: skip
-        super().__init__(params, own=own, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=True)
+        super().__init__(params, AdamWRule(), own, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=True)
 
 
 class AdamW8bit(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
@@ -156,9 +155,7 @@ class AdamW8bit(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
         weight_decay: float = 0.0,
         **project: Any,
     ) -> None:
-        self.rule = AdamW8bitRule()
-        keywords = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        super().__init__(params, own=_own_keywords(**project), **keywords, foreach=True)
+        super().__init__(params, AdamW8bitRule(), project, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=True)
 
 
 class Apollo(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
@@ -192,9 +189,10 @@ class Apollo(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
         directions: int = 16,
         **project: Any,
     ) -> None:
-        self.rule = ApolloRule(positive_int("directions", directions))
-        keywords = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        super().__init__(params, own=_own_keywords(**project), **keywords, foreach=True)
+        super().__init__(
+            params, ApolloRule(positive_int("directions", directions)), project,
+            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=True,
+        )  # fmt: skip
 
 
 class Sketchy(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
@@ -227,9 +225,10 @@ class Sketchy(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
         size: int = 16,
         **project: Any,
     ) -> None:
-        self.rule = SketchyRule(positive_int("size", size))
-        keywords = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        super().__init__(params, own=_own_keywords(**project), **keywords, foreach=True)
+        super().__init__(
+            params, SketchyRule(positive_int("size", size)), project,
+            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=True,
+        )  # fmt: skip
 
 
 class SGD(GrassOptimizer, torch.optim.SGD):  # type: ignore[override]
@@ -261,9 +260,10 @@ class SGD(GrassOptimizer, torch.optim.SGD):  # type: ignore[override]
         nesterov: bool = False,
         **project: Any,
     ) -> None:
-        self.rule = SGDRule(momentum != 0, nesterov)
-        keywords = dict(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov)
-        super().__init__(params, own=_own_keywords(**project), **keywords, foreach=True)
+        super().__init__(
+            params, SGDRule(momentum != 0, nesterov), project,
+            lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, foreach=True,
+        )  # fmt: skip
 
 
 class Adafactor(GrassOptimizer, torch.optim.Adafactor):
@@ -295,9 +295,10 @@ class Adafactor(GrassOptimizer, torch.optim.Adafactor):
         weight_decay: float = 0.0,
         **project: Any,
     ) -> None:
-        self.rule = AdafactorRule()
-        keywords = dict(lr=lr, beta2_decay=beta2_decay, eps=eps, d=d, weight_decay=weight_decay)
-        super().__init__(params, own=_own_keywords(**project), **keywords, foreach=True)
+        super().__init__(
+            params, AdafactorRule(), project,
+            lr=lr, beta2_decay=beta2_decay, eps=eps, d=d, weight_decay=weight_decay, foreach=True,
+        )  # fmt: skip
 
 
 class Optimizer(GrassOptimizer):
@@ -322,12 +323,11 @@ class Optimizer(GrassOptimizer):
             raise ConfigError(f"rule must be a grass_compile.Rule or the name of one, got {type(rule).__name__}.")
         if taken := sorted(RESERVED & set(rule.state_names)):
             raise ConfigError(f"{type(rule).__name__}: the state name {taken[0]!r} is taken; choose another one.")
-        self.rule = rule
         defaults = {"weight_decay": 0.0, **rule.defaults}
         own = {key: value for key, value in keywords.items() if key not in defaults}
         chosen = {**defaults, **{key: value for key, value in keywords.items() if key in defaults}}
         _check_numbers(type(self).__name__, chosen)
-        super().__init__(params, own=_own_keywords(**own), defaults=chosen)
+        super().__init__(params, rule, own, defaults=chosen)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As of `AdamW`; here the state of dense parameters is ours too, and keeps its dtypes, which torch would turn into the
@@ -417,21 +417,3 @@ def _check_numbers(what: str, chosen: Mapping[str, Any]) -> None:
     for beta in chosen.get("betas", ()):
         if not 0.0 <= finite(f"{what}: betas", beta) < 1.0:
             raise ConfigError(f"{what}: betas must be in [0, 1), got {chosen['betas']!r}.")
-
-
-def _own_keywords(**given: Any) -> dict[str, Any]:
-    """Our keywords, completed.
-
-    Raises:
-        ConfigError: an unknown one.
-    """
-    for key in given:
-        if key not in PROJECT:
-            raise ConfigError(f"{key}={given[key]!r}: this optimizer has no such argument.{nearest(key, PROJECT)}")
-    own = {**PROJECT, "rank": 128, **given}
-    if not isinstance(own["exclude"], str):
-        own["exclude"] = tuple(own["exclude"])
-    if given.get("seed") is None:
-        draws = own["stochastic_rounding"] or own["selection"] != "top" or own["projection"] == "gaussian"
-        own["seed"] = int(torch.randint(2**31, ())) if draws else 0
-    return own

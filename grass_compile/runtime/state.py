@@ -6,7 +6,6 @@ A compiled graph serves many parameters, so nothing about a parameter is baked i
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -17,9 +16,10 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import _torch
-from ..config import Axis, GroupOptions, SiteConfig
+from ..config import GroupOptions, SiteConfig
 from ..errors import StateError
 from . import selection
+from .compact import Assigned, initial_state, is_compact, leaf_like
 from .gradient import CompactGrad
 from .noise import new_key
 from .nonfinite import sound
@@ -31,16 +31,6 @@ from .step import SCALES, layout_of, settled_state, step_state
 if TYPE_CHECKING:
     from .call import Call
     from .holder import Holder
-
-
-@dataclasses.dataclass(frozen=True)
-class Assigned:
-    """How a weight is projected; settled when its first graph is analysed, and fixed from then on."""
-
-    axis: Axis
-    dim: int
-    rank: int
-    why: str = dataclasses.field(default="", compare=False)
 
 
 Kernel = Callable[..., None]
@@ -403,20 +393,18 @@ class Record:
     def renew(self, rows: Tensor) -> None:
         """Go over to rows that were proposed by a step that is done."""
         self._settle(rows, (), None)
-        if self.options.on_refresh == "reset":
+        if self.options.on_refresh == "reset" and not self.config().counted:  # otherwise the count is settled with the rest
             self.state["step"].zero_()
 
     def stepped(self, refresh: bool) -> None:
         """Note that a backward has moved the weight."""
         assert self.holder is not None
-        if self.options.scores != "exact":
-            self.count(False)
-            if refresh:
-                self.renew(self.proposed)
-        else:
-            if refresh:
-                self._choose(self.scratch())
-            self.count(refresh)
+        exact = self.options.scores == "exact"
+        if refresh and exact:
+            self._choose(self.scratch())
+        self.count(refresh and exact)
+        if refresh and not exact:
+            self.renew(self.proposed)
         self.moved = True
         self.holder.clipped = self.holder.max_norm is not None
 
@@ -458,67 +446,6 @@ def _deliver(record: Record | None, leaf: Tensor) -> None:
     next_rows = record.proposed.clone() if record.proposes else None
     how = record.assigned.dim, parameter, record.name, fresh, scales, next_rows, projection
     parameter.grad = CompactGrad(values, rows, *how)
-
-
-def leaf_like(weight: Tensor, assigned: Assigned) -> Tensor:
-    """A tensor of the compact gradient's shape and dtype, without storage of its own."""
-    shape = list(weight.shape)
-    shape[assigned.dim] = assigned.rank
-    return torch.empty((), dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device).expand(shape)
-
-
-def is_compact(state: Mapping[str, Any]) -> bool:
-    """Whether an entry of an optimizer's state is that of a projected weight."""
-    return any(selector in state for selector in SELECTORS.values())
-
-
-def initial_state(
-    parameter: Tensor,
-    assigned: Assigned,
-    on_refresh: str,
-    rule: Rule,
-    state_dtype: torch.dtype | None = None,
-    checked: bool = False,
-    projection: str = "grass",
-) -> dict[str, Any]:
-    """The compact state of a weight before its first refresh.
-
-    Returns:
-        ``index`` ``int64[r]`` and ``row_scale`` ``[r]``, or with a dense projection ``basis`` ``[m, r]`` (in the weight's dtype)
-        or ``key`` ``int64[2]``; ``step`` (0-d on the CPU, as torch keeps it; beside the moments if the step itself counts it, and
-        then ``[r]`` if by row); ``updates`` (how many the weight has had in all); ``nonfinite`` (``int32[1]``, how many of them
-        were skipped); ``axis`` and ``dim`` (the stored dimension that is indexed); and the rule's state by its layout, in the
-        dtype that the rule names, ``state_dtype``, or at least fp32.
-    """
-    dtype, device = torch.promote_types(parameter.dtype, torch.float32), parameter.device
-    counted = checked or on_refresh == "carry"
-    shape = list(parameter.shape)
-    shape[assigned.dim] = assigned.rank
-    state: dict[str, Any] = {
-        **_initial_selector(parameter, assigned, projection),
-        "step": torch.zeros([assigned.rank] if on_refresh == "carry" else [], device=device if counted else "cpu"),
-        "updates": 0,
-        "nonfinite": torch.zeros(1, dtype=torch.int32, device=device),
-        "axis": assigned.axis,
-        "dim": assigned.dim,
-    }
-    for name in rule.state_names:
-        full = rule.layout(name) == "full"
-        kind = rule.state_dtypes.get(name, state_dtype if state_dtype is not None and full else dtype)
-        sizes = shape if full else rule.shape(name, assigned.rank, shape[1 - assigned.dim])
-        state[name] = torch.zeros(sizes, dtype=kind, device=device)
-    return state
-
-
-def _initial_selector(parameter: Tensor, assigned: Assigned, projection: str) -> dict[str, Tensor]:
-    """What says where the compact gradient lies, before anything was chosen."""
-    rank, device = assigned.rank, parameter.device
-    if projection == "galore":
-        return {"basis": torch.zeros(parameter.shape[assigned.dim], rank, dtype=parameter.dtype, device=device)}
-    if projection == "gaussian":
-        return {"key": torch.zeros(2, dtype=torch.int64, device=device)}
-    wide = torch.promote_types(parameter.dtype, torch.float32)
-    return {"index": torch.arange(rank, device=device), "row_scale": torch.ones(rank, dtype=wide, device=device)}
 
 
 _records: WeakIdKeyDictionary = WeakIdKeyDictionary()

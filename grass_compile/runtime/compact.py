@@ -1,0 +1,85 @@
+"""The compact state of one weight: which tensors there are, and of which shapes and dtypes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import Axis
+from .projection import SELECTORS
+from .rules import Rule
+
+
+@dataclasses.dataclass(frozen=True)
+class Assigned:
+    """How a weight is projected; settled when its first graph is analysed, and fixed from then on."""
+
+    axis: Axis
+    dim: int
+    rank: int
+    why: str = dataclasses.field(default="", compare=False)
+
+
+def is_compact(state: Mapping[str, Any]) -> bool:
+    """Whether an entry of an optimizer's state is that of a projected weight."""
+    return any(selector in state for selector in SELECTORS.values())
+
+
+def initial_state(
+    parameter: Tensor,
+    assigned: Assigned,
+    on_refresh: str,
+    rule: Rule,
+    state_dtype: torch.dtype | None = None,
+    checked: bool = False,
+    projection: str = "grass",
+) -> dict[str, Any]:
+    """The compact state of a weight before its first refresh.
+
+    Returns:
+        ``index`` ``int64[r]`` and ``row_scale`` ``[r]``, or with a dense projection ``basis`` ``[m, r]`` (in the weight's dtype)
+        or ``key`` ``int64[2]``; ``step`` (0-d on the CPU, as torch keeps it; beside the moments if the step itself counts it, and
+        then ``[r]`` if by row); ``updates`` (how many the weight has had in all); ``nonfinite`` (``int32[1]``, how many of them
+        were skipped); ``axis`` and ``dim`` (the stored dimension that is indexed); and the rule's state by its layout, in the
+        dtype that the rule names, ``state_dtype``, or at least fp32.
+    """
+    dtype, device = torch.promote_types(parameter.dtype, torch.float32), parameter.device
+    counted = checked or on_refresh == "carry"
+    shape = list(parameter.shape)
+    shape[assigned.dim] = assigned.rank
+    state: dict[str, Any] = {
+        **_initial_selector(parameter, assigned, projection),
+        "step": torch.zeros([assigned.rank] if on_refresh == "carry" else [], device=device if counted else "cpu"),
+        "updates": 0,
+        "nonfinite": torch.zeros(1, dtype=torch.int32, device=device),
+        "axis": assigned.axis,
+        "dim": assigned.dim,
+    }
+    for name in rule.state_names:
+        full = rule.layout(name) == "full"
+        kind = rule.state_dtypes.get(name, state_dtype if state_dtype is not None and full else dtype)
+        sizes = shape if full else rule.shape(name, assigned.rank, shape[1 - assigned.dim])
+        state[name] = torch.zeros(sizes, dtype=kind, device=device)
+    return state
+
+
+def _initial_selector(parameter: Tensor, assigned: Assigned, projection: str) -> dict[str, Tensor]:
+    """What says where the compact gradient lies, before anything was chosen."""
+    rank, device = assigned.rank, parameter.device
+    if projection == "galore":
+        return {"basis": torch.zeros(parameter.shape[assigned.dim], rank, dtype=parameter.dtype, device=device)}
+    if projection == "gaussian":
+        return {"key": torch.zeros(2, dtype=torch.int64, device=device)}
+    wide = torch.promote_types(parameter.dtype, torch.float32)
+    return {"index": torch.arange(rank, device=device), "row_scale": torch.ones(rank, dtype=wide, device=device)}
+
+
+def leaf_like(weight: Tensor, assigned: Assigned) -> Tensor:
+    """A tensor of the compact gradient's shape and dtype, without storage of its own."""
+    shape = list(weight.shape)
+    shape[assigned.dim] = assigned.rank
+    return torch.empty((), dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device).expand(shape)
