@@ -16,17 +16,9 @@ from torch import Tensor, nn
 import grass_compile
 from grass_compile import ConfigError, GraphError
 from grass_compile.runtime.rules import AdafactorRule, Layout, sonew
+from tests.compact import Net
 
 AXES = ("rows", "columns")
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(24, 16), nn.Linear(16, 24, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(torch.tanh(self.a(x)))  # type: ignore[no-any-return]
 
 
 def batch(seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
