@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -157,15 +158,9 @@ def test_parameters_and_groups_in_another_order(make: MakeOptimizer, other: Make
 FULL = StateDictOptions(full_state_dict=True)
 
 
-TEMPLATE = pytest.mark.xfail(
-    reason="torch takes the shapes from the new optimizer's state, and before its first step it has none"
-)
-
-
 @pytest.mark.parametrize(
     ("options", "begun"),
     [
-        pytest.param(FULL, False, marks=TEMPLATE),
         (FULL, True),
         (StateDictOptions(cpu_offload=True), False),
         (StateDictOptions(cpu_offload=True), True),
@@ -266,13 +261,11 @@ def test_file_goes_through_torch_save(tmp_path: pathlib.Path) -> None:
     continued(first, second, load, state)
 
 
-@pytest.mark.parametrize("begun", [pytest.param(False, marks=TEMPLATE), True])
-def test_file_by_torchs_recipe(begun: bool, tmp_path: pathlib.Path) -> None:
+def test_file_by_torchs_recipe(tmp_path: pathlib.Path) -> None:
     """``get_state_dict`` of the new run says where to load to; its state must have the saved shapes."""
     first, second = Run(), Run()
     first.train(0, 4)
-    if begun:
-        second.train(0, 1)
+    second.train(0, 1)
     model, optimizer = get_state_dict(first.model, first.optimizer)
     dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=tmp_path, no_dist=True)
 
@@ -283,6 +276,26 @@ def test_file_by_torchs_recipe(begun: bool, tmp_path: pathlib.Path) -> None:
         set_state_dict(second.model, second.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
     continued(first, second, load, None)
+
+
+@pytest.mark.parametrize("how", ["full_state_dict", "recipe"])
+def test_torch_refuses_where_it_needs_the_shapes_of_a_run_that_has_not_begun(how: str, tmp_path: pathlib.Path) -> None:
+    """Before its first step nothing is projected, so torch takes dense shapes for where to load to. It must not lose what does
+    not fit them without a word, and the run must be able to go on as if nothing had happened."""
+    first, second, untouched = Run(), Run(), Run()
+    first.train(0, 4)
+    untouched.model.load_state_dict(second.model.state_dict())
+    get_optimizer_state_dict(untouched.model, untouched.optimizer)  # torch's step of zeros counts for the dense parameters
+    if how == "full_state_dict":
+        state = copy.deepcopy(get_optimizer_state_dict(first.model, first.optimizer, options=FULL))
+        with pytest.raises(KeyError, match=r"state\.up\.weight\.updates"):
+            set_optimizer_state_dict(second.model, second.optimizer, state, options=FULL)
+    else:
+        dcp.save({"optimizer": get_optimizer_state_dict(first.model, first.optimizer)}, checkpoint_id=tmp_path, no_dist=True)
+        state = {"optimizer": get_optimizer_state_dict(second.model, second.optimizer)}
+        with pytest.raises(CheckpointException, match=r"Size mismatch.* for optimizer\.state\.up\.weight\.exp_avg"):
+            dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
+    assert second.train(0, 4) == untouched.train(0, 4) and second.projected == ["up.weight", "down.weight"]
 
 
 # ---------------------------------------------------------------------------------------------------- unmodified scripts
