@@ -23,7 +23,8 @@ from benchmarks.model import Settings, build
 from benchmarks.record import MIB
 from benchmarks.side_by_side import cell, quartiles
 
-SCORES = ("exact", "sampled", "estimate")
+SCORES = ("exact", "sampled", "estimate", "shared")
+"""``shared``: estimated, and q, k, v as well as gate, up choose their columns together."""
 
 
 class Trained:
@@ -35,7 +36,8 @@ class Trained:
         if scores is None:
             self.optimizer: torch.optim.Optimizer = METHODS["dense"].prepare(self.model, settings)
         else:
-            keywords: dict[str, Any] = dict(lr=settings.lr, rank=settings.rank, axis=axis, scores=scores, on_refresh="carry")
+            keywords: dict[str, Any] = dict(lr=settings.lr, rank=settings.rank, axis=axis, on_refresh="carry")
+            keywords |= dict(scores="estimate", share_index=True) if scores == "shared" else dict(scores=scores)
             self.optimizer = grass_compile.AdamW(named, update_proj_gap=2, **keywords)
         self.model.compile(backend="inductor" if scores is None else "grass")
 
@@ -54,8 +56,10 @@ def collect(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     torch._dynamo.config.recompile_limit = 32
     settings = record.settings_of(arguments, "grass-rows")
     dense = Trained(settings, None, None)
-    trainers = {f"{axis} {scores}": Trained(settings, axis, scores) for axis in arguments.axes for scores in arguments.scores}
+    kinds = [(axis, scores) for axis in arguments.axes for scores in arguments.scores if (axis, scores) != ("rows", "shared")]
+    trainers = {f"{axis} {scores}": Trained(settings, axis, scores) for axis, scores in kinds}
     peaks: dict[str, list[int]] = {}
+    saved: dict[str, int] = {}
     dense.step()
     for name, trainer in tqdm(trainers.items(), desc="compiling", file=sys.stderr):
         with estimated_peaks() as refresh:
@@ -64,6 +68,7 @@ def collect(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
             trainer.step()  # the second step proposes as well: a new interval is to begin with the third
         with estimated_peaks() as regular:
             trainer.step()
+        saved[name] = max((graph.saved_bytes for graph in regular if graph.kind == "backward"), default=0)
         peaks[name] = [max((g.peak_bytes for g in graphs if g.kind == "backward"), default=0) for graphs in (refresh, regular)]
     seconds: dict[str, list[float]] = {f"{name} {kind}": [] for name in trainers for kind in ("regular", "refresh")}
     seconds["dense"] = []
@@ -77,6 +82,7 @@ def collect(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
             "refresh_to_regular": quartiles(_ratios(seconds[f"{name} refresh"], seconds[f"{name} regular"])),
             "refresh_to_dense": quartiles(_ratios(seconds[f"{name} refresh"], seconds["dense"])),
             "regular_to_dense": quartiles(_ratios(seconds[f"{name} regular"], seconds["dense"])),
+            "saved_bytes": saved[name],
             "backward_peak_bytes": dict(zip(("refresh", "regular"), peaks[name], strict=True)),
         }
         for name in trainers
@@ -96,12 +102,13 @@ def main() -> int:
     record.add_settings(parser)
     arguments = parser.parse_args()
     summary = collect(arguments)
-    header = ["scores", "refresh / regular", "refresh / dense", "regular / dense", "peak refresh", "peak regular, MiB"]
+    header = ["scores", "refresh / regular", "refresh / dense", "regular / dense", "peak refresh", "peak regular", "saved, MiB"]
     rows = [
         [
             name,
             *(cell(found[key], ".2f") for key in ("refresh_to_regular", "refresh_to_dense", "regular_to_dense")),
             *(f"{found['backward_peak_bytes'][kind] / MIB:.0f}" for kind in ("refresh", "regular")),
+            f"{found['saved_bytes'] / MIB:.0f}",
         ]
         for name, found in summary.items()
     ]

@@ -19,7 +19,7 @@ from .config import BackendOptions
 from .errors import ConfigError, GraphError, GrassError, GrassWarning
 from .passes import pipeline
 from .passes.pipeline import PASSES, Plan, PlanMismatch
-from .passes.records import Analysis, WeightInput
+from .passes.records import Analysis, Projection, WeightInput
 from .runtime import adoption
 from .runtime import state as registry
 from .runtime.call import Call, expected, in_graph
@@ -243,6 +243,7 @@ class Region:
             projections=analysis.projections,
             hyper=_numbered([record.hyper_key(record.renewed) for record in held]),
             kernels=tuple(kernels.named(self.options, p.config, p.dim) for p in analysis.projections),
+            leaders=_leaders(analysis.projections, held),
             disabled=self.options.disable_passes,
             clipped=clipped,
         )
@@ -340,6 +341,22 @@ def _renamed(analysis: Analysis, weights: tuple[WeightInput, ...]) -> Analysis:
     configs = {weight.position: weight.config for weight in weights}
     projections = tuple(dataclasses.replace(p, config=configs[p.position]) for p in analysis.projections)
     return dataclasses.replace(analysis, projections=projections)
+
+
+def _leaders(projections: Sequence[Projection], records: Sequence[Record]) -> tuple[int, ...]:
+    """For each projection the position of the weight whose columns it takes: with ``share_index``, the first of those that read
+    the same activations and have been trained alike. Brings the others' columns into line."""
+    first: dict[Any, tuple[int, Record]] = {}
+    leaders = []
+    for projection, record in zip(projections, records, strict=True):
+        leader = projection.position
+        if record.options.share_index and projection.reads is not None:
+            key = projection.reads, projection.rank, id(record.group), record.state["updates"]
+            position, lead = first.get(key, (leader, record))
+            if record.follow(lead):
+                first[key], leader = (position, lead), position
+        leaders.append(leader)
+    return tuple(leaders)
 
 
 def _numbered(keys: Sequence[Any]) -> tuple[int, ...]:

@@ -54,6 +54,7 @@ class SiteConfig:
         scores: what new rows are chosen by.
         checked: whether a step whose gradient is not finite is skipped.
         projection: ``grass`` selects rows, ``galore`` projects onto singular vectors, ``gaussian`` onto random vectors.
+        share_index: whether weights that read the same activations choose their columns together.
     """
 
     rank: int
@@ -70,6 +71,7 @@ class SiteConfig:
     scores: Scores = "exact"
     checked: bool = False
     projection: ProjectionKind = "grass"
+    share_index: bool = False
 
     @property
     def counted(self) -> bool:
@@ -85,7 +87,7 @@ class SiteConfig:
     def step_alone(self) -> SiteConfig:
         """The same as far as a step between refreshes goes; configurations for which this is equal share compiled steps."""
         on_refresh: OnRefresh = "carry" if self.on_refresh == "carry" else "reset"
-        return dataclasses.replace(self, on_refresh=on_refresh, selection="top", block=1, scores="exact")
+        return dataclasses.replace(self, on_refresh=on_refresh, selection="top", block=1, scores="exact", share_index=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +111,7 @@ class GroupOptions:
     scores: Scores = "exact"
     nonfinite: NonFinite = "raise"
     projection: ProjectionKind = "grass"
+    share_index: bool = False
 
     @property
     def checked(self) -> bool:
@@ -127,7 +130,7 @@ class GroupOptions:
             rank=self.rank, axis=axis, on_refresh=self.on_refresh, decays=decays, scale=self.scale, rule=rule,
             stochastic_rounding=self.stochastic_rounding, state_dtype=self.state_dtype, selection=self.selection,
             block=self.block, replacement=self.replacement, scores=self.scores, checked=self.checked,
-            projection=self.projection,
+            projection=self.projection, share_index=self.share_index,
         )  # fmt: skip
 
 
@@ -173,7 +176,7 @@ def parse_group(group: Mapping[str, Any]) -> GroupOptions:
         raise ConfigError(f"rank={rank} is not a multiple of block={block}: rows are chosen {block} at a time.")
     stagger = group["stagger"]
     stagger = STAGGER_SLOTS if stagger is True else 1 if stagger is False else positive_int("stagger", stagger)
-    for key in ("step_in_backward", "stochastic_rounding", "replacement"):
+    for key in ("step_in_backward", "stochastic_rounding", "replacement", "share_index"):
         if not isinstance(group[key], bool):
             raise ConfigError(f"{key} must be True or False, got {group[key]!r}.")
     if group["replacement"] and selection == "top":
@@ -187,6 +190,11 @@ def parse_group(group: Mapping[str, Any]) -> GroupOptions:
     if group["replacement"] and scores != "exact":
         raise ConfigError(
             f"replacement=True scales rows by the probabilities of exact norms; scores={scores!r} has none. Use 'exact'."
+        )
+    if group["share_index"] and scores == "exact":
+        raise ConfigError(
+            "share_index=True chooses the columns of several weights by the sum of their scores; exact ones would need all of "
+            "their full gradients at once. Use scores='sampled' or 'estimate'."
         )
     projection = one_of("projection", group["projection"], PROJECTIONS)
     if projection != "grass":
@@ -220,6 +228,7 @@ def parse_group(group: Mapping[str, Any]) -> GroupOptions:
         scores=scores,
         nonfinite=one_of("nonfinite", group["nonfinite"], NONFINITE),
         projection=projection,
+        share_index=group["share_index"],
     )
 
 
@@ -229,7 +238,7 @@ def _check_dense_projection(projection: str, group: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: naming the keyword.
     """
-    for key, only in (("selection", "top"), ("replacement", False), ("block", 1), ("scores", "exact")):
+    for key, only in (("selection", "top"), ("replacement", False), ("block", 1), ("share_index", False), ("scores", "exact")):
         if group[key] != only:
             raise ConfigError(
                 f"{key}={group[key]!r} is about which rows are selected; projection={projection!r} selects none. Leave {key} "
@@ -251,6 +260,7 @@ PROJECT: dict[str, Any] = dict(
     rank=None, update_proj_gap=200, selection="top", replacement=False, axis="auto", on_refresh="reset", scale=1.0,
     exclude=DEFAULT_EXCLUDE, step_in_backward=True, max_grad_norm=None, refresh_warmup=0, stochastic_rounding=False,
     state_dtype=None, seed=0, block=1, stagger=False, scores="exact", nonfinite="raise", projection="grass",
+    share_index=False,
 )  # fmt: skip
 """The keywords of a grass optimizer that are ours rather than torch's, with their defaults."""
 

@@ -27,6 +27,7 @@ class Findings:
         self.projections: dict[Tensor, Projection] = {}
         self.reasons: dict[Tensor, str] = {}
         self.calls: dict[Tensor, int] = {}
+        self.leaders: dict[Tensor, str] = {}
         self.error: GrassError | None = None
 
     def backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -49,8 +50,11 @@ class Findings:
         if not weights:
             return
         _, analysis = region.analyse(weights)
+        first: dict[int, str] = {}
         for projection in analysis.projections:
             parameter = parameters[projection.position]
+            if projection.config.share_index and projection.reads is not None:
+                self.leaders[parameter] = first.setdefault(projection.reads, projection.name)
             self.projections[parameter] = projection
             self.calls[parameter] = self.calls.get(parameter, 0) + 1
         for refusal in analysis.refusals:
@@ -121,6 +125,8 @@ def _row(name: str, parameter: Tensor, findings: Findings) -> Row:
     if findings.calls[parameter] > 1:
         reason += f"; reached by {findings.calls[parameter]} calls of compiled regions, so it moves in opt.step()"
     axis, rank, dim, kind = projection.axis, projection.rank, projection.dim, projection.config.projection
+    if findings.leaders.get(parameter, projection.name) != projection.name:
+        reason += f"; shares its columns with {findings.leaders[parameter]}"
     if kind != "grass":
         reason = f"projection={kind!r}; {reason}"
     return Row(name, shape, dtype, True, axis, rank, reason, dim, projection.tokens, _state_bytes(parameter, projection), kind)

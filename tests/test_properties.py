@@ -81,8 +81,10 @@ def test_row_update_rounds_once(rows: int, columns: int, dim: int, bf16: bool, d
 @settings(max_examples=40, deadline=None)
 @given(m=st.integers(1, 9000), n=st.integers(1, 9000), b=st.integers(1, 10**6), r=st.integers(1, 512))
 def test_cost_model_is_what_the_formulas_say(m: int, n: int, b: int, r: int) -> None:
-    values = {costs.m: m, costs.n: n, costs.b: b, costs.r: r, costs.s: 4, costs.e: 2, costs.k: 3}
+    values = {costs.m: m, costs.n: n, costs.b: b, costs.r: r, costs.s: 4, costs.e: 2, costs.k: 3, costs.c: 1}
     rows = 2 * b * r * n / costs.FLOPS_PER_BYTE + 8 * r * n + 2 * b * n / 3
     columns = 2 * b * r * m / costs.FLOPS_PER_BYTE + 8 * r * m + 2 * b * r
     assert float(costs.total_bytes("rows").subs(values)) == pytest.approx(rows)
     assert float(costs.total_bytes("columns").subs(values)) == pytest.approx(columns)
+    shared = float(costs.total_bytes("columns").subs({**values, costs.c: 3}))
+    assert shared == pytest.approx(columns - 2 * b * r * 2 / 3)

@@ -7,11 +7,12 @@ what              rows (out-features)         columns (in-features)
 ================  ==========================  =============================
 flops             ``2 b r n``                 ``2 b r m``
 state bytes       ``2 s r n``                 ``2 s r m``
-saved activation  ``e b n / k``               ``e b r``
+saved activation  ``e b n / k``               ``e b r / c``
 ================  ==========================  =============================
 
 ``s`` is the size of a state element, ``e`` of an activation element, and ``k`` the number of weights that read the same
-``X``: with rows they save one ``X`` together, with columns each keeps its own ``X[:, idx]``. Flops become bytes through
+``X``: with rows they save one ``X`` together, with columns each keeps its own ``X[:, idx]`` (``c = 1``), unless ``share_index``
+lets them save one (``c = k``). Flops become bytes through
 ``FLOPS_PER_BYTE``, the arithmetic intensity at which moving a byte costs as much time as computing.
 """
 
@@ -31,11 +32,11 @@ from .records import Choice, Product, Site
 FLOPS_PER_BYTE = 100
 """Between a CPU (about 10 to 30 flops per byte) and an H200 (about 200 in bf16); the choice is not sensitive to it."""
 
-m, n, b, r, s, e, k = sympy.symbols("m n b r s e k", positive=True)
+m, n, b, r, s, e, k, c = sympy.symbols("m n b r s e k c", positive=True)
 
 FLOPS: dict[Axis, sympy.Expr] = {"rows": 2 * b * r * n, "columns": 2 * b * r * m}
 STATE_BYTES: dict[Axis, sympy.Expr] = {"rows": 2 * s * r * n, "columns": 2 * s * r * m}
-ACTIVATION_BYTES: dict[Axis, sympy.Expr] = {"rows": e * b * n / k, "columns": e * b * r}
+ACTIVATION_BYTES: dict[Axis, sympy.Expr] = {"rows": e * b * n / k, "columns": e * b * r / c}
 
 UNDECIDED = Choice("rows", "not decided yet")
 
@@ -102,6 +103,7 @@ def numbers(site: Site, sharers: int) -> dict[sympy.Symbol, Any]:
         s: max(4, weight_bytes),
         e: weight_bytes,
         k: sharers,
+        c: sharers if site.weight.config.share_index else 1,
     }
 
 

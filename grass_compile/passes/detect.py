@@ -126,6 +126,16 @@ def _own(user: fx.Node, owned: set[fx.Node], site: Site, node: fx.Node) -> bool:
     return user in owned
 
 
+def activations(site: Site) -> Any:
+    """What is equal for sites whose columns are columns of the same activations, as `normalize` leaves them; None for others."""
+    gradient = site.gradient
+    while isinstance(gradient, Cast):
+        gradient = gradient.inner
+    if not isinstance(gradient, Product) or gradient.operand(site.dim).is_grad_out:
+        return None
+    return gradient.operand(site.dim)
+
+
 def selectable(gradient: Gradient, dim: int) -> bool:
     """Whether rows along stored dimension ``dim`` can be computed without the others."""
     if isinstance(gradient, Product):

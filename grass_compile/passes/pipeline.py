@@ -27,7 +27,7 @@ from ..runtime.projection import SELECTORS
 from ..runtime.step import Action, graph_state
 from . import costs
 from .anchor import anchor
-from .detect import detect, input_positions
+from .detect import activations, detect, input_positions
 from .fuse import fuse
 from .fx_utils import copy, op_counts, placeholders, primals
 from .normalize import normalize
@@ -63,6 +63,7 @@ class Plan:
         projections: the weights that are projected.
         hyper: for each projection, which of the tensors of hyper-parameters it reads.
         kernels: for each projection, the name under which `grass_compile.runtime.ops` finds its step.
+        leaders: for each projection, the position of the weight whose rows it takes; its own, but for those that share.
         disabled: names of passes to leave out.
         clipped: positions of the dense parameters whose gradients are clipped along with the compact ones, inside the graph;
             None if nothing is clipped there.
@@ -72,6 +73,7 @@ class Plan:
     projections: tuple[Projection, ...]
     hyper: tuple[int, ...]
     kernels: tuple[str, ...]
+    leaders: tuple[int, ...]
     disabled: tuple[str, ...] = ()
     clipped: tuple[int, ...] | None = None
 
@@ -109,10 +111,12 @@ def find(
         log.debug("detect: %s: %s, rank %d: %s", site.weight.name, site.choice.axis, site.rank, site.choice.why)
     for refusal in refusals:
         log.debug("detect: %s stays dense: %s", refusal.weight.name, refusal.reason)
-    return sites, Analysis(tuple(_projection(site) for site in sites), refusals)
+    numbers: dict[Any, int] = {}
+    projections = [_projection(site, numbers.setdefault(activations(site), len(numbers))) for site in sites]
+    return sites, Analysis(tuple(projections), refusals)
 
 
-def _projection(site: Site) -> Projection:
+def _projection(site: Site, number: int) -> Projection:
     weight = site.weight
     tokens = costs.hint(costs.token_count(site))
     return Projection(
@@ -125,6 +129,7 @@ def _projection(site: Site) -> Projection:
         site.shape,
         site.choice.why,
         tokens,
+        None if activations(site) is None else number,
     )
 
 
@@ -159,10 +164,12 @@ def transform(
     if analysis.projections != plan.projections:
         raise PlanMismatch(analysis)
     inputs, nodes = _inputs(gm, plan)
-    index = {p.position: inputs[p.position][SELECTORS[p.config.projection]] for p in plan.projections}
+    leaders = {p.position: leader for p, leader in zip(plan.projections, plan.leaders, strict=True)}
+    index = {p.position: inputs[leaders[p.position]][SELECTORS[p.config.projection]] for p in plan.projections}
     compact = rewrite(gm, sites=sites, index=index, from_slot="rewrite" in plan.disabled)
     log.info("rewrite: %d weight gradients made compact", len(sites))
-    energy = score(gm, sites=sites, hyper={position: named["hyper"] for position, named in inputs.items()})
+    hyper = {position: named["hyper"] for position, named in inputs.items()}
+    energy = score(gm, sites=sites, hyper=hyper, leaders=leaders)
     slots = {node: num_fwd_outputs + i for i, node in enumerate(primals(gm))}
     clipped = [nodes[position] for position in plan.clipped or () if position in nodes]
     norm_leaf = None if plan.clipped is None else nodes[max(nodes)]

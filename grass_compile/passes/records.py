@@ -144,7 +144,12 @@ class Refusal:
 
 @dataclasses.dataclass(frozen=True)
 class Projection:
-    """What the runtime needs to know of a site; free of graph nodes, hashable, part of the key of what is compiled."""
+    """What the runtime needs to know of a site; free of graph nodes, hashable, part of the key of what is compiled.
+
+    Attributes:
+        reads: a number for the activations whose columns are selected, the same for all weights that read the same ones; None
+            along rows, or where a gradient is more than one product.
+    """
 
     name: str = dataclasses.field(compare=False)
     position: int
@@ -155,6 +160,7 @@ class Projection:
     shape: tuple[int, int]
     why: str = dataclasses.field(compare=False)
     tokens: int = dataclasses.field(compare=False)
+    reads: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ import torch
 from torch import fx
 
 from ..runtime import scores as ops
-from .fx_utils import call, propagate, provenance
+from .fx_utils import call, output_node, propagate, provenance
 from .records import Cast, Concat, Gradient, Product, Site, Sum
 from .rewrite import features_last
 
@@ -34,24 +34,33 @@ SCORED = "grass_compile_scored"
 """``node.meta`` key of what the forward computes for the scores of a weight; its value is the weight's position."""
 
 
-def score(gm: fx.GraphModule, *, sites: tuple[Site, ...], hyper: Mapping[int, fx.Node]) -> dict[int, fx.Node]:
+def score(
+    gm: fx.GraphModule, *, sites: tuple[Site, ...], hyper: Mapping[int, fx.Node], leaders: Mapping[int, int]
+) -> dict[int, fx.Node]:
     """Insert the energies of the rows of every site that asks for them.
 
     Args:
         gm: the joint graph, changed in place.
         sites: what `detect` found.
         hyper: for each site's weight position, the placeholder of its hyper-parameters.
+        leaders: for each site's weight position, that of the weight whose rows it takes.
 
     Returns:
-        For each such weight position, the energies, ``[m]`` along the indexed dimension.
+        For each such weight position, the energies, ``[m]`` along the indexed dimension; weights with the same leader have their
+        sum.
     """
-    found = {}
+    found: dict[int, fx.Node] = {}
     for site in sites:
         if site.weight.config.scores != "exact":
             position = site.weight.position
             with provenance(gm, "score", site.weight.name, site.slot), gm.graph.inserting_before(site.slot.next):
                 found[position] = _energy(gm.graph, site, site.gradient, hyper[position])
-    return found
+    totals: dict[int, fx.Node] = {}
+    for position, energy in found.items():
+        total = totals.get(leaders[position])
+        with gm.graph.inserting_before(output_node(gm)):
+            totals[leaders[position]] = energy if total is None else call(gm.graph, aten.add.Tensor, total, energy)
+    return {position: totals[leaders[position]] for position in found}
 
 
 def forget(gm: fx.GraphModule, positions: Collection[int]) -> None:

@@ -180,6 +180,7 @@ class Holder:
             record.count(fresh)
             if gradient.next_rows is not None:
                 record.renew(gradient.next_rows)
+                record.leave()
         _torch.mark_written(list(gradients))
 
     @torch.no_grad()

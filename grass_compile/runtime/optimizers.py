@@ -65,6 +65,8 @@ class AdamW(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
             time; ``"sampled"``, those of the gradient of every eighth token; ``"estimate"``, a sketch of the norms (rows) or
             the norms of the inputs (columns). With the latter two no full gradient is ever formed, a refresh is a step of the
             old rows, and the new ones serve from the next step on; until the second step, these are the first rows.
+        share_index: weights that read the same activations (q, k, v; gate, up) choose their columns together, by the sum of their
+            scores, so that one gathered copy serves all of them. Not with ``scores="exact"``; rows are never shared.
         scale: the paper's alpha, a factor on the update.
         exclude: name patterns (``fnmatch``) that stay dense.
         step_in_backward: the weights move inside ``loss.backward()``; if False, compact gradients are left in ``.grad``
@@ -115,13 +117,14 @@ class AdamW(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
         scores: str = "exact",
         nonfinite: NonFinite = "raise",
         projection: str = "grass",
+        share_index: bool = False,
     ) -> None:
         own = dict(
             rank=rank, update_proj_gap=update_proj_gap, selection=selection, replacement=replacement, axis=axis,
             on_refresh=on_refresh, scale=scale, exclude=exclude,
             step_in_backward=step_in_backward, max_grad_norm=max_grad_norm, refresh_warmup=refresh_warmup,
             stochastic_rounding=stochastic_rounding, state_dtype=state_dtype, block=block, stagger=stagger, seed=seed,
-            scores=scores, nonfinite=nonfinite, projection=projection,
+            scores=scores, nonfinite=nonfinite, projection=projection, share_index=share_index,
         )  # fmt: skip
         super().__init__(params, AdamWRule(), own, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=True)
 

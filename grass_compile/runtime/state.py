@@ -61,8 +61,8 @@ class Record:
     """
 
     __slots__ = (
-        "__weakref__", "_configs", "_holder", "_leaf", "_noise", "_parameter", "_proposed", "_scratch", "assigned", "flight",
-        "group", "kernel", "moved", "name", "number", "options", "outstanding", "proposes", "refreshed", "rows", "rule",
+        "__weakref__", "_configs", "_holder", "_lead", "_leaf", "_noise", "_parameter", "_proposed", "_scratch", "assigned",
+        "flight", "group", "kernel", "moved", "name", "number", "options", "outstanding", "proposes", "refreshed", "rows", "rule",
         "skipped", "trained_dense",
     )  # fmt: skip
 
@@ -87,6 +87,7 @@ class Record:
         self._noise: Tensor | None = None
         self._proposed: Tensor | None = None
         self.proposes = False
+        self._lead: weakref.ref[Record] | None = None
 
     @property
     def parameter(self) -> Tensor:
@@ -198,6 +199,7 @@ class Record:
         self._leaf = self._scratch = self._noise = self._proposed = self.rows = None
         self.moved = self.trained_dense = self.proposes = False
         self.flight = None
+        self.leave()
 
     @property
     def pending(self) -> CompactGrad | None:
@@ -224,7 +226,7 @@ class Record:
         gap, slots = self.options.update_proj_gap, self.options.stagger
         if slots == 1 or self.holder is None:
             return 0
-        return self.number * slots // len(self.holder.records) * gap // slots
+        return self.lead.number * slots // len(self.holder.records) * gap // slots
 
     def next_step(self, fresh: bool) -> int:
         """Updates since the moments were last zero, the next one included; 0 where the step itself counts them.
@@ -273,7 +275,7 @@ class Record:
             self._noise = torch.full((self.parameter.shape[self.assigned.dim],), 0.5, dtype=wide, device=self.parameter.device)
         if drawn:
             with _torch.unversioned([self._noise]):
-                selection.fill_with_noise(self._noise, self.options.seed, self.number, self.state["updates"])
+                selection.fill_with_noise(self._noise, self.options.seed, self.lead.number, self.state["updates"])
         return self._noise
 
     def select(self, gradient: Tensor) -> tuple[Tensor, ...]:
@@ -396,6 +398,32 @@ class Record:
         if self.options.on_refresh == "reset" and not self.config().counted:  # otherwise the count is settled with the rest
             self.state["step"].zero_()
 
+    @property
+    def lead(self) -> Record:
+        """The record whose columns these are, and whose choice of new ones will be made here too: itself, unless it follows
+        another."""
+        lead = self._lead() if self._lead is not None else None
+        return lead if lead is not None else self
+
+    def follow(self, lead: Record) -> bool:
+        """Have the columns that ``lead`` has, from now on.
+
+        Returns:
+            Whether that is so: not as long as something waits that has been computed for other columns.
+        """
+        if self.lead is lead:
+            return True
+        if self.waits or self.outstanding:
+            return False
+        if not torch.equal(self.state["index"], lead.state["index"]):
+            self.renew(lead.state["index"])
+        self._lead = weakref.ref(lead)
+        return True
+
+    def leave(self) -> None:
+        """Follow nobody, until `follow` has seen that the columns agree."""
+        self._lead = None
+
     def stepped(self, refresh: bool) -> None:
         """Note that a backward has moved the weight."""
         assert self.holder is not None
@@ -404,7 +432,7 @@ class Record:
             self._choose(self.scratch())
         self.count(refresh and exact)
         if refresh and not exact:
-            self.renew(self.proposed)
+            self.renew(self.lead.proposed)
         self.moved = True
         self.holder.clipped = self.holder.max_norm is not None
 

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import grass_compile
 from grass_compile.errors import ConfigError
+from grass_compile.passes import pipeline
 from grass_compile.runtime import scores
 from grass_compile.runtime.noise import rounding_noise
 from grass_compile.runtime.reference import CompactState, ReferenceAdamW
@@ -142,8 +144,16 @@ def test_generated_code(how: str, axis: str) -> None:
     run(how, axis, compiler="inductor", steps=5)
 
 
-def test_every_step_a_refresh() -> None:
+def test_every_step_a_refresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a gap of one, each step proposes the rows of the next, by one variant."""
+    backwards: list[Any] = []
+    finish = pipeline.finish_backward
+
+    def watched(gm: Any, plan: Any, key: Any, saved: Any) -> Any:
+        backwards.append(key)
+        return finish(gm, plan, key, saved)
+
+    monkeypatch.setattr(pipeline, "finish_backward", watched)
     torch.manual_seed(0)
     model = nn.Linear(16, 16)
     optimizer = grass_compile.AdamW(model.named_parameters(), rank=4, axis="rows", scores="estimate", update_proj_gap=1, seed=0)
@@ -154,6 +164,75 @@ def test_every_step_a_refresh() -> None:
         compiled(torch.randn(5, 16)).square().sum().backward()
         optimizer.step()
     assert len(seen) > 3
+    assert len(backwards) == 1, backwards
+
+
+class Block(nn.Module):
+    """Two linear layers, whose activations may be computed again in the backward."""
+
+    def __init__(self, again: bool = False) -> None:
+        super().__init__()
+        self.up, self.down, self.again = nn.Linear(16, 32), nn.Linear(32, 16), again
+
+    def forward(self, x: Tensor) -> Tensor:
+        def inner(x: Tensor) -> Tensor:
+            return self.down(torch.tanh(self.up(x)))  # type: ignore[no-any-return]
+
+        return x + (checkpoint(inner, x, use_reentrant=False) if self.again else inner(x))  # type: ignore[no-any-return]
+
+
+def chosen_and_trained(how: str, axis: str, again: bool = False, **keywords: Any) -> tuple[list[list[int]], list[Tensor]]:
+    """Six steps; the rows of each, and the weights after the last."""
+    torch.manual_seed(0)
+    model = Block(again)
+    own: dict[str, Any] = dict(rank=RANK, axis=axis, scores=how, update_proj_gap=2, seed=1, on_refresh="carry", lr=1e-2)
+    optimizer = grass_compile.AdamW(model.named_parameters(), **{**own, **keywords})
+    compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
+    rows = []
+    for step in range(6):
+        compiled(torch.randn(4, 5, 16, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        rows += [optimizer.state[layer.weight]["index"].tolist() for layer in (model.up, model.down)]
+    return rows, [parameter.detach() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+@pytest.mark.parametrize("how", ["sampled", "estimate"])
+def test_recomputed_activations_choose_the_same_rows(how: str, axis: str) -> None:
+    rows, weights = chosen_and_trained(how, axis)
+    assert len({tuple(index) for index in rows}) > 2
+    runs = [chosen_and_trained(how, axis, again=True)]
+    for budget in (0.0, 0.3):
+        with torch._functorch.config.patch(activation_memory_budget=budget):
+            torch._dynamo.reset()
+            runs.append(chosen_and_trained(how, axis))
+    for other_rows, other_weights in runs:
+        assert other_rows == rows
+        for one, other in zip(weights, other_weights, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("how", ["sampled", "estimate"])
+def test_unmodified_script(how: str) -> None:
+    """An adopted optimizer chooses by the full gradient that its first step finds, then by scores."""
+    torch.manual_seed(0)
+    model = Block()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    options = {"compiler": "aot_eager", "rank": RANK, "axis": "columns", "scores": how, "update_proj_gap": 2}
+    compiled = torch.compile(model, backend="grass", options=options)
+    seen = set()
+    for step in range(8):
+        before = model.up.weight.detach().clone()
+        compiled(torch.randn(4, 5, 16, generator=torch.Generator().manual_seed(step)) * torch.rand(16)).square().mean().backward()
+        index = model.up.weight.grad.rows.tolist() if step else None  # type: ignore[union-attr]
+        optimizer.step()
+        optimizer.zero_grad()
+        if index is not None:
+            moved = (model.up.weight.detach() - before).abs().sum(0).nonzero().flatten().tolist()
+            assert moved == index
+            seen.add(tuple(index))
+    assert len(seen) > 2
 
 
 def test_replacement_needs_exact_scores() -> None:

@@ -1,0 +1,255 @@
+"""``share_index=True``: weights that read the same activations choose their columns together and save one gathered copy."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import grass_compile
+from grass_compile import ConfigError
+from grass_compile.passes import pipeline
+from grass_compile.passes.fx_utils import outputs
+from grass_compile.runtime import ops, scores
+
+RANK, GAP = 4, 3
+SHARED = ("q.weight", "k.weight", "v.weight")
+
+
+class Attention(nn.Module):
+    """Three weights that read the same activations, and one that does not."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(width, out, bias=False) for out in (width, width // 2, width // 2, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        weights = (q[..., : k.shape[-1]] @ k.transpose(-1, -2)).softmax(-1)
+        return self.o(torch.cat((weights @ v, q[..., k.shape[-1] :]), -1))  # type: ignore[no-any-return]
+
+
+def batch(step: int, width: int = 16, tokens: int = 11) -> Tensor:
+    return torch.randn(3, tokens, width, generator=torch.Generator().manual_seed(step))
+
+
+class Run:
+    def __init__(self, compiler: str = "aot_eager", **keywords: Any) -> None:
+        torch.manual_seed(1)
+        self.model = Attention()
+        own = dict(rank=RANK, axis="columns", scores="sampled", update_proj_gap=GAP, share_index=True, seed=5, lr=1e-2)
+        self.optimizer = grass_compile.AdamW(self.model.named_parameters(), **{**own, **keywords})
+        self.compiled = torch.compile(self.model, backend="grass", options={"compiler": compiler})
+
+    def train(self, begin: int, end: int, micro: int = 1) -> None:
+        for step in range(begin, end):
+            for part in range(micro - 1):
+                with self.optimizer.accumulate():
+                    self.compiled(batch(1000 * (part + 1) + step)).square().sum().backward()
+            self.compiled(batch(step)).square().sum().backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def index(self, name: str) -> list[int]:
+        found: list[int] = self.optimizer.state[self.model.get_parameter(name)]["index"].tolist()
+        return found
+
+    @property
+    def agree(self) -> bool:
+        return len({tuple(self.index(name)) for name in SHARED}) == 1
+
+
+def eager_steps(run: Run, steps: int, carry: bool) -> list[dict[str, list[int]]]:
+    """Train a copy eagerly by the formulas: columns by the summed energies of all who read them, Adam on these. Gives the columns
+    of each step, and moves ``run.model``'s twin, which it returns as the last entry."""
+    model = copy.deepcopy(run.model)
+    names = [name for name, _ in model.named_parameters()]
+    m, v, count = ({name: torch.zeros_like(p) for name, p in model.named_parameters()} for _ in range(3))
+    index = {name: list(range(RANK)) for name in names}
+    history = []
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            output.register_hook(lambda grad: seen.update({name: (grad.flatten(0, -2), args[0].detach().flatten(0, -2))}))
+
+        return hook
+
+    for name, module in model.named_children():
+        module.register_forward_hook(watch(name))
+    for step in range(steps):
+        model(batch(step)).square().sum().backward()
+        history.append({name: list(columns) for name, columns in index.items()})
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                assert p.grad is not None
+                for column in index[name]:
+                    m[name][:, column].mul_(0.9).add_(p.grad[:, column], alpha=0.1)
+                    v[name][:, column].mul_(0.999).addcmul_(p.grad[:, column], p.grad[:, column], value=0.001)
+                    count[name][:, column] += 1
+                    n = count[name][:, column].double()
+                    m_hat, v_hat = m[name][:, column] / (1 - 0.9**n), v[name][:, column] / (1 - 0.999**n)
+                    p[:, column] -= 1e-2 * (m_hat / (v_hat.sqrt() + 1e-8)).float()
+                p.grad = None
+        if step == 0 or (step + 1) % GAP == 0:
+            energy = {}
+            for name, (grad_out, x) in seen.items():
+                sample = grad_out[:: scores.STRIDE].t() @ x[:: scores.STRIDE]
+                energy[name.removesuffix(".weight")] = sample.square().sum(0)
+            together = sum(energy[name[0]] for name in SHARED)
+            for name in names:
+                wanted = together if name in SHARED else energy[name[0]]
+                assert isinstance(wanted, Tensor)
+                columns = sorted(wanted.argsort(descending=True)[:RANK].tolist())
+                for tensor in (m[name], v[name], count[name]):
+                    for column in range(tensor.shape[1]):
+                        if column not in columns or column not in index[name] or not carry:
+                            tensor[:, column] = 0
+                index[name] = columns
+    run.twin = model  # type: ignore[attr-defined]
+    return history
+
+
+@pytest.mark.parametrize("on_refresh", ["reset", "carry"])
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)])
+def test_against_the_formulas(on_refresh: str, fused: bool, compiler: str) -> None:
+    run = Run(compiler, on_refresh=on_refresh, step_in_backward=fused, weight_decay=0.0, eps=1e-8)
+    history = eager_steps(run, 8, on_refresh == "carry")
+    for step, expected in enumerate(history):
+        run.train(step, step + 1)
+        if step + 1 < len(history):
+            assert {name: run.index(name) for name in expected} == history[step + 1]
+    for one, other in zip(run.model.parameters(), run.twin.parameters(), strict=True):  # type: ignore[attr-defined]
+        torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-5)
+
+
+def saved(monkeypatch: pytest.MonkeyPatch, **keywords: Any) -> tuple[int, int]:
+    """Of a regular step's forward: the bytes it saves, and how many gathers it runs."""
+    forwards: list[fx.GraphModule] = []
+    finish = pipeline.finish_forward
+
+    def watched(gm: fx.GraphModule, plan: pipeline.Plan, refresh: tuple[bool, ...]) -> fx.GraphModule:
+        made = finish(gm, plan, refresh)
+        forwards.extend([] if any(refresh) else [made])
+        return made
+
+    monkeypatch.setattr(pipeline, "finish_forward", watched)
+    Run(**keywords).train(0, 2)
+    values = [node.meta["val"] for node in outputs(forwards[-1]) if isinstance(node, fx.Node)]
+    gathers = len(forwards[-1].graph.find_nodes(op="call_function", target=ops.gather))
+    return sum(value.nbytes for value in values if isinstance(value, Tensor)), gathers
+
+
+@pytest.mark.parametrize("how", ["sampled", "estimate"])
+def test_one_gather_serves_all(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone, together = saved(monkeypatch, share_index=False, scores=how), saved(monkeypatch, scores=how)
+    assert (alone[1], together[1]) == (4, 2)
+    assert alone[0] - together[0] >= 2 * 33 * RANK * 4, "two gathered copies less are saved"
+
+
+@pytest.mark.parametrize("keywords", [dict(selection="norm"), dict(stagger=3), dict(scores="estimate", selection="uniform")])
+def test_draws_agree(keywords: dict[str, Any]) -> None:
+    run = Run(**keywords)
+    seen = set()
+    for step in range(8):
+        run.train(step, step + 1)
+        assert run.agree
+        seen.add(tuple(run.index("q.weight")))
+    assert len(seen) > 2
+
+
+def test_accumulation_keeps_them_together() -> None:
+    run = Run(selection="norm", on_refresh="carry")
+    run.train(0, 8, micro=3)
+    assert run.agree
+
+
+def test_resume_is_exact() -> None:
+    first, second = Run(selection="norm", on_refresh="carry"), Run(selection="norm", on_refresh="carry")
+    first.train(0, 4)
+    second.model.load_state_dict(copy.deepcopy(first.model.state_dict()))
+    second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
+    first.train(4, 9)
+    second.train(4, 9)
+    assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True))
+
+
+def test_weight_that_falls_behind_chooses_alone_and_learns_rightly() -> None:
+    """A weight that was frozen for a step has other columns due; taken for those of the group, its gradient would be wrong."""
+    run = Run(update_proj_gap=2)
+    run.train(0, 2)
+    run.model.v.weight.requires_grad_(False)
+    run.train(2, 4)
+    run.model.v.weight.requires_grad_(True)
+    run.train(4, 5)
+    before = copy.deepcopy(run.model)
+    columns = {name: run.index(name) for name in SHARED}
+    assert columns["q.weight"] == columns["k.weight"]
+    run.train(5, 6)
+    before(batch(5)).square().sum().backward()
+    for name in SHARED:
+        moved = run.model.get_parameter(name).detach() - before.get_parameter(name).detach()
+        assert sorted(moved.abs().sum(0).nonzero().flatten().tolist()) == columns[name]
+    one, two = (run.optimizer.state[run.model.get_parameter(name)]["updates"] for name in ("q.weight", "v.weight"))
+    assert one == two + 2
+
+
+def test_state_of_a_run_that_did_not_share_is_brought_into_line() -> None:
+    alone, run = Run(share_index=False, selection="norm", on_refresh="carry"), Run(selection="norm", on_refresh="carry")
+    alone.train(0, 4)
+    assert not alone.agree
+    run.model.load_state_dict(alone.model.state_dict())
+    state = alone.optimizer.state_dict()
+    for group in state["param_groups"]:
+        group["share_index"] = True
+    run.optimizer.load_state_dict(state)
+    run.train(4, 5)
+    assert run.agree
+    run.train(5, 9)
+    assert run.agree
+
+
+def test_rows_do_not_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are outputs, of which each weight has its own."""
+    run = Run(axis="rows")
+    run.train(0, 3)
+    assert not run.agree
+
+
+def test_report_names_whom_a_weight_shares_with() -> None:
+    run = Run()
+    report = grass_compile.explain(run.model, batch(0), optimizer=run.optimizer)
+    assert "shares its columns with q.weight" in report["k.weight"].reason
+    assert "shares" not in report["o.weight"].reason
+
+
+def test_exact_scores_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"share_index=True .* Use scores='sampled' or 'estimate'"):
+        Run(scores="exact")
+
+
+def test_llama_shares_q_k_v_and_gate_up() -> None:
+    """In Hugging Face's LLaMA: two groups per block."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, use_cache=False
+    )
+    model = transformers.LlamaForCausalLM(config)
+    optimizer = grass_compile.AdamW(
+        model.named_parameters(), rank=8, axis="columns", scores="estimate", share_index=True, update_proj_gap=2
+    )
+    compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
+    ids = torch.randint(64, (2, 9))
+    for _ in range(3):
+        compiled(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for group in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
+            assert len({tuple(optimizer.state[linear.weight]["index"].tolist()) for linear in group}) == 1
