@@ -155,6 +155,17 @@ LOOPS: dict[str, dict[str, Any]] = {
 }
 
 
+def train_both(model: nn.Module, call: Any, optimizer: torch.optim.Optimizer, twin: nn.Module, formula: Any, steps: int) -> None:
+    """Train a model and a twin with its formula on the same batches; they must agree after every step."""
+    for step in range(steps):
+        loss_of(call(batch(step))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss_of(twin(batch(step))).backward()
+        formula.step()
+        assert difference(model, twin) < 1e-10, step
+
+
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("on_refresh", ["reset", "keep"])
 @pytest.mark.parametrize("axis", ["auto", "rows", "columns"])
@@ -166,13 +177,7 @@ def test_training_equals_the_formula(kind: str, axis: str, on_refresh: str, loop
     optimizer = grass_compile.AdamW(model.named_parameters(), projection=kind, **KEYWORDS, **shared, **keywords)
     rest = {key: value for key, value in keywords.items() if key != "step_in_backward"}
     formula, call = Formula(twin, kind, **shared, **rest), compiled(model)  # type: ignore[arg-type]
-    for step in range(3 * GAP):
-        loss_of(call(batch(step))).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        loss_of(twin(batch(step))).backward()
-        formula.step()
-        assert difference(model, twin) < 1e-10, step
+    train_both(model, call, optimizer, twin, formula, 3 * GAP)
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -719,13 +724,7 @@ def test_unmodified_scripts(kind: str) -> None:
     linear = [number for number, weight in enumerate(twin.parameters()) if weight.dim() == 2]
     numbers = {number: position for position, number in enumerate(linear)}  # in the order in which they are taken over
     formula, call = Formula(twin, kind, numbers=numbers), compiled(model, **own)
-    for step in range(GAP + 2):
-        loss_of(call(batch(step))).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        loss_of(twin(batch(step))).backward()
-        formula.step()
-        assert difference(model, twin) < 1e-10, step
+    train_both(model, call, optimizer, twin, formula, GAP + 2)
 
 
 @pytest.mark.parametrize("script", [False, True])
