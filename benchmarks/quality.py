@@ -110,17 +110,31 @@ def single(study: Study) -> Iterator[Run]:
     yield changed(base, axis="auto")
     for gap in (10, 20, 100, 200):
         yield changed(base, update_proj_gap=gap)
-    for block in (4, 16):
+    for block in (4, 8):  # that divide the width of the small model's feed-forward layers
         yield changed(base, block=block)
+    for scores in ("sampled", "estimate"):
+        for axis in ("rows", "columns"):
+            yield changed(base, scores=scores, axis=axis)
+        yield changed(base, scores=scores, axis="columns", share_index=True)
+        yield changed(base, scores=scores, axis="columns", update_proj_gap=10)
     yield changed(base, refresh_warmup=5)
     yield changed(base, betas=[0.9, 0.99])
     yield changed(base, betas=[0.9, 0.95])
-    if base.keywords["on_refresh"] != "carry":
-        yield changed(base, replacement=True)
-    yield changed(base, replacement=True, on_refresh="reset")
+    if base.keywords["selection"] != "top":
+        yield changed(base, replacement=True, on_refresh="reset")
     for share in (2, 8, 16):
         for factor in (0.5, 1.0, 2.0):
             yield dataclasses.replace(base, rank_share=share, lr=base.lr * factor)
+
+
+def projections(study: Study) -> Iterator[Run]:
+    """Dense projections in the graph, at rates of their own; GaLore as galore-torch has it."""
+    base = best_base(study)
+    for name, scale in (("galore", 0.25), ("gaussian", 1.0)):
+        for on_refresh in ("keep", "reset"):
+            keywords = {"projection": name, "on_refresh": on_refresh, "scale": scale, "update_proj_gap": 50}
+            for lr in (1e-3, 2e-3, 4e-3):
+                yield dataclasses.replace(base, lr=lr / scale, keywords=keywords)
 
 
 def rules(study: Study) -> Iterator[Run]:
@@ -131,6 +145,9 @@ def rules(study: Study) -> Iterator[Run]:
         ("Lion", (2e-4, 5e-4, 1e-3), {}),
         ("SGD", (0.1, 0.5, 2.0), {"momentum": 0.9}),
         ("Optimizer", (1.5e-3, 3e-3, 6e-3), {"rule": "sonew"}),
+        ("AdamW8bit", (1.5e-3, 3e-3), {}),
+        ("Apollo", (1.5e-3, 3e-3, 6e-3), {}),
+        ("Sketchy", (1.5e-3, 3e-3, 6e-3), {}),
     ):
         for lr in lrs:
             yield dataclasses.replace(base, method=name, lr=lr, keywords={**base.keywords, **keywords})
@@ -166,7 +183,7 @@ def finals(study: Study) -> Iterator[Run]:
 
 
 STAGES: dict[str, Callable[[Study], Iterable[Run]]] = {
-    "rates": rates, "grid": grid, "single": single, "rules": rules, "peers": peers, "finals": finals,
+    "rates": rates, "grid": grid, "single": single, "projections": projections, "rules": rules, "peers": peers, "finals": finals,
 }  # fmt: skip
 
 
