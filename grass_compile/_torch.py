@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import functools
 import os
@@ -523,7 +524,15 @@ def trace_graph(name: str, gm: fx.GraphModule) -> None:
 # ---------------------------------------------------------------------------------------------------------- Inductor
 
 
-def register_gather_lowering(op: Any) -> None:
+def cpp_library(source: str) -> ctypes.CDLL:
+    """Compile C++ as Inductor compiles its own, from its cache if it is there."""
+    from torch._inductor.codecache import CppCodeCache
+
+    library: ctypes.CDLL = CppCodeCache.load(source)
+    return library
+
+
+def register_gather_lowering(op: Any, on_cpu: Any) -> None:
     """Teach Inductor ``gather(features, index)``: a loop without bounds checks on a GPU, an operator of its own on a CPU.
 
     On a CPU, Inductor puts neighbouring loops into one C++ function. A gather among them would make the model's own functions
@@ -531,7 +540,7 @@ def register_gather_lowering(op: Any) -> None:
     """
     from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
 
-    fallback = fallback_handler(op, add_to_fallback_set=False)
+    fallback = fallback_handler(on_cpu, add_to_fallback_set=False)
 
     @register_lowering(op, type_promotion_kind=None)
     def lower(features: Any, index: Any) -> Any:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from .. import _torch
+from . import cpu
 from .noise import rounding_noise
 from .refresh import refresh as choose_anew
 
@@ -135,7 +136,13 @@ torch.library.register_fake(
 gather = torch.ops.grass_compile.gather.default
 """``gather(features [b, m], index int64[r]) -> [b, r]``; ``index`` must be in range."""
 
-_torch.register_gather_lowering(gather)
+_library.define("gather_on_cpu(Tensor features, Tensor index) -> Tensor")
+_library.impl("gather_on_cpu", cpu.gather, "CPU")
+torch.library.register_fake(
+    "grass_compile::gather_on_cpu", lambda features, index: features.new_empty((features.shape[0], index.shape[0]))
+)
+
+_torch.register_gather_lowering(gather, torch.ops.grass_compile.gather_on_cpu.default)
 
 
 _library.define("contiguous(Tensor value) -> Tensor")

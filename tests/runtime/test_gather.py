@@ -1,0 +1,32 @@
+"""The gather of a CPU, in C++, against indexing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from grass_compile.runtime import ops
+
+pytestmark = pytest.mark.inductor  # it needs a C++ compiler, as Inductor does
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 700])
+@pytest.mark.parametrize("layout", ["plain", "transposed", "sliced", "strided"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_equals_indexing(dtype: torch.dtype, layout: str, tokens: int) -> None:
+    """Large enough for several threads, and not; in any strides, from any offset."""
+    torch.manual_seed(0)
+    features = {
+        "plain": torch.randn(tokens, 60),
+        "transposed": torch.randn(60, tokens).t(),
+        "sliced": torch.randn(tokens + 2, 80)[1:-1, 7:67],
+        "strided": torch.randn(tokens, 120)[:, ::2],
+    }[layout].to(dtype)
+    index = torch.randperm(60)[:37]
+    found = torch.ops.grass_compile.gather_on_cpu(features, index)
+    assert torch.equal(found, features[:, index]) and found.is_contiguous()
+    assert torch.equal(found, ops.gather(features, index))
+
+
+def test_no_tokens() -> None:
+    assert torch.ops.grass_compile.gather_on_cpu(torch.randn(0, 9), torch.arange(4)).shape == (0, 4)
