@@ -192,20 +192,20 @@ def test_refresh_needs_one_full_gradient_at_a_time(run: Run) -> None:
         assert before.stop <= after.start, "a full gradient is still needed when the next is formed"
 
 
-# ------------------------------------------------------------------------------------------------------- moments of 8 bits
+# ------------------------------------------------------------------------------------------------------- other update rules
 
 
-def step_of_8_bits(axis: Axis, features: str) -> None:
-    """The step of one weight whose rows have so many features; the model itself is not compiled."""
+def step_alone(name: str, axis: Axis, features: str) -> None:
+    """An optimizer's step of one weight whose rows have so many features; the model itself is not compiled."""
     shape = (WIDTH, int(features)) if axis == "rows" else (int(features), WIDTH)
     model = nn.Linear(*shape[::-1], bias=False).to(torch.bfloat16)
-    optimizer = grass_compile.AdamW8bit(model.named_parameters(), rank=RANK, axis=axis)
+    optimizer = getattr(grass_compile, name)(model.named_parameters(), rank=RANK, axis=axis)
     compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
     compiled(torch.zeros(8, shape[1], dtype=torch.bfloat16)).float().square().mean().backward()
     weight, state, rule = model.weight, optimizer.state[model.weight], optimizer.rule
-    gradient = torch.zeros_like(state["exp_avg"], dtype=weight.dtype)
+    gradient = weight.detach().narrow(state["dim"], 0, RANK).clone()
     config = SiteConfig(rank=RANK, axis=axis, on_refresh="reset", decays=False, scale=1.0, rule=rule)
-    hyper = torch.zeros(len(HYPER))
+    hyper = torch.zeros(len(rule.hyper_names) + len(SHARED_HYPER))
     moments = [state[name] for name in rule.state_names]
     kernels.run(BackendOptions(), config, state["dim"], gradient, weight.detach(), hyper, state["index"], *moments)
 
@@ -214,7 +214,7 @@ def step_of_8_bits(axis: Axis, features: str) -> None:
 @pytest.mark.parametrize("axis", ["rows", "columns"])
 def test_moments_of_8_bits_are_never_stored_in_full(axis: str, features: int) -> None:
     """They are decoded, updated and encoded in registers: no buffer of floating-point numbers is as large as the gradient."""
-    (graph,) = generate(step_of_8_bits, axis, str(features))
+    (graph,) = generate(step_alone, "AdamW8bit", axis, str(features))
     module = parse(graph.code)
     found = re.findall(r"(\w+) = empty_strided_cuda\(.*, torch\.(\w+)\)", graph.code)
     large = {name: dtype for name, dtype in found if (module.numel(name) or 0) >= RANK * 1000}
@@ -222,3 +222,17 @@ def test_moments_of_8_bits_are_never_stored_in_full(axis: str, features: int) ->
     codes = [name for name, value in graph.inputs.items() if value.dtype in ("torch.int8", "torch.uint8")]
     assert len(codes) == 2 and all(module.writers(name) for name in codes)
     assert set(graph.ptx) == set(module.kernels)
+
+
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+@pytest.mark.parametrize("name", ["Adafactor", "Apollo", "Lion", "SGD", "Sketchy"])
+def test_step_of_every_rule(name: str, axis: str) -> None:
+    """It compiles for a GPU, adds to the weight in place without atomics, and makes nothing of the weight's size."""
+    (graph,) = generate(step_alone, name, axis, str(HIDDEN))
+    module = parse(graph.code)
+    assert set(graph.ptx) == set(module.kernels)
+    weight = next(key for key, value in graph.inputs.items() if math.prod(value.shape) == WEIGHT_NUMEL)
+    (write,) = [launch for launch in module.launches if weight in launch.written]
+    assert write.function in module.kernels and not module.kernels[write.function].atomic
+    assert [ptx for ptx in graph.ptx.values() if ATOMIC.search(ptx)] == []
+    assert [made for made in module.layouts if (module.numel(made) or 0) >= WEIGHT_NUMEL] == []
