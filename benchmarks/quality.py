@@ -33,8 +33,8 @@ from runner import run_command
 
 Record = dict[str, Any]
 
-DENSE_LRS = (5e-4, 1e-3, 2e-3, 4e-3)
-GRASS_LRS = (1.5e-3, 3e-3, 6e-3, 1.2e-2)
+DENSE_LRS = (1e-3, 2e-3, 3e-3)
+GRASS_LRS = (2e-3, 3e-3, 4e-3)
 BASE = {"selection": "norm", "axis": "columns", "on_refresh": "carry", "update_proj_gap": 50, "stagger": True}
 
 
@@ -157,9 +157,9 @@ def peers(study: Study) -> Iterator[Run]:
     """The packages that people use today, at the same rank and at rates of their own."""
     dense = study.best(lambda run: run.method == "dense" and run.size == "small" and run.lr == run.dense_lr)
     for name, lrs in (
-        ("galore", (4e-3, 8e-3, 1.6e-2, 3.2e-2)),
-        ("apollo", (1e-3, 2e-3, 4e-3, 8e-3)),
-        ("fira", (4e-3, 8e-3, 1.6e-2, 3.2e-2)),
+        ("galore", (4e-3, 8e-3, 1.6e-2)),
+        ("apollo", (1e-3, 2e-3, 4e-3)),
+        ("fira", (4e-3, 8e-3, 1.6e-2)),
         ("lora", (1e-3, 4e-3, 1.6e-2)),
     ):
         for lr in lrs:
