@@ -6,7 +6,7 @@
 
 The screening is done with one seed at the small size, each stage building on the best that the stages before it found:
 learning rates first, then every selection, axis and refresh, then single changes of the best of these, then rules and peers at
-learning rates of their own. The finalists run at the larger size, with three seeds.
+learning rates of their own. The finalists run with three seeds, at the small and at the larger size.
 """
 
 from __future__ import annotations
@@ -83,15 +83,15 @@ class Study:
         return Run(**self.records[min(found)[1]]["run"])
 
 
-def rates(study: Study, size: str = "small") -> Iterator[Run]:
+def rates(study: Study) -> Iterator[Run]:
     """Learning rates of dense training; then of grass with everything else at dense training's best."""
     for lr in DENSE_LRS:
-        yield Run("dense", size, lr, lr)
-    dense = study.best(lambda run: run.method == "dense" and run.size == size and run.lr == run.dense_lr)
+        yield Run("dense", "small", lr, lr)
+    dense = study.best(lambda run: run.method == "dense" and run.size == "small" and run.lr == run.dense_lr)
     for factor in (2, 4):  # as every other method may: a rate of their own for the linear weights
         yield dataclasses.replace(dense, lr=dense.lr * factor)
     for lr in GRASS_LRS:
-        yield Run("AdamW", size, lr, dense.lr, 4, BASE)
+        yield Run("AdamW", "small", lr, dense.lr, 4, BASE)
 
 
 def grid(study: Study) -> Iterator[Run]:
@@ -166,30 +166,45 @@ def peers(study: Study) -> Iterator[Run]:
             yield Run(name, "small", lr, dense.lr, 4)
 
 
-def finals(study: Study) -> Iterator[Run]:
-    """The finalists at the larger size: rates with the first seed, the best of these with two more."""
-    yield from rates(study, "large")
-    dense = study.best(lambda run: run.method == "dense" and run.size == "large" and run.lr == run.dense_lr)
-    finalists = [best_grid(study), *(best_of(study, name) for name in ("galore", "apollo", "fira"))]
-    paper = changed(best_base(study), selection="top", on_refresh="reset", axis="rows", stagger=False)
-    for finalist in (*finalists, paper):
-        large = dataclasses.replace(finalist, size="large", dense_lr=dense.lr)
-        for factor in (0.5, 1.0, 2.0):
-            yield dataclasses.replace(large, lr=finalist.lr * factor)
-    for key in {named(Run(**record["run"])) for record in study.records if record["run"]["size"] == "large"}:
-        best = study.best(lambda run, key=key: run.size == "large" and named(run) == key and run.seed == 0)
+def seeds(study: Study) -> Iterator[Run]:
+    """The finalists at the small size with two more seeds."""
+    for finalist in finalists(study):
         for seed in (1, 2):
-            yield dataclasses.replace(best, seed=seed)
+            yield dataclasses.replace(finalist, seed=seed)
+
+
+def finals(study: Study) -> Iterator[Run]:
+    """The finalists at the larger size: three seeds at the rates that were best at the small one, then half and twice these."""
+    for seed in (0, 1, 2):
+        for finalist in finalists(study):
+            yield dataclasses.replace(finalist, size="large", seed=seed)
+    for factor in (0.5, 2.0):
+        for finalist in finalists(study):
+            yield dataclasses.replace(finalist, size="large", lr=finalist.lr * factor)
+
+
+def finalists(study: Study) -> list[Run]:
+    """Dense training, the peers and ours at their best rates: the grid's best at the peers' rank, at as many bytes as GaLore's
+    state has, and at r = d/2; and what the paper has."""
+    grass = best_base(study)
+    paper = changed(grass, selection="top", on_refresh="reset", axis="rows", stagger=False)
+    more = [dataclasses.replace(grass, rank_share=share, lr=grass.lr * share / 4) for share in (8 / 3, 2)]
+    return [best_of(study, "dense"), grass, *(best_of(study, name) for name in ("galore", "apollo", "fira")), *more, paper]
 
 
 STAGES: dict[str, Callable[[Study], Iterable[Run]]] = {
-    "rates": rates, "grid": grid, "single": single, "projections": projections, "rules": rules, "peers": peers, "finals": finals,
+    "rates": rates, "grid": grid, "single": single, "projections": projections, "rules": rules, "peers": peers, "seeds": seeds,
+    "finals": finals,
 }  # fmt: skip
 
 
 def best_base(study: Study) -> Run:
     """`BASE` at its best rate."""
-    return study.best(lambda run: run.method == "AdamW" and run.size == "small" and run.keywords == BASE and run.rank_share == 4)
+    return study.best(
+        lambda run: (
+            run.method == "AdamW" and run.size == "small" and run.keywords == BASE and run.rank_share == 4 and run.seed == 0
+        )
+    )
 
 
 def best_grid(study: Study) -> Run:
@@ -206,12 +221,7 @@ def best_grid(study: Study) -> Run:
 
 def best_of(study: Study, method: str) -> Run:
     """A method at its best rate, small."""
-    return study.best(lambda run: run.method == method and run.size == "small")
-
-
-def named(run: Run) -> str:
-    """What two runs have in common that differ in learning rate and seed alone."""
-    return json.dumps([run.method, run.size, run.rank_share, run.keywords])
+    return study.best(lambda run: run.method == method and run.size == "small" and run.seed == 0)
 
 
 def changed(run: Run, **keywords: Any) -> Run:

@@ -23,8 +23,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "small": {"hidden_size": 128, "intermediate_size": 344, "layers": 4, "heads": 4, "steps": 500, "warmup_share": 0.2},
     "large": {"hidden_size": 256, "intermediate_size": 688, "layers": 4, "heads": 4, "steps": 500, "warmup_share": 0.2},
 }
-"""The demo's LLaMA at two sizes; both see the same batches of 8 x 256 bytes. A long warm-up does every method good, dense training
-most. Much fewer steps end on the plateau of a bigram model, where methods rank otherwise than later."""
+"""The demo's LLaMA at two sizes; both see the same batches of 8 x 256 bytes. A long warm-up does every method good, dense
+training most. Much fewer steps end on the plateau of a bigram model, where methods rank otherwise than later."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,14 +46,14 @@ class Run:
     size: str
     lr: float
     dense_lr: float
-    rank_share: int = 0
+    rank_share: float = 0
     keywords: dict[str, Any] = dataclasses.field(default_factory=dict)
     seed: int = 0
     steps: int = 0
 
     @property
     def label(self) -> str:
-        words = [self.method, *([f"d/{self.rank_share}"] if self.rank_share else [])]
+        words = [self.method, *([f"d/{self.rank_share:.3g}"] if self.rank_share else [])]
         words += [f"{value}" if isinstance(value, str) else f"{key}={value}" for key, value in self.keywords.items()]
         return " ".join([*words, f"lr {self.lr:g}", *([f"seed {self.seed}"] if self.seed else [])])
 
@@ -65,7 +65,7 @@ class Run:
 
 def optimizer_of(run: Run, model: Any) -> tuple[Optimizer, str]:
     """The optimizer of a run, and the backend to compile with. LoRA changes the model."""
-    rank = model.config.hidden_size // run.rank_share if run.rank_share else None
+    rank = round(model.config.hidden_size / run.rank_share) if run.rank_share else None
     if run.method == "lora":
         return _lora(run, model, rank), "inductor"
     projected, rest = parameters_by_kind(model)
