@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("transformers")
 
 from benchmarks import quality
-from benchmarks.quality_run import Run, optimizer_of
+from benchmarks.quality_run import SIZES, Run, optimizer_of
 from training import build_model
 
 
@@ -38,7 +38,7 @@ def rehearsed(path: pathlib.Path) -> Iterator[Run]:
 def test_every_run_of_the_study_makes_its_optimizer(tmp_path: pathlib.Path) -> None:
     ours = [run for run in rehearsed(tmp_path) if run.method[0].isupper()]
     assert len(ours) > 60 and len({run.label for run in ours}) > 60
-    models = {size: build_model(next(run for run in ours if run.size == size).training()) for size in quality.SIZES}
+    models = {size: build_model(next(run for run in ours if run.size == size).training()) for size in SIZES}
     for run in ours:
         optimizer, backend = optimizer_of(run, models[run.size])
         assert backend == "grass" and optimizer.param_groups[0]["rank"] == round(
