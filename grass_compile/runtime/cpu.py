@@ -12,7 +12,7 @@ import functools
 import torch
 from torch import Tensor
 
-from .. import _torch
+from .. import _inductor
 
 SOURCE = r"""
 #include <cstdint>
@@ -61,7 +61,7 @@ def gather(features: Tensor, index: Tensor) -> Tensor:
 
 @functools.cache
 def _gather(element_size: int) -> ctypes._NamedFuncPointer:
-    function = getattr(_torch.cpp_library(SOURCE), f"gather_{element_size}")
+    function = getattr(_inductor.cpp_library(SOURCE), f"gather_{element_size}")
     function.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 5
     function.restype = None
     return function  # type: ignore[no-any-return]

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _torch
+from .. import _inductor, _torch
 from . import cpu
 from .noise import rounding_noise
 from .refresh import refresh as choose_anew
@@ -74,7 +74,7 @@ row_update = torch.ops.grass_compile.row_update.default
 row_update_ = torch.ops.grass_compile.row_update_.default
 """The same in place."""
 
-_torch.register_row_update_lowering(row_update_)
+_inductor.register_row_update_lowering(row_update_)
 
 
 # ------------------------------------------------------------------------------------------------------------ rank update
@@ -142,7 +142,7 @@ torch.library.register_fake(
     "grass_compile::gather_on_cpu", lambda features, index: features.new_empty((features.shape[0], index.shape[0]))
 )
 
-_torch.register_gather_lowering(gather, torch.ops.grass_compile.gather_on_cpu.default)
+_inductor.register_gather_lowering(gather, torch.ops.grass_compile.gather_on_cpu.default)
 
 
 _library.define("contiguous(Tensor value) -> Tensor")
@@ -170,7 +170,7 @@ def once(value: Tensor) -> Tensor:
     return computed
 
 
-_torch.register_once_lowering(torch.ops.grass_compile.once.default)
+_inductor.register_once_lowering(torch.ops.grass_compile.once.default)
 
 
 # ---------------------------------------------------------------------------------------------------------------- refresh
