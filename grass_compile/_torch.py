@@ -1,4 +1,4 @@
-"""The importer of private torch names, beside `grass_compile._inductor`. What differs between torch 2.11 and 2.13 is settled here.
+"""The importer of private torch names, beside `grass_compile._inductor`. What differs between torch versions is settled here.
 
 Nothing of ours is imported, so that any module may use this one.
 """
