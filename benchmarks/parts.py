@@ -259,8 +259,8 @@ def parts() -> Iterator[Part]:
     for change in (
         {"stagger": 4}, {"stagger": 1}, {"stagger": 1, "warmup": 10}, {"gap": 25}, {"gap": 100}, {"rank": 48}, {"rank": 64},
         {"rank": 64, "lr": 2e-3}, {"steps": 650}, {"steps": 725}, {"on_refresh": "reset"}, {"on_refresh": "store"},
-        {"on_refresh": "keep"}, {"axis": "rows"}, {"axis": "rows", "lr": 1.5e-3}, {"sketch": 8}, {"share": True}, {"corrected": False},
-        {"warmup": 10}, {"factored": True}, {"betas": (0.9, 0.99)}, {"gap": 200}, {"gap": 10},
+        {"on_refresh": "keep"}, {"axis": "rows"}, {"axis": "rows", "lr": 1.5e-3}, {"sketch": 8}, {"share": True},
+        {"corrected": False}, {"warmup": 10}, {"factored": True}, {"betas": (0.9, 0.99)}, {"gap": 200}, {"gap": 10},
     ):  # fmt: skip
         yield dataclasses.replace(uniform, **change)
     for change in (

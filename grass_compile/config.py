@@ -119,9 +119,9 @@ class GroupOptions:
         return self.nonfinite != "propagate"
 
     @property
-    def refreshes_in_graph(self) -> bool:
-        """Whether a refresh is another graph than a regular step; random vectors depend on no gradient."""
-        return self.projection != "gaussian"
+    def blind(self) -> bool:
+        """Whether what a refresh takes depends on no gradient: it is drawn before, and a refresh is a regular step."""
+        return self.projection == "gaussian" or self.selection == "uniform"
 
     def site(self, axis: AxisChoice, decays: bool, rule: Any) -> SiteConfig:
         """What these keywords ask of one weight; ``rank`` must not be None."""
@@ -175,7 +175,8 @@ def parse_group(group: Mapping[str, Any]) -> GroupOptions:
     if rank is not None and rank % block:
         raise ConfigError(f"rank={rank} is not a multiple of block={block}: rows are chosen {block} at a time.")
     stagger = group["stagger"]
-    stagger = STAGGER_SLOTS if stagger is True else 1 if stagger is False else positive_int("stagger", stagger)
+    if not isinstance(stagger, bool):
+        stagger = positive_int("stagger", stagger)
     for key in ("step_in_backward", "stochastic_rounding", "replacement", "share_index"):
         if not isinstance(group[key], bool):
             raise ConfigError(f"{key} must be True or False, got {group[key]!r}.")
@@ -191,7 +192,9 @@ def parse_group(group: Mapping[str, Any]) -> GroupOptions:
         raise ConfigError(
             f"replacement=True scales rows by the probabilities of exact norms; scores={scores!r} has none. Use 'exact'."
         )
-    if group["share_index"] and scores == "exact":
+    if selection == "uniform":
+        scores = "exact"  # there is nothing to score, and nothing to propose
+    elif group["share_index"] and scores == "exact":
         raise ConfigError(
             "share_index=True chooses the columns of several weights by the sum of their scores; exact ones would need all of "
             "their full gradients at once. Use scores='sampled' or 'estimate'."
@@ -210,7 +213,7 @@ def parse_group(group: Mapping[str, Any]) -> GroupOptions:
     exclude = group["exclude"]
     if isinstance(exclude, str) or not all(isinstance(pattern, str) for pattern in exclude):
         raise ConfigError(f"exclude must be a list of name patterns such as ['*lm_head*'], got {exclude!r}.")
-    return GroupOptions(
+    options = GroupOptions(
         rank=rank,
         update_proj_gap=positive_int("update_proj_gap", group["update_proj_gap"]),
         axis=one_of("axis", group["axis"], AXES),
@@ -223,13 +226,17 @@ def parse_group(group: Mapping[str, Any]) -> GroupOptions:
         seed=int(group["seed"]),
         selection=selection,
         block=block,
-        stagger=stagger,
+        stagger=1 if isinstance(stagger, bool) else stagger,
         replacement=group["replacement"],
         scores=scores,
         nonfinite=one_of("nonfinite", group["nonfinite"], NONFINITE),
         projection=projection,
         share_index=group["share_index"],
     )
+    if stagger is True:
+        slots = options.update_proj_gap if options.blind else STAGGER_SLOTS
+        options = dataclasses.replace(options, stagger=slots)
+    return options
 
 
 def _check_dense_projection(projection: str, group: Mapping[str, Any]) -> None:
@@ -252,7 +259,7 @@ def _check_dense_projection(projection: str, group: Mapping[str, Any]) -> None:
 
 
 STAGGER_SLOTS = 4
-"""Parts of an interval over which ``stagger=True`` spreads the refreshes."""
+"""Parts of an interval over which ``stagger=True`` spreads the refreshes, where each part is a graph to compile."""
 
 DEFAULT_EXCLUDE = ("*lm_head*", "*embed*")
 

@@ -86,7 +86,7 @@ class Call:
         for record, action, refresh in zip(self._records, self._actions, self._refresh, strict=True):
             if action == "step":
                 record.parameter.grad = None  # at most what zero_grad(set_to_none=False) has left
-                if refresh and not record.options.refreshes_in_graph:
+                if refresh and record.options.blind:
                     record.restart()
         self._refresh_numbers()
         self._backward.key = self._in_graph, self._actions, clip
@@ -139,7 +139,7 @@ class Call:
 
 def in_graph(records: Sequence[Record], refresh: Sequence[bool]) -> tuple[bool, ...]:
     """For each weight, whether its graphs are those of a refresh, given whether one is due."""
-    return tuple(new and record.options.refreshes_in_graph for record, new in zip(records, refresh, strict=True))
+    return tuple(new and not record.options.blind for record, new in zip(records, refresh, strict=True))
 
 
 def expected(

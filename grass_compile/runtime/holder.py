@@ -173,6 +173,7 @@ class Holder:
             assert record.assigned is not None and record.kernel is not None
             if fresh := gradient.fresh:
                 record.settle(gradient)
+                record.leave()
                 gradient.fresh = False
             hyper, dim = self.hyper(record, fresh), record.assigned.dim
             with _torch.without_autocast():

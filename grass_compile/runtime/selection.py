@@ -21,7 +21,10 @@ import hashlib
 import torch
 from torch import Tensor
 
-SAMPLED = ("norm", "norm2", "uniform")
+DRAWN_BY_SCORE = ("norm", "norm2")
+"""The selections that draw by scores."""
+
+SAMPLED = (*DRAWN_BY_SCORE, "uniform")
 """The selections that draw."""
 
 

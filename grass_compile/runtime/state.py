@@ -284,9 +284,9 @@ class Record:
         config = self.config()
         if config.projection == "galore":
             return (singular_vectors(gradient, self.assigned.dim, self.assigned.rank),)
-        if config.projection == "gaussian":
-            return (self._new_key(),)
-        noise = self.noise(True) if config.selection in selection.SAMPLED else None
+        if self.options.blind:
+            return self._drawn()
+        noise = self.noise(True) if config.selection in selection.DRAWN_BY_SCORE else None
         scores, how = selection.scores(gradient, self.assigned.dim), (config.selection, config.block, config.replacement)
         return chosen_rows(scores, noise, self.assigned.rank, *how)
 
@@ -318,9 +318,13 @@ class Record:
             for old, value in zip(self.chosen(), values, strict=True):
                 old.copy_(value)
 
-    def _new_key(self) -> Tensor:
-        """The key of the refresh that is due."""
-        return new_key(self.options.seed, self.number, self.state["updates"]).to(self.parameter.device)
+    def _drawn(self) -> tuple[Tensor, ...]:
+        """What the refresh that is due takes, where that depends on no gradient: a key; or rows, and what comes with them."""
+        assert self.assigned is not None
+        if self.options.projection == "gaussian":
+            return (new_key(self.options.seed, self.number, self.state["updates"]).to(self.parameter.device),)
+        noise, how = self.noise(True), (self.options.selection, self.options.block, self.options.replacement)
+        return chosen_rows(torch.ones_like(noise), noise, self.assigned.rank, *how)
 
     def inputs(self, refresh: bool) -> list[Tensor]:
         """`tensors`, and the noise if there is any, as the inputs of a compiled region.
@@ -329,7 +333,7 @@ class Record:
         moves, and not before, so that a step which is skipped changes nothing.
         """
         tensors = self.tensors()
-        if self.options.selection in selection.SAMPLED:
+        if self.options.selection in selection.DRAWN_BY_SCORE:
             tensors.append(self.noise(refresh))
         if self.options.scores != "exact":
             return [*tensors, self.proposed]
@@ -340,7 +344,7 @@ class Record:
         if pending is not None and not pending.zeroed:
             current = [pending.rows, *pending.scales]
         else:
-            current = self.chosen() if self.options.refreshes_in_graph else [self._new_key()]
+            current = list(self._drawn()) if self.options.blind else self.chosen()
         if not self.in_flight:
             with _torch.unversioned(scratch):
                 for target, value in zip(scratch, current, strict=False):  # a gradient of older rows has no scales of its own
@@ -377,9 +381,13 @@ class Record:
         self._choose(unless_skipped((rows, *scales), chosen))
 
     def restart(self) -> None:
-        """Before a backward that moves the weight by a new key: the moments that go with it. (A refresh in the graph sees to them
-        itself.) A backward that breaks off or is skipped has done no harm: the refresh is still due."""
-        if self.options.on_refresh == "reset":
+        """Before a backward that moves the weight by what was drawn blindly: the state that goes with that. (A refresh in the
+        graph sees to it itself.) A backward that breaks off or is skipped has done no harm: the refresh is still due, and draws
+        the same."""
+        if self.options.projection == "grass":
+            rows, *scales = self.scratch()
+            self._settle(rows, scales, None)
+        elif self.options.on_refresh == "reset":
             moments = [self.state[name] for name in settled_state(self.config())]
             with _torch.unversioned(moments):
                 for moment in moments:

@@ -22,7 +22,7 @@ from .ops import once, rank_update, round_stochastically, row_update
 from .projection import SELECTORS, basis_of
 from .projection import selected as select
 from .rules.base import Rule
-from .selection import SAMPLED
+from .selection import DRAWN_BY_SCORE
 
 if TYPE_CHECKING:
     from ..config import SiteConfig
@@ -84,7 +84,7 @@ def layout_of(rule: Rule, name: str) -> str:
 def graph_state(config: SiteConfig) -> tuple[str, ...]:
     """What a compiled region takes for one weight: `step_state`, the noise that draws new rows if any is needed, and where it
     puts the rows that it proposes, if it does."""
-    noise, proposed = config.selection in SAMPLED, config.scores != "exact"
+    noise, proposed = config.selection in DRAWN_BY_SCORE, config.scores != "exact"
     return (*step_state(config), *(("noise",) if noise else ()), *(("proposed",) if proposed else ()))
 
 

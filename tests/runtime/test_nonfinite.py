@@ -184,6 +184,8 @@ HOW: dict[str, dict[str, Any]] = {
     "keep": {"on_refresh": "keep"},
     "columns": {"axis": "columns", "on_refresh": "carry"},
     "drawn": {"selection": "norm", "seed": 3, "on_refresh": "carry"},
+    "blind": {"selection": "uniform", "seed": 3, "on_refresh": "carry"},
+    "blind columns": {"selection": "uniform", "seed": 3, "axis": "columns"},
     "replacement": {"selection": "norm2", "replacement": True, "seed": 3, "weight_decay": 0.1},
     "blocks": {"block": 2},
     "clipped": {"max_grad_norm": 0.05},

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import grass_compile
-from grass_compile.runtime import selection
+from grass_compile.runtime import ops, selection
 
 from .. import forms
 from ..harness import pair
@@ -159,11 +159,26 @@ def test_staggered_refreshes_equal_the_oracle(axis: str, on_refresh: str) -> Non
     assert [step for step in range(14) if seen[step][1]] == [0, 2, 8]
 
 
-def test_staggering_compiles_each_pattern_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And traces nothing again, also where the step counts of weights meet and part."""
+@pytest.mark.parametrize("on_refresh", ["reset", "carry", "keep"])
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+def test_each_weight_draws_blindly_at_a_time_of_its_own(axis: str, on_refresh: str) -> None:
+    torch.manual_seed(0)
+    run = pair(
+        TwoLayers().double(), [batch(0)], rank=8, axis=axis, selection="uniform", on_refresh=on_refresh, seed=1, stagger=True,
+        update_proj_gap=5,
+    )  # fmt: skip
+    for step in range(14):
+        run.step(loss_of, batch(step))
+        assert run.difference() < 1e-10, step
+    assert [record.offset for record in run.optimizer._holder.records.values() if record.parameter.dim() == 2] == [0, 3]
+
+
+@pytest.fixture
+def counts(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often a joint graph is traced and cut, and how many forwards and backwards are finished."""
     from grass_compile.passes import pipeline
 
-    counts = {"transform": 0, "finish_backward": 0}
+    counts = {"transform": 0, "finish_forward": 0, "finish_backward": 0}
 
     def counting(name: str) -> Any:
         original = getattr(pipeline, name)
@@ -176,6 +191,11 @@ def test_staggering_compiles_each_pattern_once(monkeypatch: pytest.MonkeyPatch) 
 
     for name in counts:
         monkeypatch.setattr(pipeline, name, counting(name))
+    return counts
+
+
+def test_staggering_compiles_each_pattern_once(counts: dict[str, int]) -> None:
+    """And traces nothing again, also where the step counts of weights meet and part."""
     model = TwoLayers()
     optimizer = grass_compile.AdamW(model.named_parameters(), rank=8, axis="rows", stagger=2, update_proj_gap=4)
     compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
@@ -183,7 +203,54 @@ def test_staggering_compiles_each_pattern_once(monkeypatch: pytest.MonkeyPatch) 
         loss_of(compiled(batch(step).float())).backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert counts == {"transform": 1, "finish_backward": 4}  # both, neither, the first, the second
+    assert counts == {"transform": 1, "finish_forward": 4, "finish_backward": 4}  # both, neither, the first, the second
+
+
+@pytest.mark.parametrize("keywords", [dict(on_refresh="carry"), dict(replacement=True), dict(scores="estimate"), dict(block=4)])
+def test_drawing_blindly_needs_one_graph(keywords: dict[str, Any], counts: dict[str, int]) -> None:
+    """A refresh is a regular step: what it takes depends on no gradient."""
+    model = TwoLayers()
+    optimizer = grass_compile.AdamW(
+        model.named_parameters(), rank=8, axis="columns", selection="uniform", stagger=True, update_proj_gap=3, **keywords
+    )
+    compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
+    seen = set()
+    for step in range(12):
+        loss_of(compiled(batch(step).float())).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.add(tuple(tuple(state["index"].tolist()) for state in optimizer.state.values() if "index" in state))
+    assert len(seen) > 6
+    assert counts == {"transform": 1, "finish_forward": 1, "finish_backward": 1}
+
+
+@pytest.mark.parametrize("on_refresh", ["reset", "carry", "keep"])
+def test_backward_that_breaks_off_after_a_blind_draw_does_no_harm(on_refresh: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows have been drawn and the moments carried; the next backward draws the same, and carries them no further."""
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    runs = []
+    for breaks in (False, True):
+        torch.manual_seed(0)
+        model = TwoLayers()
+        optimizer = grass_compile.AdamW(
+            model.named_parameters(), rank=8, axis="rows", selection="uniform", on_refresh=on_refresh, update_proj_gap=2, seed=1
+        )
+        compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
+        for step in range(7):
+            if breaks and step == 4:
+                with monkeypatch.context() as patch:
+                    patch.setattr(ops, "kernels", dict.fromkeys(ops.kernels, fail))
+                    with pytest.raises(RuntimeError, match="out of memory"):
+                        loss_of(compiled(batch(9).float())).backward()
+                optimizer.zero_grad()
+            loss_of(compiled(batch(step).float())).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append([parameter.detach() for parameter in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
 
 
 @pytest.mark.parametrize("deferred", [False, True])
