@@ -26,8 +26,8 @@ from rates import RECORDED_SWEEP, read_sweep, with_best_rates
 from runner import run
 from training import TrainConfig
 
-DENSE_LRS = (1e-3, 2e-3, 4e-3, 8e-3)
-GRASS_LRS = (2e-3, 4e-3, 8e-3, 1.6e-2)
+DENSE_LRS = (5e-4, 1e-3, 2e-3)
+GRASS_LRS = (1.5e-3, 3e-3, 6e-3)
 
 
 def main() -> None:
@@ -84,7 +84,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--axis", choices=("auto", "rows", "columns"), default=TrainConfig.axis)
     parser.add_argument("--selection", choices=("top", "norm", "norm2", "uniform"), default=TrainConfig.selection)
     parser.add_argument("--on-refresh", choices=("reset", "carry", "keep"), default=TrainConfig.on_refresh)
-    parser.add_argument("--stagger", action="store_true")
+    parser.add_argument("--stagger", action=argparse.BooleanOptionalAction, default=TrainConfig.stagger)
     parser.add_argument("--update-proj-gap", type=int, default=TrainConfig.update_proj_gap, metavar="K")
     parser.add_argument("--steps", type=int, default=TrainConfig.steps)
     parser.add_argument("--out", type=Path, default=RECORDED_SWEEP)

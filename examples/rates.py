@@ -13,8 +13,8 @@ from training import Event, TrainConfig
 
 RECORDED_SWEEP = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "demo_sweep.jsonl"
 
-FALLBACK_DENSE_LR = 3e-3
-FALLBACK_GRASS_LR = 6e-3
+FALLBACK_DENSE_LR = 1e-3
+FALLBACK_GRASS_LR = 3e-3
 
 # A run of another length, other text or another device keeps the learning rates found.
 _NOT_COMPARED = {"lr", "dense_lr", "steps", "validations", "validation_windows", "text", "device", "seed"}

@@ -39,8 +39,8 @@ class TrainConfig:
     axis: str = "columns"
     update_proj_gap: int = 50
     on_refresh: str = "carry"
-    selection: str = "norm"
-    stagger: bool = False
+    selection: str = "uniform"
+    stagger: bool = True
     dense_lr: float | None = None  # for what grass leaves dense; None: `lr`
 
     hidden_size: int = 256
@@ -51,7 +51,7 @@ class TrainConfig:
     steps: int = 750
     batch_size: int = 8
     sequence_length: int = 256
-    warmup_share: float = 0.05
+    warmup_share: float = 0.2
     final_lr_share: float = 0.1
     validations: int = 20
     validation_windows: int = 64
