@@ -51,7 +51,8 @@ class AdamW(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
         rank: r, the number of rows or columns that move at a time; None keeps the group dense.
         update_proj_gap: steps between refreshes; the first backward is always a refresh.
         selection: ``"top"``, the rows of largest norm; ``"norm"``, ``"norm2"`` or ``"uniform"``: rows drawn without
-            replacement, with probabilities proportional to the norm, its square, or one.
+            replacement, with probabilities proportional to the norm, its square, or one. ``"uniform"`` looks at no gradient: its
+            refresh is a regular step.
         replacement: draw with replacement, independently, and scale each row by ``rho = 1 / sqrt(rank * probability)`` before and
             after the update rule, once for each time it was drawn: what is applied is unbiased for a linear rule.
         axis: ``"rows"`` (out-features), ``"columns"`` (in-features) or ``"auto"`` (the cheaper by the cost model; with a dense
@@ -59,8 +60,9 @@ class AdamW(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
         on_refresh: ``"reset"`` zeroes the moments; ``"carry"`` keeps those of rows that stay selected; ``"keep"`` hands the
             moments of the old rows to the new ones, slot by slot.
         block: neighbouring rows that are chosen together; divides ``rank``.
-        stagger: spread the refreshes of different weights over the interval, in 4 parts or in as many as it says; in a model
-            that is compiled as a whole each part costs a compilation.
+        stagger: spread the refreshes of different weights over the interval, in as many parts as it says. True: 4, since in a
+            model that is compiled as a whole each part costs a compilation; where rows are drawn blindly it does not, and each
+            weight has a step of its own.
         scores: what new rows are chosen by: ``"exact"``, the norms of the full gradient, which the refresh forms, one layer at a
             time; ``"sampled"``, those of the gradient of every eighth token; ``"estimate"``, a sketch of the norms (rows) or
             the norms of the inputs (columns). With the latter two no full gradient is ever formed, a refresh is a step of the
