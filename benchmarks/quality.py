@@ -35,7 +35,7 @@ Record = dict[str, Any]
 
 DENSE_LRS = (1e-3, 2e-3, 3e-3)
 GRASS_LRS = (2e-3, 3e-3, 4e-3)
-BASE = {"selection": "norm", "axis": "columns", "on_refresh": "carry", "update_proj_gap": 50, "stagger": True}
+BASE = {"selection": "uniform", "axis": "columns", "on_refresh": "carry", "update_proj_gap": 50, "stagger": True}
 
 
 class Study:
@@ -113,10 +113,12 @@ def single(study: Study) -> Iterator[Run]:
     for block in (4, 8):  # that divide the width of the small model's feed-forward layers
         yield changed(base, block=block)
     for scores in ("sampled", "estimate"):
+        scored = changed(base, selection="norm", scores=scores)
         for axis in ("rows", "columns"):
-            yield changed(base, scores=scores, axis=axis)
-        yield changed(base, scores=scores, axis="columns", share_index=True)
-        yield changed(base, scores=scores, axis="columns", update_proj_gap=10)
+            yield changed(scored, axis=axis)
+        yield changed(scored, axis="columns", share_index=True)
+        yield changed(scored, axis="columns", update_proj_gap=10)
+    yield changed(base, axis="columns", share_index=True)
     yield changed(base, refresh_warmup=5)
     yield changed(base, betas=[0.9, 0.99])
     yield changed(base, betas=[0.9, 0.95])
