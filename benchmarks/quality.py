@@ -118,7 +118,7 @@ def single(study: Study) -> Iterator[Run]:
             yield changed(scored, axis=axis)
         yield changed(scored, axis="columns", share_index=True)
         yield changed(scored, axis="columns", update_proj_gap=10)
-    yield changed(base, axis="columns", share_index=True)
+    yield changed(best_base(study), share_index=True)
     yield changed(base, refresh_warmup=5)
     yield changed(base, betas=[0.9, 0.99])
     yield changed(base, betas=[0.9, 0.95])
