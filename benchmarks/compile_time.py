@@ -39,7 +39,7 @@ class Case:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compile_time", description=__doc__)
-    methods = ["dense", "grass-auto"]
+    methods = ["dense", "grass-auto", "grass-blind"]
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=methods, metavar="METHOD")
     parser.add_argument("--blocks", nargs="*", type=int, default=[4, 32], help="depths compiled one by one (4 32)")
     parser.add_argument("--rounds", type=int, default=3, help="times every case is measured (default 3)")

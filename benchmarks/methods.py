@@ -178,6 +178,7 @@ METHODS: dict[str, Method] = {
     "grass-rows": Method("grass", _grass("rows"), _witness_grass, refreshes=True),
     "grass-columns": Method("grass", _grass("columns"), _witness_grass, refreshes=True),
     "grass-auto": Method("grass", _grass("auto"), _witness_grass, refreshes=True),
+    "grass-blind": Method("grass", _grass("columns", selection="uniform"), _witness_grass, refreshes=True),
     "grass-rows-deferred": Method("grass", _grass("rows", step_in_backward=False), _witness_grass, refreshes=True),
     "grass-columns-deferred": Method("grass", _grass("columns", step_in_backward=False), _witness_grass, refreshes=True),
     "grass-rows-clipped": Method("grass", _grass("rows", max_grad_norm=1.0), _witness_grass, refreshes=True),

@@ -21,7 +21,9 @@ from benchmarks.methods import METHODS
 from benchmarks.record import number
 from benchmarks.worker import Trainer
 
-DEFAULT = ("dense", "frozen", "grass-rows", "grass-columns", "grass-auto", "grass-rows-deferred", "grass-columns-deferred")
+DEFAULT = (
+    "dense", "frozen", "grass-rows", "grass-columns", "grass-auto", "grass-blind", "grass-rows-deferred", "grass-columns-deferred",
+)  # fmt: skip
 BASES = ("dense", "frozen")
 
 
