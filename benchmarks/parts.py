@@ -259,8 +259,8 @@ def parts() -> Iterator[Part]:
     for change in (
         {"stagger": 4}, {"stagger": 1}, {"stagger": 1, "warmup": 10}, {"gap": 25}, {"gap": 100}, {"rank": 48}, {"rank": 64},
         {"warmup": 10}, {"rank": 64, "lr": 2e-3}, {"warmup": 10, "seed": 1}, {"warmup": 10, "seed": 2},
-        {"rank": 64, "lr": 2e-3, "seed": 1}, {"rank": 64, "lr": 2e-3, "seed": 2}, {"rank": 48, "seed": 1}, {"rank": 48, "seed": 2},
-        {"rank": 48, "lr": 2e-3}, {"steps": 725},
+        {"rank": 64, "lr": 2e-3, "seed": 1}, {"rank": 64, "lr": 2e-3, "seed": 2}, {"rank": 48, "seed": 1},
+        {"rank": 48, "seed": 2}, {"rank": 48, "lr": 2e-3}, {"steps": 725},
         {"factored": True}, {"corrected": False}, {"betas": (0.9, 0.99)}, {"sketch": 8}, {"on_refresh": "store"},
         {"on_refresh": "reset"}, {"on_refresh": "keep"}, {"axis": "rows"}, {"axis": "rows", "lr": 1.5e-3}, {"share": True},
         {"gap": 200}, {"gap": 10}, {"steps": 650},
