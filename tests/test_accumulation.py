@@ -52,18 +52,23 @@ def updates(model: nn.Module, optimizer: torch.optim.Optimizer) -> set[int]:
 
 @pytest.mark.parametrize("deferred", [False, True])
 @pytest.mark.parametrize("axis", ["rows", "columns"])
-@pytest.mark.parametrize("rank", [32, 4])
-def test_accumulating_equals_one_big_batch(rank: int, axis: str, deferred: bool) -> None:
-    """At full rank always; below it if the first micro-batch chooses the rows that the whole batch would."""
+@pytest.mark.parametrize("rank", [32, 4, "blind"])
+def test_accumulating_equals_one_big_batch(rank: int | str, axis: str, deferred: bool) -> None:
+    """At full rank and with rows that are drawn blindly always; otherwise if the first micro-batch chooses the rows that the
+    whole batch would."""
     model, big = forms.LinearBias().double(), forms.LinearBias().double()
     big.load_state_dict(model.state_dict())
     sides = []
     for side in (model, big):
         keywords: dict[str, Any] = dict(lr=1e-2, eps=1e-3, rank=rank, axis=axis, update_proj_gap=3, weight_decay=0.1)
+        if rank == "blind":
+            keywords |= dict(rank=4, selection="uniform", on_refresh="carry", seed=1)
         optimizer = grass_compile.AdamW(side.named_parameters(), step_in_backward=not deferred, **keywords)
         sides.append((optimizer, torch.compile(side, backend="grass", options={"compiler": "aot_eager"})))
     (optimizer, compiled), (big_optimizer, big_compiled) = sides
     stretch, narrow = (2.0 ** -torch.arange(size).double() for size in (forms.M, forms.N))  # every batch chooses alike
+    if rank == "blind":
+        stretch, narrow = torch.ones_like(stretch), torch.ones_like(narrow)
 
     def loss_of(y: Tensor) -> Tensor:
         return (nn.functional.softplus(y) * stretch).sum()
