@@ -373,19 +373,24 @@ def test_rows_are_valid(dim: int, block: int, chosen_by: str, replacement: bool,
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("selection", ["top", "uniform"])
-def test_a_refresh_looks_at_the_whole_gradient(mode: str, selection: str) -> None:
-    """One row that is not finite spoils the choice, be it chosen or not."""
+def test_a_refresh_looks_at_the_gradient_that_it_chooses_by(mode: str, selection: str) -> None:
+    """One row that is not finite spoils a choice by norms, be it chosen or not. A blind draw looks at the rows that it takes, as
+    every other step does."""
     run, twin = (Run(mode, selection=selection, seed=0, nonfinite="skip") for _ in range(2))
     run.steps(range(3))
     twin.steps(range(4))
     chosen = twin.optimizer.state[twin.model.b.weight]["index"].tolist()
-    row = min(set(range(32)) - set(chosen))  # of uniform draws no gradient has a say, so it will not be chosen
+    row = min(set(range(32)) - set(chosen))
     before = run.snapshot()
     with torch.no_grad():
         run.model.b.bias[row] = INF  # makes this row of the gradient infinite, and no other
     run.backward(3)
     run.optimizer.step()
     after = run.snapshot()
+    if selection == "uniform":
+        assert after["b.weight"]["index"].tolist() == chosen
+        assert {"a.weight", "b.weight"} <= changed(before, after) and bool(after["b.weight"]["value"].isfinite().all())
+        return
     assert same_bits(before["b.weight"]["index"], after["b.weight"]["index"])
     assert "b.weight" not in changed(before, after) and "a.weight" in changed(before, after)
     assert run.optimizer.state[run.model.b.weight]["updates"] == 3
