@@ -236,6 +236,7 @@ class Region:
             assigned = Assigned(projection.axis, projection.dim, projection.rank, projection.why)
             records[projection.position].assign(assigned, functools.partial(kernels.run, self.options))
         held = [records[projection.position] for projection in analysis.projections]
+        leaders = _leaders(analysis.projections, held)  # first: when a weight refreshes depends on whom it follows
         if clipped is not None:
             clipped = tuple(position for position in clipped if position not in {p.position for p in analysis.projections})
         return Plan(
@@ -243,7 +244,7 @@ class Region:
             projections=analysis.projections,
             hyper=_numbered([record.hyper_key(record.renewed) for record in held]),
             kernels=tuple(kernels.named(self.options, p.config, p.dim) for p in analysis.projections),
-            leaders=_leaders(analysis.projections, held),
+            leaders=leaders,
             disabled=self.options.disable_passes,
             clipped=clipped,
         )

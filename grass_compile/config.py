@@ -188,13 +188,13 @@ def parse_group(group: Mapping[str, Any]) -> GroupOptions:
             "Use on_refresh='reset' or 'keep'."
         )
     scores = one_of("scores", group["scores"], SCORES)
+    if selection == "uniform":
+        scores = "exact"  # there is nothing to score, and nothing to propose
     if group["replacement"] and scores != "exact":
         raise ConfigError(
             f"replacement=True scales rows by the probabilities of exact norms; scores={scores!r} has none. Use 'exact'."
         )
-    if selection == "uniform":
-        scores = "exact"  # there is nothing to score, and nothing to propose
-    elif group["share_index"] and scores == "exact":
+    if group["share_index"] and scores == "exact" and selection != "uniform":
         raise ConfigError(
             "share_index=True chooses the columns of several weights by the sum of their scores; exact ones would need all of "
             "their full gradients at once. Use scores='sampled' or 'estimate'."

@@ -173,7 +173,6 @@ class Holder:
             assert record.assigned is not None and record.kernel is not None
             if fresh := gradient.fresh:
                 record.settle(gradient)
-                record.leave()
                 gradient.fresh = False
             hyper, dim = self.hyper(record, fresh), record.assigned.dim
             with _torch.without_autocast():
@@ -181,7 +180,8 @@ class Holder:
             record.count(fresh)
             if gradient.next_rows is not None:
                 record.renew(gradient.next_rows)
-                record.leave()
+            if fresh or gradient.next_rows is not None:
+                record.doubt()
         _torch.mark_written(list(gradients))
 
     @torch.no_grad()

@@ -61,9 +61,9 @@ class Record:
     """
 
     __slots__ = (
-        "__weakref__", "_configs", "_holder", "_lead", "_leaf", "_noise", "_parameter", "_proposed", "_scratch", "assigned",
-        "flight", "group", "kernel", "moved", "name", "number", "options", "outstanding", "proposes", "refreshed", "rows", "rule",
-        "skipped", "trained_dense",
+        "__weakref__", "_agrees", "_configs", "_holder", "_lead", "_leaf", "_noise", "_parameter", "_proposed", "_scratch",
+        "assigned", "flight", "group", "kernel", "moved", "name", "number", "options", "outstanding", "proposes", "refreshed",
+        "rows", "rule", "skipped", "trained_dense",
     )  # fmt: skip
 
     def __init__(
@@ -88,6 +88,7 @@ class Record:
         self._proposed: Tensor | None = None
         self.proposes = False
         self._lead: weakref.ref[Record] | None = None
+        self._agrees = False
 
     @property
     def parameter(self) -> Tensor:
@@ -199,7 +200,7 @@ class Record:
         self._leaf = self._scratch = self._noise = self._proposed = self.rows = None
         self.moved = self.trained_dense = self.proposes = False
         self.flight = None
-        self.leave()
+        self._lead = None
 
     @property
     def pending(self) -> CompactGrad | None:
@@ -400,9 +401,9 @@ class Record:
             self._proposed = self.state["index"].clone()
         return self._proposed
 
-    def renew(self, rows: Tensor) -> None:
-        """Go over to rows that were proposed by a step that is done."""
-        self._settle(rows, (), None)
+    def renew(self, rows: Tensor, scales: Sequence[Tensor] = ()) -> None:
+        """Go over to other rows between two steps: those that were proposed by the one that is done, or another weight's."""
+        self._settle(rows, scales, None)
         if self.options.on_refresh == "reset" and not self.config().counted:  # otherwise the count is settled with the rest
             self.state["step"].zero_()
 
@@ -419,18 +420,19 @@ class Record:
         Returns:
             Whether that is so: not as long as something waits that has been computed for other columns.
         """
-        if self.lead is lead:
+        if self.lead is lead and (self._agrees or lead is self):
             return True
         if self.waits or self.outstanding:
             return False
         if not torch.equal(self.state["index"], lead.state["index"]):
-            self.renew(lead.state["index"])
-        self._lead = weakref.ref(lead)
+            rows, *scales = lead.chosen()
+            self.renew(rows, scales)
+        self._lead, self._agrees = weakref.ref(lead), True
         return True
 
-    def leave(self) -> None:
-        """Follow nobody, until `follow` has seen that the columns agree."""
-        self._lead = None
+    def doubt(self) -> None:
+        """Have `follow` see for itself whether the columns still agree."""
+        self._agrees = False
 
     def stepped(self, refresh: bool) -> None:
         """Note that a backward has moved the weight."""

@@ -159,13 +159,14 @@ def test_staggered_refreshes_equal_the_oracle(axis: str, on_refresh: str) -> Non
     assert [step for step in range(14) if seen[step][1]] == [0, 2, 8]
 
 
+@pytest.mark.parametrize("nonfinite", ["raise", "propagate"])
 @pytest.mark.parametrize("on_refresh", ["reset", "carry", "keep"])
 @pytest.mark.parametrize("axis", ["rows", "columns"])
-def test_each_weight_draws_blindly_at_a_time_of_its_own(axis: str, on_refresh: str) -> None:
+def test_each_weight_draws_blindly_at_a_time_of_its_own(axis: str, on_refresh: str, nonfinite: str) -> None:
     torch.manual_seed(0)
     run = pair(
         TwoLayers().double(), [batch(0)], rank=8, axis=axis, selection="uniform", on_refresh=on_refresh, seed=1, stagger=True,
-        update_proj_gap=5,
+        update_proj_gap=5, nonfinite=nonfinite,
     )  # fmt: skip
     for step in range(14):
         run.step(loss_of, batch(step))
