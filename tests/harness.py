@@ -147,7 +147,7 @@ def pair(
     """Set up both sides; the oracle projects what `grass_compile.explain` says."""
     twin = copy.deepcopy(model)
     asked = {**KEYWORDS, **keywords}
-    extra = {key: asked.pop(key) for key in ("exclude", "step_in_backward", "stagger", "seed") if key in asked}
+    extra = {key: asked.pop(key) for key in ("exclude", "step_in_backward", "stagger", "seed", "nonfinite") if key in asked}
     optimizer = grass_compile.AdamW(model.named_parameters(), rank=rank, axis=axis, **asked, **extra)
     report = grass_compile.explain(model, *inputs, optimizer=optimizer)
     projected = {row.name: (row.dim, row.rank) for row in report if row.projected}
