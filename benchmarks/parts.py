@@ -33,6 +33,7 @@ from corpus import Corpus, even_windows, load_corpus
 from training import TrainConfig, batches, build_model, evaluate, lr_share, parameters_by_kind
 
 STEPS, WARMUP, WIDTH, FEED_FORWARD = 500, 0.2, 128, 344
+QUERIES = ("q_proj.weight", "k_proj.weight")
 DENSE_LR = 1e-3
 """Of everything but the blocks' linear weights."""
 
@@ -56,6 +57,8 @@ class Part:
         warmup: steps after a refresh over which the update of new columns rises.
         sketch: of the rank, how many random directions take the place of columns, to move all the others a little.
         betas: decay rates.
+        queries: factor on the rate of the query and key projections.
+        rule: ``adamw`` or ``muon``: the momentum, orthogonalized, at Adam's root mean square; it has no second moment.
         steps: more of them than the others, for what takes less time for each.
         seed: of the model, the batches and the draws.
     """
@@ -74,6 +77,8 @@ class Part:
     warmup: int = 0
     sketch: int = 0
     betas: tuple[float, float] = (0.9, 0.999)
+    queries: float = 1.0
+    rule: str = "adamw"
     steps: int = STEPS
     seed: int = 0
 
@@ -104,7 +109,7 @@ class Moments:
 
     def rows(self, index: Tensor) -> Moments:
         """A copy of some rows."""
-        found = Moments(self.m[index], self.betas)
+        found = type(self)(self.m[index], self.betas)
         found.m, found.v, found.steps, found.known = self.m[index], self.v[index], self.steps[index], self.known[index]
         return found
 
@@ -115,6 +120,26 @@ class Moments:
 
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.m, self.v, self.steps, self.known
+
+
+class Momentum(Moments):
+    """Muon's: only the first moment counts."""
+
+    def update(self, gradient: Tensor, corrected: bool = True) -> Tensor:
+        """Five Newton-Schulz iterations bring the singular values near 1."""
+        self.steps, self.known = self.steps + 1, self.known + 1
+        self.m.lerp_(gradient, 1 - MOMENTUM)
+        mean = gradient.lerp(self.m, MOMENTUM)
+        wide = mean.t() if mean.shape[0] > mean.shape[1] else mean
+        wide = wide / (wide.norm() + 1e-7)
+        for _ in range(5):
+            gram = wide @ wide.t()
+            wide = 3.4445 * wide + (2.0315 * gram @ gram - 4.775 * gram) @ wide
+        return 0.2 * math.sqrt(max(wide.shape)) * (wide.t() if mean.shape[0] > mean.shape[1] else wide)
+
+
+MOMENTUM = 0.95
+RULES = {"adamw": Moments, "muon": Momentum}
 
 
 class Weight:
@@ -138,7 +163,7 @@ class Weight:
         weight, gradient = (self.weight.t(), gradient.t()) if self.transposed else (self.weight, gradient)
         due = step == 0 or (step + self.offset) % self.part.gap == 0
         if self.part.method == "dense":
-            self.moments = self.moments or Moments(gradient, self.part.betas)
+            self.moments = self.moments or RULES[self.part.rule](gradient, self.part.betas)
             weight.sub_(self.moments.update(gradient), alpha=lr)
         elif self.part.method == "galore":
             self._galore(weight, gradient, lr, due)
@@ -167,7 +192,7 @@ class Weight:
     def _refresh(self, gradient: Tensor) -> None:
         part, norms, old = self.part, gradient.norm(dim=1), self.index
         index = self._choose(norms)
-        new = Moments(gradient[index], part.betas)
+        new = RULES[part.rule](gradient[index], part.betas)
         before = self.moments
         if before is not None and part.on_refresh == "keep":
             new = before
@@ -234,9 +259,10 @@ def run(part: Part, corpus: Corpus) -> list[float]:
         compiled(input_ids=ids, labels=ids).loss.backward()
         others.step()
         with torch.no_grad():
-            for weight, (_, p) in zip(weights, projected, strict=True):
+            for weight, (name, p) in zip(weights, projected, strict=True):
                 assert p.grad is not None
-                weight.step(p.grad, part.lr * share, step)
+                factor = part.queries if name.endswith(QUERIES) else 1.0
+                weight.step(p.grad, part.lr * share * factor, step)
                 p.grad = None
         others.zero_grad()
     raise AssertionError("batches come without end")
@@ -256,6 +282,7 @@ def parts() -> Iterator[Part]:
     yield from (dataclasses.replace(uniform, lr=lr) for lr in (2e-3, LR, 4e-3))
     seeded = [Part("dense", 2e-3), uniform, base, dataclasses.replace(base, selection="top"), Part("galore", 4e-3)]
     yield from (dataclasses.replace(part, seed=seed) for seed in (1, 2) for part in seeded)
+    yield from faster_queries(uniform)
     for change in (
         {"stagger": 4}, {"stagger": 1}, {"stagger": 1, "warmup": 10}, {"gap": 25}, {"gap": 100}, {"rank": 48}, {"rank": 64},
         {"warmup": 10}, {"rank": 64, "lr": 2e-3}, {"warmup": 10, "seed": 1}, {"warmup": 10, "seed": 2},
@@ -272,6 +299,29 @@ def parts() -> Iterator[Part]:
     ):  # fmt: skip
         yield dataclasses.replace(base, **change)
     yield dataclasses.replace(base, axis="rows", selection="top", on_refresh="reset", stagger=1)  # the paper's
+
+
+def faster_queries(uniform: Part) -> Iterator[Part]:
+    """Query and key projections at a rate of their own; what that changes; Muon, whose state is half of Adam's."""
+    faster = dataclasses.replace(uniform, queries=2.0)
+    muon = dataclasses.replace(faster, rule="muon", lr=1.2e-2)
+    for seed in (0, 1, 2):
+        yield dataclasses.replace(faster, seed=seed)
+        yield dataclasses.replace(muon, rank=64, queries=1.0, seed=seed)
+    yield from (Part("dense", 2e-3, queries=factor) for factor in (0.5, 2.0))
+    yield Part("galore", 4e-3, queries=2.0)
+    for seed in (0, 1, 2):
+        yield dataclasses.replace(muon, queries=1.0, seed=seed)
+        yield dataclasses.replace(faster, rank=48, seed=seed)
+        yield dataclasses.replace(faster, rank=64, lr=2e-3, seed=seed)
+    yield dataclasses.replace(uniform, queries=3.0)
+    yield from (dataclasses.replace(faster, **change) for change in (
+        {"selection": "norm"}, {"selection": "top"}, {"axis": "rows"}, {"on_refresh": "reset"}, {"stagger": 1}, {"rank": 16},
+        {"gap": 25}, {"gap": 100}, {"corrected": False}, {"lr": 2e-3}, {"lr": 4e-3}, {"share": True},
+    ))  # fmt: skip
+    yield from (dataclasses.replace(muon, lr=2.4e-2, rank=rank) for rank in (32, 64))
+    yield muon
+    yield from (Part("dense", lr, rule="muon") for lr in (3e-3, 6e-3))
 
 
 def read(record: dict[str, Any]) -> Part:
