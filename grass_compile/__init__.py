@@ -14,6 +14,7 @@ from .runtime.optimizers import AdamW as AdamW
 from .runtime.optimizers import AdamW8bit as AdamW8bit
 from .runtime.optimizers import Apollo as Apollo
 from .runtime.optimizers import Lion as Lion
+from .runtime.optimizers import Muon as Muon
 from .runtime.optimizers import Optimizer as Optimizer
 from .runtime.optimizers import Sketchy as Sketchy
 from .runtime.rules import Rule as Rule

@@ -19,6 +19,7 @@ from .rules import (
     AdamWRule,
     ApolloRule,
     LionRule,
+    MuonRule,
     Rule,
     SGDRule,
     SketchyRule,
@@ -234,6 +235,56 @@ class Sketchy(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
             params, SketchyRule(positive_int("size", size)), project,
             lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=True,
         )  # fmt: skip
+
+
+class Muon(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
+    """Muon in the compact space: the momentum of the selected rows, orthogonalized; the dense rest through ``torch.optim.AdamW``.
+
+    ``state[p]`` of a projected weight holds ``momentum_buffer`` (``[r, n]`` or ``[m, r]``): half of `AdamW`'s bytes. At full
+    rank a projected weight moves as with ``torch.optim.Muon(adjust_lr_fn="match_rms_adamw")``.
+
+    Args:
+        params: as of `AdamW`.
+        lr: learning rate; the update of a projected weight has a root mean square of about ``0.2 lr``.
+        momentum: decay rate of the momentum; may change at any time without a recompilation.
+        nesterov: whether the momentum looks ahead by one gradient.
+        ns_steps: Newton-Schulz iterations.
+        betas: of the dense rest's moments.
+        eps: of the dense rest.
+        weight_decay: decoupled weight decay, on the whole weight.
+        **project: ``rank`` and the other keywords of `AdamW` from there on.
+
+    Raises:
+        ConfigError: as of `AdamW`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_steps: int = 5,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        **project: Any,
+    ) -> None:
+        self._momentum = momentum
+        rule = MuonRule(bool(nesterov), positive_int("ns_steps", ns_steps))
+        super().__init__(params, rule, project, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=True)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As of `AdamW`; ``momentum``, of which torch's AdamW knows nothing, is a keyword of a group like the others.
+
+        Raises:
+            ConfigError: as of `AdamW`; a momentum outside of [0, 1).
+        """
+        self.defaults.setdefault("momentum", self._momentum)
+        momentum = param_group.get("momentum", self._momentum)
+        if not 0.0 <= finite("Muon: momentum", momentum) < 1.0:
+            raise ConfigError(f"Muon: momentum must be in [0, 1), got {momentum!r}.")
+        super().add_param_group(param_group)
 
 
 class SGD(GrassOptimizer, torch.optim.SGD):  # type: ignore[override]

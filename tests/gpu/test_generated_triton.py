@@ -225,7 +225,7 @@ def test_moments_of_8_bits_are_never_stored_in_full(axis: str, features: int) ->
 
 
 @pytest.mark.parametrize("axis", ["rows", "columns"])
-@pytest.mark.parametrize("name", ["Adafactor", "Apollo", "Lion", "SGD", "Sketchy"])
+@pytest.mark.parametrize("name", ["Adafactor", "Apollo", "Lion", "Muon", "SGD", "Sketchy"])
 def test_step_of_every_rule(name: str, axis: str) -> None:
     """It compiles for a GPU, adds to the weight in place without atomics, and makes nothing of the weight's size."""
     (graph,) = generate(step_alone, name, axis, str(HIDDEN))

@@ -232,6 +232,7 @@ RULES: dict[str, Any] = {
     "SGD": lambda params, **keywords: grass_compile.SGD(params, momentum=0.9, **keywords),
     "Adafactor": grass_compile.Adafactor,
     "Lion": grass_compile.Lion,
+    "Muon": grass_compile.Muon,
     "SONew": lambda params, **keywords: grass_compile.Optimizer(params, "sonew", **keywords),
 }
 

@@ -7,13 +7,14 @@ from .adamw8bit import AdamW8bitRule
 from .apollo import ApolloRule
 from .base import RESERVED, Layout, Rule, register_rule, registered_rules
 from .lion import LionRule
+from .muon import MuonRule
 from .sgd import SGDRule
 from .sketchy import SketchyRule
 from .sonew import SONewRule
 
 __all__ = [
-    "RESERVED", "AdafactorRule", "AdamRule", "AdamW8bitRule", "AdamWRule", "ApolloRule", "Layout", "LionRule", "Rule",
-    "SGDRule", "SONewRule", "SketchyRule", "register_rule", "registered_rules",
+    "RESERVED", "AdafactorRule", "AdamRule", "AdamW8bitRule", "AdamWRule", "ApolloRule", "Layout", "LionRule", "MuonRule",
+    "Rule", "SGDRule", "SONewRule", "SketchyRule", "register_rule", "registered_rules",
 ]  # fmt: skip
 
 register_rule("adamw", AdamWRule())
@@ -25,3 +26,4 @@ register_rule("adafactor", AdafactorRule())
 register_rule("sonew", SONewRule())
 register_rule("apollo", ApolloRule())
 register_rule("sketchy", SketchyRule())
+register_rule("muon", MuonRule())
