@@ -35,6 +35,8 @@ Record = dict[str, Any]
 
 DENSE_LRS = (1e-3, 2e-3, 3e-3)
 GRASS_LRS = (2e-3, 3e-3, 4e-3)
+QUERIES = 2.0
+"""Factor on the rate of the query and key projections with grass; `benchmarks.parts` has shown what it is worth."""
 BASE = {"selection": "uniform", "axis": "columns", "on_refresh": "carry", "update_proj_gap": 50, "stagger": True}
 
 
@@ -43,11 +45,17 @@ class Study:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.records: list[Record] = [json.loads(line) for line in lines]
+        self.records: list[Record] = []
+        self.read()
+
+    def read(self) -> None:
+        """Catch up with the file, into which other processes may write too."""
+        if self.path.exists():
+            self.records = [json.loads(line) for line in self.path.read_text().splitlines()]
 
     def run(self, run: Run) -> None:
         """Run it and append its record, unless there is one."""
+        self.read()
         if self.find(run) is not None:
             return
         log = Path("out") / "logs" / f"quality-{zlib.crc32(json.dumps(dataclasses.asdict(run)).encode()):08x}.log"
@@ -61,15 +69,15 @@ class Study:
         kept = ("val_loss", "bigram_loss", "optimizer_state_bytes", "tokens_per_second", "train_seconds", "compile_seconds")
         record = {**{key: result[key] for key in kept}, "curve": result["curve"], **circumstances()}
         record = {"run": dataclasses.asdict(run), **record}
-        self.records.append(record)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
+        self.read()
 
     def find(self, run: Run) -> Record | None:
         """The record of a run."""
-        wanted = json.loads(json.dumps(dataclasses.asdict(run)))
-        return next((record for record in self.records if record["run"] == wanted), None)
+        wanted = Run(**json.loads(json.dumps(dataclasses.asdict(run))))
+        return next((record for record in self.records if Run(**record["run"]) == wanted), None)
 
     def best(self, which: Callable[[Run], bool]) -> Run:
         """The run of lowest validation loss among those recorded.
@@ -90,8 +98,11 @@ def rates(study: Study) -> Iterator[Run]:
     dense = study.best(lambda run: run.method == "dense" and run.size == "small" and run.lr == run.dense_lr)
     for factor in (2, 4):  # as every other method may: a rate of their own for the linear weights
         yield dataclasses.replace(dense, lr=dense.lr * factor)
+    for queries in (0.5, QUERIES):
+        yield dataclasses.replace(dense, queries=queries)
     for lr in GRASS_LRS:
-        yield Run("AdamW", "small", lr, dense.lr, 4, BASE)
+        yield Run("AdamW", "small", lr, dense.lr, 4, BASE, queries=QUERIES)
+    yield dataclasses.replace(best_base(study), queries=1.0)
 
 
 def grid(study: Study) -> Iterator[Run]:
@@ -144,6 +155,7 @@ def rules(study: Study) -> Iterator[Run]:
     base = best_grid(study)
     for name, lrs, keywords in (
         ("Adafactor", (3e-3, 1e-2, 3e-2), {}),
+        ("Muon", (6e-3, 1.2e-2, 2.4e-2), {}),
         ("Lion", (2e-4, 5e-4, 1e-3), {}),
         ("SGD", (0.1, 0.5, 2.0), {"momentum": 0.9}),
         ("Optimizer", (1.5e-3, 3e-3, 6e-3), {"rule": "sonew"}),
@@ -153,6 +165,9 @@ def rules(study: Study) -> Iterator[Run]:
     ):
         for lr in lrs:
             yield dataclasses.replace(base, method=name, lr=lr, keywords={**base.keywords, **keywords})
+    for queries in (1.0, QUERIES):  # as many bytes as AdamW's at d/4
+        for lr in (1.2e-2, 2.4e-2):
+            yield dataclasses.replace(base, method="Muon", lr=lr, rank_share=2, queries=queries)
 
 
 def peers(study: Study) -> Iterator[Run]:
@@ -166,6 +181,8 @@ def peers(study: Study) -> Iterator[Run]:
     ):
         for lr in lrs:
             yield Run(name, "small", lr, dense.lr, 4)
+        if name != "lora":
+            yield dataclasses.replace(best_of(study, name), queries=QUERIES)
 
 
 def seeds(study: Study) -> Iterator[Run]:
@@ -187,11 +204,12 @@ def finals(study: Study) -> Iterator[Run]:
 
 def finalists(study: Study) -> list[Run]:
     """Dense training, the peers and ours at their best rates: the grid's best at the peers' rank, at as many bytes as GaLore's
-    state has, and at r = d/2; and what the paper has."""
+    state has, and at r = d/2; Muon at d/4, and at d/2, which takes AdamW's bytes at d/4; and what the paper has."""
     grass = best_base(study)
-    paper = changed(grass, selection="top", on_refresh="reset", axis="rows", stagger=False)
+    paper = dataclasses.replace(changed(grass, selection="top", on_refresh="reset", axis="rows", stagger=False), queries=1.0)
+    muon = [best_of(study, "Muon", share) for share in (4, 2)]
     more = [dataclasses.replace(grass, rank_share=share, lr=grass.lr * share / 4) for share in (8 / 3, 2)]
-    return [best_of(study, "dense"), grass, *(best_of(study, name) for name in ("galore", "apollo", "fira")), *more, paper]
+    return [best_of(study, "dense"), grass, *(best_of(study, name) for name in ("galore", "apollo", "fira")), *more, *muon, paper]
 
 
 STAGES: dict[str, Callable[[Study], Iterable[Run]]] = {
@@ -205,8 +223,9 @@ def best_base(study: Study) -> Run:
     return study.best(
         lambda run: (
             run.method == "AdamW" and run.size == "small" and run.keywords == BASE and run.rank_share == 4 and run.seed == 0
+            and run.queries == QUERIES
         )
-    )
+    )  # fmt: skip
 
 
 def best_grid(study: Study) -> Run:
@@ -216,14 +235,17 @@ def best_grid(study: Study) -> Run:
     return study.best(
         lambda run: (
             run.method == "AdamW" and run.size == "small" and set(run.keywords) == keys and run.rank_share == 4
-            and run.lr == base.lr and all(run.keywords[key] == BASE[key] for key in ("update_proj_gap", "stagger"))
+            and (run.lr, run.queries) == (base.lr, QUERIES)
+            and all(run.keywords[key] == BASE[key] for key in ("update_proj_gap", "stagger"))
         )
     )  # fmt: skip
 
 
-def best_of(study: Study, method: str) -> Run:
+def best_of(study: Study, method: str, rank_share: float | None = None) -> Run:
     """A method at its best rate, small."""
-    return study.best(lambda run: run.method == method and run.size == "small" and run.seed == 0)
+    return study.best(
+        lambda run: run.method == method and run.size == "small" and run.seed == 0 and rank_share in (None, run.rank_share)
+    )
 
 
 def changed(run: Run, **keywords: Any) -> Run:
@@ -236,6 +258,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES), metavar="STAGE")
     parser.add_argument("--report", action="store_true", help="only report")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="of a stage's runs only every Nth ...")
+    parser.add_argument(
+        "--first", type=int, default=0, metavar="I", help="... from the Ith on, so that processes can share a stage"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "quality" / "runs.jsonl")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
@@ -243,8 +269,9 @@ def main() -> None:
     try:
         for stage in [] if options.report else options.stages:
             # Lazily: what a stage runs may depend on what it has found so far.
-            for run in tqdm(STAGES[stage](study), desc=stage, unit="run", position=1):
-                study.run(run)
+            for number, run in enumerate(tqdm(STAGES[stage](study), desc=stage, unit="run", position=1)):
+                if number % options.every == options.first:
+                    study.run(run)
     except LookupError as error:
         sys.exit(f"quality: {error}")
     write_report(study.records, options.out.parent)

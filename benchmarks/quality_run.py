@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import pkgutil
 import sys
 from typing import Any
 
@@ -17,7 +18,7 @@ from benchmarks.record import ROOT
 
 sys.path.insert(0, str(ROOT / "examples"))  # the demo is a folder of scripts, which import each other by bare names
 
-from training import Event, TrainConfig, parameters_by_kind, train
+from training import Event, TrainConfig, parameters_by_kind, split_queries, train
 
 SIZES: dict[str, dict[str, Any]] = {
     "small": {"hidden_size": 128, "intermediate_size": 344, "layers": 4, "heads": 4, "steps": 500, "warmup_share": 0.2},
@@ -40,6 +41,7 @@ class Run:
         keywords: of the optimizer.
         seed: of the model, the batches and the selection.
         steps: 0 for the size's own.
+        queries: factor on the rate of the query and key projections.
     """
 
     method: str
@@ -50,11 +52,13 @@ class Run:
     keywords: dict[str, Any] = dataclasses.field(default_factory=dict)
     seed: int = 0
     steps: int = 0
+    queries: float = 1.0
 
     @property
     def label(self) -> str:
         words = [self.method, *([f"d/{self.rank_share:.3g}"] if self.rank_share else [])]
         words += [f"{value}" if isinstance(value, str) else f"{key}={value}" for key, value in self.keywords.items()]
+        words += [f"queries x{self.queries:g}"] if self.queries != 1 else []
         return " ".join([*words, f"lr {self.lr:g}", *([f"seed {self.seed}"] if self.seed else [])])
 
     def training(self) -> TrainConfig:
@@ -63,35 +67,34 @@ class Run:
         return TrainConfig(lr=self.lr, seed=self.seed, **size)
 
 
+PEERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "galore": ("galore_torch:GaLoreAdamW", {"scale": 0.25}, {"no_deprecation_warning": True}),
+    "apollo": ("apollo_torch:APOLLOAdamW", {"proj": "random", "scale_type": "channel", "scale": 1.0}, {}),
+    "fira": ("fira:FiraAdamW", {"alpha": 0.25}, {"no_deprecation_warning": True}),
+}
+"""The optimizer, the keywords of its low-rank groups, its own."""
+
+
 def optimizer_of(run: Run, model: Any) -> tuple[Optimizer, str]:
     """The optimizer of a run, and the backend to compile with. LoRA changes the model."""
     rank = round(model.config.hidden_size / run.rank_share) if run.rank_share else None
     if run.method == "lora":
         return _lora(run, model, rank), "inductor"
     projected, rest = parameters_by_kind(model)
+    queries, others = split_queries(projected)
+    groups = [{"params": others}, {"params": queries, "lr": run.lr * run.queries}]
+    if run.method[0].isupper():
+        own = {key: tuple(value) if isinstance(value, list) else value for key, value in run.keywords.items()}
+        groups.append({"params": rest, "rank": None, "lr": run.dense_lr})
+        return getattr(grass_compile, run.method)(groups, lr=run.lr, rank=rank, seed=run.seed, **own), "grass"
+    groups = [{**group, "params": [p for _, p in group["params"]]} for group in groups]
     plain = [{"params": [p for _, p in rest], "lr": run.dense_lr}]
-    linear = {"params": [p for _, p in projected]}
     if run.method == "dense":
-        return torch.optim.AdamW([linear, *plain], lr=run.lr, weight_decay=0.0, fused=True), "inductor"
-    if run.method == "galore":
-        from galore_torch import GaLoreAdamW
-
-        low_rank = {**linear, "rank": rank, "update_proj_gap": 50, "scale": 0.25, "proj_type": "std", **run.keywords}
-        return GaLoreAdamW([low_rank, *plain], lr=run.lr, weight_decay=0.0, no_deprecation_warning=True), "inductor"
-    if run.method == "apollo":
-        from apollo_torch import APOLLOAdamW
-
-        how = {"proj": "random", "scale_type": "channel", "scale": 1.0, "update_proj_gap": 50, "proj_type": "std"}
-        return APOLLOAdamW([{**linear, "rank": rank, **how, **run.keywords}, *plain], lr=run.lr, weight_decay=0.0), "inductor"
-    if run.method == "fira":
-        from fira import FiraAdamW
-
-        low_rank = {**linear, "rank": rank, "update_proj_gap": 50, "alpha": 0.25, "proj_type": "std", **run.keywords}
-        return FiraAdamW([low_rank, *plain], lr=run.lr, weight_decay=0.0, no_deprecation_warning=True), "inductor"
-    make = getattr(grass_compile, run.method)
-    own = {key: tuple(value) if isinstance(value, list) else value for key, value in run.keywords.items()}
-    groups = [{"params": projected}, {"params": rest, "rank": None, "lr": run.dense_lr}]
-    return make(groups, lr=run.lr, rank=rank, seed=run.seed, **own), "grass"
+        return torch.optim.AdamW([*groups, *plain], lr=run.lr, weight_decay=0.0, fused=True), "inductor"
+    name, keywords, quiet = PEERS[run.method]
+    keywords = {"rank": rank, "update_proj_gap": 50, "proj_type": "std", **keywords, **run.keywords}
+    low_rank = [{**group, **keywords} for group in groups]
+    return pkgutil.resolve_name(name)([*low_rank, *plain], lr=run.lr, weight_decay=0.0, **quiet), "inductor"
 
 
 def _lora(run: Run, model: Any, rank: int | None) -> Optimizer:

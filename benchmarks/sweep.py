@@ -50,24 +50,25 @@ def main() -> None:
 
     for name in options.methods or methods:
         rates = options.dense_lrs if name == "dense" else options.grass_lrs
-        for config in tqdm(list(configurations(methods[name], rates, options.out)), desc=name, unit="run"):
+        found = list(configurations(methods[name], rates, options.query_lr_factors, options.out))
+        for config in tqdm(found, desc=name, unit="run"):
             record(config, name, options.out)
 
 
-def configurations(method: TrainConfig, rates: list[float], out: Path) -> Iterator[TrainConfig]:
+def configurations(method: TrainConfig, rates: list[float], factors: list[float], out: Path) -> Iterator[TrainConfig]:
     """`method` at each rate. Its dense rest takes the best dense rate in `out`, so the dense runs come first."""
     if method.rank is None:
         yield from (replace(method, lr=lr) for lr in rates)
         return
     dense, _ = with_best_rates(replace(method, rank=None), out)
-    yield from (replace(method, lr=lr, dense_lr=dense.lr) for lr in rates)
+    yield from (replace(method, lr=lr, dense_lr=dense.lr, query_lr_factor=factor) for factor in factors for lr in rates)
 
 
 def record(config: TrainConfig, name: str, out: Path) -> None:
     """Run `config` and append its record to `out`, unless one is there."""
     if any(line["config"] == asdict(config) for line in read_sweep(out)):
         return
-    label = f"{name} lr {config.lr:g}"
+    label = f"{name} lr {config.lr:g}" + (f" queries {config.query_lr_factor:g}" if config.rank is not None else "")
     result = run(config, label, Path("out") / "logs" / f"sweep-{label.replace(' ', '-')}.log")
     kept = ("val_loss", "bigram_loss", "tokens_per_second", "train_seconds", "compile_seconds", "curve")
     line = {"method": name, "config": asdict(config), **{key: result[key] for key in kept}, **circumstances()}
@@ -81,6 +82,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="default: dense, grass-32 and grass-64")
     parser.add_argument("--dense-lrs", nargs="+", type=float, default=list(DENSE_LRS), metavar="LR")
     parser.add_argument("--grass-lrs", nargs="+", type=float, default=list(GRASS_LRS), metavar="LR")
+    parser.add_argument("--query-lr-factors", nargs="+", type=float, default=[TrainConfig.query_lr_factor], metavar="FACTOR")
     parser.add_argument("--axis", choices=("auto", "rows", "columns"), default=TrainConfig.axis)
     parser.add_argument("--selection", choices=("top", "norm", "norm2", "uniform"), default=TrainConfig.selection)
     parser.add_argument("--on-refresh", choices=("reset", "carry", "keep"), default=TrainConfig.on_refresh)

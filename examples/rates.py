@@ -15,11 +15,12 @@ RECORDED_SWEEP = Path(__file__).resolve().parent.parent / "benchmarks" / "result
 
 FALLBACK_DENSE_LR = 1e-3
 FALLBACK_GRASS_LR = 3e-3
+_RATES = ("lr", "dense_lr", "query_lr_factor")
 
 # A run of another length, other text or another device keeps the learning rates found.
-_NOT_COMPARED = {"lr", "dense_lr", "steps", "validations", "validation_windows", "text", "device", "seed"}
+_NOT_COMPARED = {*_RATES, "steps", "validations", "validation_windows", "text", "device", "seed"}
 _GRASS_ONLY = {"axis", "update_proj_gap", "on_refresh", "selection", "stagger"}
-_BEFORE = {"selection": "top", "stagger": False}  # what runs did whose record does not say
+_BEFORE = {"selection": "top", "stagger": False, "query_lr_factor": 1.0}  # what runs did whose record does not say
 
 
 def with_best_rates(config: TrainConfig, sweep: Path = RECORDED_SWEEP) -> tuple[TrainConfig, bool]:
@@ -32,7 +33,7 @@ def with_best_rates(config: TrainConfig, sweep: Path = RECORDED_SWEEP) -> tuple[
     alike = [record for record in alike if record["config"]["steps"] == longest]
     if alike:
         best = min(alike, key=lambda record: record["val_loss"])["config"]
-        return replace(config, lr=best["lr"], dense_lr=best["dense_lr"]), True
+        return replace(config, **{name: best[name] for name in _RATES}), True
     if config.rank is None:
         return replace(config, lr=FALLBACK_DENSE_LR), False
     return replace(config, lr=FALLBACK_GRASS_LR, dense_lr=FALLBACK_DENSE_LR), False

@@ -42,6 +42,7 @@ class TrainConfig:
     selection: str = "uniform"
     stagger: bool = True
     dense_lr: float | None = None  # for what grass leaves dense; None: `lr`
+    query_lr_factor: float = 2.0  # on the rate of the query and key projections with grass, which have farther to go
 
     hidden_size: int = 256
     intermediate_size: int = 688
@@ -130,9 +131,11 @@ def build_optimizer(model: LlamaForCausalLM, config: TrainConfig) -> torch.optim
         return torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
 
     projected, rest = parameters_by_kind(model)
+    queries, others = split_queries(projected)
     return grass_compile.AdamW(
         [
-            {"params": projected},
+            {"params": others},
+            {"params": queries, "lr": config.lr * config.query_lr_factor},
             {"params": rest, "rank": None, "lr": config.lr if config.dense_lr is None else config.dense_lr},
         ],
         lr=config.lr,
@@ -153,6 +156,12 @@ def parameters_by_kind(model: LlamaForCausalLM) -> tuple[list[NamedParameter], l
     projected = [(name, p) for name, p in model.named_parameters() if id(p) in linear_weights]
     rest = [(name, p) for name, p in model.named_parameters() if id(p) not in linear_weights]
     return projected, rest
+
+
+def split_queries(parameters: list[NamedParameter]) -> tuple[list[NamedParameter], list[NamedParameter]]:
+    """The weights of the query and key projections, and the others."""
+    queries = [(name, p) for name, p in parameters if name.endswith(("q_proj.weight", "k_proj.weight"))]
+    return queries, [(name, p) for name, p in parameters if not name.endswith(("q_proj.weight", "k_proj.weight"))]
 
 
 def lr_share(step: int, config: TrainConfig) -> float:

@@ -352,7 +352,7 @@ def _leaders(projections: Sequence[Projection], records: Sequence[Record]) -> tu
     for projection, record in zip(projections, records, strict=True):
         leader = projection.position
         if record.options.share_index and projection.reads is not None:
-            key = projection.reads, projection.rank, id(record.group), record.state["updates"]
+            key = projection.reads, projection.rank, id(record.holder), record.options, record.state["updates"]
             position, lead = first.get(key, (leader, record))
             if record.follow(lead):
                 first[key], leader = (position, lead), position

@@ -37,11 +37,13 @@ def batch(step: int, width: int = 16, tokens: int = 11) -> Tensor:
 
 
 class Run:
-    def __init__(self, compiler: str = "aot_eager", **keywords: Any) -> None:
+    def __init__(self, compiler: str = "aot_eager", queries: dict[str, Any] | None = None, **keywords: Any) -> None:
         torch.manual_seed(1)
         self.model = Attention()
         own = dict(rank=RANK, axis="columns", scores="sampled", update_proj_gap=GAP, share_index=True, seed=5, lr=1e-2)
-        self.optimizer = grass_compile.AdamW(self.model.named_parameters(), **{**own, **keywords})
+        first, *others = self.model.named_parameters()
+        groups: list[Any] = [{"params": others}, {"params": [first], **(queries or {})}]
+        self.optimizer = grass_compile.AdamW(self.model.named_parameters() if queries is None else groups, **{**own, **keywords})
         self.compiled = torch.compile(self.model, backend="grass", options={"compiler": compiler})
 
     def train(self, begin: int, end: int, micro: int = 1) -> None:
@@ -160,6 +162,27 @@ def test_draws_agree(keywords: dict[str, Any]) -> None:
         assert run.agree
         seen.add(tuple(run.index("q.weight")))
     assert len(seen) > 2
+
+
+def test_groups_that_differ_in_their_rate_share() -> None:
+    """As query projections have one of their own; each weight moves by its own."""
+    run = Run(queries={"lr": 2e-2}, selection="uniform")
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    for step in range(8):
+        run.train(step, step + 1)
+        assert run.agree
+        if step == 0:
+            moved = {name: float((p.detach() - before[name]).abs().max()) for name, p in run.model.named_parameters()}
+            assert moved["q.weight"] == pytest.approx(2e-2, rel=1e-3) and moved["k.weight"] == pytest.approx(1e-2, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("queries", "gathers"), [({"lr": 2e-2}, 2), ({"rank": 5}, 3), ({"update_proj_gap": 2}, 3), ({"seed": 6}, 3)]
+)
+def test_groups_that_choose_otherwise_do_not_share(
+    queries: dict[str, Any], gathers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert saved(monkeypatch, queries=queries, selection="uniform")[1] == gathers
 
 
 def test_accumulation_keeps_them_together() -> None:
