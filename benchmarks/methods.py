@@ -53,11 +53,13 @@ def _frozen(model: Stack, settings: Settings) -> Optimizer:
     return _adamw([p for p in model.parameters() if p.requires_grad], settings)
 
 
-def _grass(axis: Literal["rows", "columns", "auto"], **keywords: Any) -> Callable[[Stack, Settings], Optimizer]:
+def _grass(
+    axis: Literal["rows", "columns", "auto"], name: str = "AdamW", **keywords: Any
+) -> Callable[[Stack, Settings], Optimizer]:
     def prepare(model: Stack, settings: Settings) -> Optimizer:
         import grass_compile
 
-        optimizer: Optimizer = grass_compile.AdamW(
+        optimizer: Optimizer = getattr(grass_compile, name)(
             model.named_parameters(),
             lr=settings.lr,
             weight_decay=0.0,
@@ -143,11 +145,12 @@ def _witness_no_state(optimizer: Optimizer, weight: nn.Parameter, settings: Sett
 def _witness_grass(optimizer: Optimizer, weight: nn.Parameter, settings: Settings) -> dict[str, Any]:
     _check(weight.grad is None, "a projected weight has a gradient")
     _check(bool({"index", "basis"} & set(optimizer.state[weight])), "the weight is not projected")
-    moment = optimizer.state[weight]["exp_avg"]
+    name = next(name for name in ("exp_avg", "momentum_buffer") if name in optimizer.state[weight])
+    moment = optimizer.state[weight][name]
     rows, columns = weight.shape
     compact = {(min(settings.rank, rows), columns): "rows", (rows, min(settings.rank, columns)): "columns"}
     _check(tuple(moment.shape) in compact, f"the moments are {tuple(moment.shape)}, the weight {tuple(weight.shape)}")
-    return {"exp_avg": list(moment.shape), "axis": compact[tuple(moment.shape)]}
+    return {name: list(moment.shape), "axis": compact[tuple(moment.shape)]}
 
 
 def refreshed(method: Method, optimizer: Optimizer, model: Stack) -> bool | None:
@@ -179,6 +182,7 @@ METHODS: dict[str, Method] = {
     "grass-columns": Method("grass", _grass("columns"), _witness_grass, refreshes=True),
     "grass-auto": Method("grass", _grass("auto"), _witness_grass, refreshes=True),
     "grass-blind": Method("grass", _grass("columns", selection="uniform"), _witness_grass, refreshes=True),
+    "grass-muon": Method("grass", _grass("columns", "Muon", selection="uniform"), _witness_grass, refreshes=True),
     "grass-rows-deferred": Method("grass", _grass("rows", step_in_backward=False), _witness_grass, refreshes=True),
     "grass-columns-deferred": Method("grass", _grass("columns", step_in_backward=False), _witness_grass, refreshes=True),
     "grass-rows-clipped": Method("grass", _grass("rows", max_grad_norm=1.0), _witness_grass, refreshes=True),

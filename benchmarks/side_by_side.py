@@ -22,8 +22,8 @@ from benchmarks.record import number
 from benchmarks.worker import Trainer
 
 DEFAULT = (
-    "dense", "frozen", "grass-rows", "grass-columns", "grass-auto", "grass-blind", "grass-rows-deferred",
-    "grass-columns-deferred",
+    "dense", "frozen", "grass-rows", "grass-columns", "grass-auto", "grass-blind", "grass-muon",
+    "grass-rows-deferred", "grass-columns-deferred",
 )  # fmt: skip
 BASES = ("dense", "frozen")
 
