@@ -58,6 +58,7 @@ class Part:
         sketch: of the rank, how many random directions take the place of columns, to move all the others a little.
         betas: decay rates.
         queries: factor on the rate of the query and key projections.
+        queries_rank: rank of these, 0 for the others' rank.
         rule: ``adamw`` or ``muon``: the momentum, orthogonalized, at Adam's root mean square; it has no second moment.
         steps: more of them than the others, for what takes less time for each.
         seed: of the model, the batches and the draws.
@@ -78,6 +79,7 @@ class Part:
     sketch: int = 0
     betas: tuple[float, float] = (0.9, 0.999)
     queries: float = 1.0
+    queries_rank: int = 0
     rule: str = "adamw"
     steps: int = STEPS
     seed: int = 0
@@ -247,7 +249,10 @@ def run(part: Part, corpus: Corpus) -> list[float]:
     others = torch.optim.AdamW([p for _, p in rest], lr=DENSE_LR, weight_decay=0.0, fused=True)
     generator = torch.Generator().manual_seed(part.seed)
     offsets = [i * part.stagger // len(projected) * part.gap // part.stagger for i in range(len(projected))]
-    weights = [Weight(part, p.data, offset, generator) for (_, p), offset in zip(projected, offsets, strict=True)]
+    weights = []
+    for (name, p), offset in zip(projected, offsets, strict=True):
+        rank = part.queries_rank if part.queries_rank and name.endswith(QUERIES) else part.rank
+        weights.append(Weight(dataclasses.replace(part, rank=rank), p.data, offset, generator))
     compiled, losses = torch.compile(model), []
     for step, ids in enumerate(tqdm(batches(corpus, config), total=part.steps, desc=part.label, file=sys.stderr, leave=False)):
         if step and step % (part.steps // 5) == 0:
@@ -315,13 +320,14 @@ def faster_queries(uniform: Part) -> Iterator[Part]:
         yield dataclasses.replace(faster, rank=48, seed=seed)
         yield dataclasses.replace(faster, rank=64, lr=2e-3, seed=seed)
     yield dataclasses.replace(uniform, queries=3.0)
+    yield from (dataclasses.replace(uniform, queries_rank=rank) for rank in (64, 128))
+    yield from (Part("dense", lr, rule="muon") for lr in (3e-3, 6e-3))
     yield from (dataclasses.replace(faster, **change) for change in (
         {"selection": "norm"}, {"selection": "top"}, {"axis": "rows"}, {"on_refresh": "reset"}, {"stagger": 1}, {"rank": 16},
         {"gap": 25}, {"gap": 100}, {"corrected": False}, {"lr": 2e-3}, {"lr": 4e-3}, {"share": True},
     ))  # fmt: skip
     yield from (dataclasses.replace(muon, lr=2.4e-2, rank=rank) for rank in (32, 64))
     yield muon
-    yield from (Part("dense", lr, rule="muon") for lr in (3e-3, 6e-3))
 
 
 def read(record: dict[str, Any]) -> Part:
