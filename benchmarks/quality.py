@@ -150,12 +150,19 @@ def projections(study: Study) -> Iterator[Run]:
                 yield dataclasses.replace(base, lr=lr / scale, keywords=keywords)
 
 
+def muon(study: Study) -> Iterator[Run]:
+    """Muon at d/4, and at d/2, where its state has as many bytes as AdamW's at d/4; at rates of its own, for q and k too."""
+    for share in (4, 2):
+        for queries in (1.0, QUERIES):
+            for lr in (1.2e-2, 2.4e-2):
+                yield dataclasses.replace(best_base(study), method="Muon", lr=lr, rank_share=share, queries=queries)
+
+
 def rules(study: Study) -> Iterator[Run]:
     """Each rule, at rates of its own."""
     base = best_grid(study)
     for name, lrs, keywords in (
         ("Adafactor", (3e-3, 1e-2, 3e-2), {}),
-        ("Muon", (6e-3, 1.2e-2, 2.4e-2), {}),
         ("Lion", (2e-4, 5e-4, 1e-3), {}),
         ("SGD", (0.1, 0.5, 2.0), {"momentum": 0.9}),
         ("Optimizer", (1.5e-3, 3e-3, 6e-3), {"rule": "sonew"}),
@@ -165,9 +172,6 @@ def rules(study: Study) -> Iterator[Run]:
     ):
         for lr in lrs:
             yield dataclasses.replace(base, method=name, lr=lr, keywords={**base.keywords, **keywords})
-    for queries in (1.0, QUERIES):  # as many bytes as AdamW's at d/4
-        for lr in (1.2e-2, 2.4e-2):
-            yield dataclasses.replace(base, method="Muon", lr=lr, rank_share=2, queries=queries)
 
 
 def peers(study: Study) -> Iterator[Run]:
@@ -207,14 +211,20 @@ def finalists(study: Study) -> list[Run]:
     state has, and at r = d/2; Muon at d/4, and at d/2, which takes AdamW's bytes at d/4; and what the paper has."""
     grass = best_base(study)
     paper = dataclasses.replace(changed(grass, selection="top", on_refresh="reset", axis="rows", stagger=False), queries=1.0)
-    muon = [best_of(study, "Muon", share) for share in (4, 2)]
     more = [dataclasses.replace(grass, rank_share=share, lr=grass.lr * share / 4) for share in (8 / 3, 2)]
-    return [best_of(study, "dense"), grass, *(best_of(study, name) for name in ("galore", "apollo", "fira")), *more, *muon, paper]
+    return [
+        best_of(study, "dense"),
+        grass,
+        *(best_of(study, name) for name in ("galore", "apollo", "fira")),
+        *more,
+        *(best_of(study, "Muon", share) for share in (4, 2)),
+        paper,
+    ]
 
 
 STAGES: dict[str, Callable[[Study], Iterable[Run]]] = {
-    "rates": rates, "grid": grid, "single": single, "projections": projections, "rules": rules, "peers": peers, "seeds": seeds,
-    "finals": finals,
+    "rates": rates, "grid": grid, "single": single, "projections": projections, "muon": muon, "rules": rules, "peers": peers,
+    "seeds": seeds, "finals": finals,
 }  # fmt: skip
 
 
