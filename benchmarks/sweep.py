@@ -35,6 +35,7 @@ def main() -> None:
     base = TrainConfig(
         lr=0.0,
         steps=options.steps,
+        optimizer=options.optimizer,
         axis=options.axis,
         on_refresh=options.on_refresh,
         selection=options.selection,
@@ -42,13 +43,13 @@ def main() -> None:
         update_proj_gap=options.update_proj_gap,
     )
     methods = {"dense": TrainConfig(lr=0.0, steps=options.steps)}
-    for rank in (base.hidden_size // 8, base.hidden_size // 4):
+    for rank in (base.hidden_size // 8, base.hidden_size // 4, base.hidden_size // 2):
         methods[f"grass-{rank}"] = replace(base, rank=rank)
     unknown = set(options.methods or ()) - set(methods)
     if unknown:
         sys.exit(f"sweep: no method {', '.join(sorted(unknown))}; there are {', '.join(methods)}")
 
-    for name in options.methods or methods:
+    for name in options.methods or ("dense", "grass-32", "grass-64"):
         rates = options.dense_lrs if name == "dense" else options.grass_lrs
         found = list(configurations(methods[name], rates, options.query_lr_factors, options.out))
         for config in tqdm(found, desc=name, unit="run"):
@@ -83,6 +84,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dense-lrs", nargs="+", type=float, default=list(DENSE_LRS), metavar="LR")
     parser.add_argument("--grass-lrs", nargs="+", type=float, default=list(GRASS_LRS), metavar="LR")
     parser.add_argument("--query-lr-factors", nargs="+", type=float, default=[TrainConfig.query_lr_factor], metavar="FACTOR")
+    parser.add_argument("--optimizer", choices=("AdamW", "Muon"), default=TrainConfig.optimizer)
     parser.add_argument("--axis", choices=("auto", "rows", "columns"), default=TrainConfig.axis)
     parser.add_argument("--selection", choices=("top", "norm", "norm2", "uniform"), default=TrainConfig.selection)
     parser.add_argument("--on-refresh", choices=("reset", "carry", "keep"), default=TrainConfig.on_refresh)

@@ -37,13 +37,14 @@ def main(arguments: list[str] | None = None) -> None:
     )
     grass = replace(
         base,
+        optimizer=options.optimizer,
         axis=options.axis,
         update_proj_gap=options.update_proj_gap,
         on_refresh=options.on_refresh,
         selection=options.selection,
     )
     ranks = options.rank or [base.hidden_size // 8, base.hidden_size // 4]
-    methods = {"dense AdamW": base} | {f"grass, rank {rank}": replace(grass, rank=rank) for rank in ranks}
+    methods = {"dense AdamW": base} | {f"grass {options.optimizer}, rank {rank}": replace(grass, rank=rank) for rank in ranks}
 
     runs = []
     for label, method in methods.items():
@@ -61,6 +62,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--text", metavar="DIR", help="a folder of text (default: the Python standard library)")
     parser.add_argument("--steps", type=int, default=int(os.environ.get("DEMO_STEPS", TrainConfig.steps)))
     parser.add_argument("--rank", type=int, nargs="+", help="ranks of the grass runs (default: d/8 and d/4)")
+    parser.add_argument("--optimizer", choices=("AdamW", "Muon"), default=TrainConfig.optimizer, help="of the grass runs")
     parser.add_argument("--axis", choices=("auto", "rows", "columns"), default=TrainConfig.axis)
     parser.add_argument("--selection", choices=("top", "norm", "norm2", "uniform"), default=TrainConfig.selection)
     parser.add_argument("--on-refresh", choices=("reset", "carry", "keep"), default=TrainConfig.on_refresh)

@@ -14,13 +14,18 @@ from training import Event, TrainConfig
 RECORDED_SWEEP = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "demo_sweep.jsonl"
 
 FALLBACK_DENSE_LR = 1e-3
-FALLBACK_GRASS_LR = 3e-3
+FALLBACK_GRASS_LR = {"AdamW": 3e-3, "Muon": 1.2e-2}
 _RATES = ("lr", "dense_lr", "query_lr_factor")
 
 # A run of another length, other text or another device keeps the learning rates found.
 _NOT_COMPARED = {*_RATES, "steps", "validations", "validation_windows", "text", "device", "seed"}
-_GRASS_ONLY = {"axis", "update_proj_gap", "on_refresh", "selection", "stagger"}
-_BEFORE = {"selection": "top", "stagger": False, "query_lr_factor": 1.0}  # what runs did whose record does not say
+_GRASS_ONLY = {"optimizer", "axis", "update_proj_gap", "on_refresh", "selection", "stagger"}
+_BEFORE = {  # what runs did whose record does not say
+    "selection": "top",
+    "stagger": False,
+    "query_lr_factor": 1.0,
+    "optimizer": "AdamW",
+}
 
 
 def with_best_rates(config: TrainConfig, sweep: Path = RECORDED_SWEEP) -> tuple[TrainConfig, bool]:
@@ -36,7 +41,9 @@ def with_best_rates(config: TrainConfig, sweep: Path = RECORDED_SWEEP) -> tuple[
         return replace(config, **{name: best[name] for name in _RATES}), True
     if config.rank is None:
         return replace(config, lr=FALLBACK_DENSE_LR), False
-    return replace(config, lr=FALLBACK_GRASS_LR, dense_lr=FALLBACK_DENSE_LR), False
+    factor = 2.0 if config.optimizer == "AdamW" else 1.0
+    found = {"lr": FALLBACK_GRASS_LR[config.optimizer], "dense_lr": FALLBACK_DENSE_LR, "query_lr_factor": factor}
+    return replace(config, **found), False
 
 
 def read_sweep(sweep: Path) -> list[Event]:
