@@ -59,6 +59,7 @@ class Run:
         words = [self.method, *([f"d/{self.rank_share:.3g}"] if self.rank_share else [])]
         words += [f"{value}" if isinstance(value, str) else f"{key}={value}" for key, value in self.keywords.items()]
         words += [f"queries x{self.queries:g}"] if self.queries != 1 else []
+        words += [f"{self.steps} steps"] if self.steps else []
         return " ".join([*words, f"lr {self.lr:g}", *([f"seed {self.seed}"] if self.seed else [])])
 
     def training(self) -> TrainConfig:
