@@ -55,6 +55,7 @@ class Part:
         corrected: whether the first moment of new columns is corrected for its bias, but for the very first.
         factored: new columns begin with a second moment made of what all columns have in common and their own norm.
         warmup: steps after a refresh over which the update of new columns rises.
+        anneal: how far the update falls from one refresh to the next: linearly, from 1 + anneal to 1 - anneal times the rate.
         sketch: of the rank, how many random directions take the place of columns, to move all the others a little.
         betas: decay rates.
         queries: factor on the rate of the query and key projections.
@@ -76,6 +77,7 @@ class Part:
     corrected: bool = True
     factored: bool = False
     warmup: int = 0
+    anneal: float = 0.0
     sketch: int = 0
     betas: tuple[float, float] = (0.9, 0.999)
     queries: float = 1.0
@@ -155,6 +157,7 @@ class Weight:
             self.transposed = weight.shape[0] > weight.shape[1]
         length = weight.shape[1 if self.transposed else 0]
         self.rank = (length * part.rank // WIDTH if part.share else min(part.rank, length)) - part.sketch
+        self.since = 0
         self.index = self.order = torch.empty(0, dtype=torch.int64)
         self.moments: Moments | None = None
         self.all: Moments | None = None
@@ -182,8 +185,11 @@ class Weight:
     def _grass(self, weight: Tensor, gradient: Tensor, lr: float, due: bool, step: int) -> None:
         if due:
             self._refresh(gradient)
+            self.since = 0
         assert self.moments is not None
         update = self.moments.update(gradient[self.index], self.part.corrected or step < self.part.gap)
+        lr *= 1 + self.part.anneal * (1 - 2 * (self.since + 0.5) / self.part.gap)
+        self.since += 1
         if self.part.warmup:
             update = update * (self.moments.steps / self.part.warmup).clamp(max=1)
         weight.index_add_(0, self.index, update, alpha=-lr)
@@ -320,6 +326,7 @@ def faster_queries(uniform: Part) -> Iterator[Part]:
         yield dataclasses.replace(faster, rank=48, seed=seed)
         yield dataclasses.replace(faster, rank=64, lr=2e-3, seed=seed)
     yield dataclasses.replace(uniform, queries=3.0)
+    yield from (dataclasses.replace(faster, anneal=anneal, seed=seed) for anneal, seed in ((1.0, 0), (-0.5, 0), (-0.5, 1)))
     yield from (dataclasses.replace(uniform, queries_rank=rank) for rank in (64, 128))
     yield from (Part("dense", lr, rule="muon") for lr in (3e-3, 6e-3))
     yield from (dataclasses.replace(faster, **change) for change in (
