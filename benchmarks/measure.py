@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
-_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def _status_bytes(field: str) -> int:
@@ -90,3 +90,15 @@ def state_tensors(optimizer: Optimizer) -> list[Tensor]:
 def model_bytes(model: torch.nn.Module) -> int:
     """Bytes of the parameters and buffers, trained or not."""
     return storage_bytes([*model.parameters(), *model.buffers()])
+
+
+def keep_freed_memory() -> None:
+    """Have glibc hand no freed memory back to the system, so that no step pays for getting it again.
+
+    As it comes, malloc gives large blocks back and faults them in anew, page by page, thousands of times a step: how often
+    depends on the sizes of blocks more than on how many bytes a method needs. The allocators that torch's tuning guide
+    recommends for training on a CPU (jemalloc, tcmalloc) keep them as well.
+    """
+    mallopt = ctypes.CDLL(None).mallopt
+    if not (mallopt(_M_MMAP_THRESHOLD, 1 << 30) and mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)):
+        raise RuntimeError("mallopt refused; the benchmarks need glibc")

@@ -2,8 +2,9 @@
 
 `python -m benchmarks.side_by_side` forms every ratio between steps that ran within seconds of each other, and reports the
 median and the quartiles of these. So a machine that others use as well, whose speed changes from minute to minute, hardly
-disturbs it. What it cannot tell is memory and compile time: for those each method needs a process of its own, see
-`benchmarks.step`.
+disturbs it. Freed memory stays with the process, as with the allocators that are recommended for training on a CPU; with
+`--allocator default` it is as glibc has it, which costs methods that keep more alive thousands of page faults a step.
+What it cannot tell is memory and compile time: for those each method needs a process of its own, see `benchmarks.step`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks import record
+from benchmarks import measure, record
 from benchmarks.methods import METHODS
 from benchmarks.record import number
 from benchmarks.worker import Trainer
@@ -33,6 +34,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.side_by_side", description=__doc__)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(DEFAULT), metavar="METHOD")
     parser.add_argument("--turns", type=int, default=30, help="measured steps of every method (default 30)")
+    parser.add_argument("--allocator", choices=("keeping", "default"), default="keeping", help="what becomes of freed memory")
     record.add_settings(parser)
     return parser.parse_args(arguments)
 
@@ -40,6 +42,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def collect(arguments: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of every measured step, by method; the order within a turn rotates."""
     torch.set_num_threads(arguments.threads)
+    if arguments.allocator == "keeping":
+        measure.keep_freed_memory()
     torch._dynamo.config.recompile_limit = 4 * len(arguments.methods)
     arguments.gap = arguments.warmup + arguments.turns + 1  # one refresh, the first step
     trainers = {name: Trainer(record.settings_of(arguments, name), METHODS[name]) for name in arguments.methods}
