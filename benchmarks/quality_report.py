@@ -17,25 +17,24 @@ PLOTTED = 8
 def write_report(records: list[Record], folder: Path) -> None:
     """Write `report.md` and the plots of what is recorded into `folder`."""
     lines = ["# The study, as far as it is recorded", ""]
-    for size in ("small", "large"):
-        chosen = best_by_setting([record for record in records if record["run"]["size"] == size])
-        if not chosen:
-            continue
-        lines += [f"## {size}", "", *_table(chosen), "", *(f"![{axis}]({size}-{axis}.png)" for axis in AXES), ""]
+    for size, steps in sorted({(r["run"]["size"], r["run"]["steps"]) for r in records}, reverse=True):
+        chosen = best_by_setting([r for r in records if (r["run"]["size"], r["run"]["steps"]) == (size, steps)])
+        name = f"{size}-{steps}" if steps else size
+        lines += [f"## {name}", "", *_table(chosen), "", *(f"![{axis}]({name}-{axis}.png)" for axis in AXES), ""]
         for axis in AXES:
-            _plot(chosen, axis, folder / f"{size}-{axis}.png")
+            _plot(chosen, axis, folder / f"{name}-{axis}.png")
     (folder / "report.md").write_text("\n".join(lines))
     print("\n".join(lines))
 
 
 def best_by_setting(records: list[Record]) -> list[list[Record]]:
-    """The records of each setting at the learning rate that ended lowest with the first seed, all its seeds; best first."""
-    settings: dict[str, dict[float, list[Record]]] = defaultdict(lambda: defaultdict(list))
+    """The records of each setting at the learning rates that ended lowest with the first seed, all its seeds; best first."""
+    settings: dict[str, dict[tuple[float, float], list[Record]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
-        settings[_setting(record)][record["run"]["lr"]].append(record)
+        settings[_setting(record)][record["run"]["lr"], record["run"]["dense_lr"]].append(record)
     chosen = []
     for by_rate in settings.values():
-        first = {lr: found for lr, found in by_rate.items() if any(record["run"]["seed"] == 0 for record in found)}
+        first = {rates: found for rates, found in by_rate.items() if any(record["run"]["seed"] == 0 for record in found)}
         if first:
             chosen.append(min(first.values(), key=lambda found: min(r["val_loss"] for r in found if r["run"]["seed"] == 0)))
     return sorted(chosen, key=_loss)
@@ -51,12 +50,14 @@ def _loss(found: list[Record]) -> float:
 
 
 def _table(chosen: list[list[Record]]) -> list[str]:
-    dense = next((_loss(found) for found in chosen if found[0]["run"]["method"] == "dense"), None)
+    plain = next((found for found in chosen if _setting(found[0]) == "dense"), [])
+    dense = {record["run"]["seed"]: record["val_loss"] for record in plain}
     lines = ["| setting | lr | validation loss | to dense | seeds | state, MiB | seconds |", "|---|--:|--:|--:|--:|--:|--:|"]
     for found in chosen:
         losses = [record["val_loss"] for record in found]
         spread = f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else ""
-        share = "" if dense is None else f"{100 * (_loss(found) / dense - 1):+.1f} %"
+        same = [dense[record["run"]["seed"]] for record in found if record["run"]["seed"] in dense]
+        share = f"{100 * (_loss(found) / statistics.mean(same) - 1):+.1f} %" if len(same) == len(found) else ""
         lines.append(
             f"| {_setting(found[0])} | {found[0]['run']['lr']:g} | {_loss(found):.4f}{spread} | {share} | {len(found)} "
             f"| {found[0]['optimizer_state_bytes'] / 2**20:.2f} | {found[0]['train_seconds']:.0f} |"

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from benchmarks import quality
+from benchmarks import quality, quality_report
 from benchmarks.quality_run import SIZES, Run, optimizer_of
 from training import build_model
 
@@ -44,3 +44,24 @@ def test_every_run_of_the_study_makes_its_optimizer(tmp_path: pathlib.Path) -> N
         assert backend == "grass" and optimizer.param_groups[0]["rank"] == round(
             models[run.size].config.hidden_size / run.rank_share
         )
+
+
+def test_report_compares_like_with_like(tmp_path: pathlib.Path) -> None:
+    """Seeds with dense training's same seeds; runs of another length, or with the rest at another rate, with their own kind."""
+
+    def record(run: Run, loss: float) -> quality.Record:
+        curve = [{"step": step, "seconds": step, "val_loss": loss} for step in range(4)]
+        return {"run": dataclasses.asdict(run), "val_loss": loss, "optimizer_state_bytes": 1, "train_seconds": 1, "curve": curve}
+
+    pytest.importorskip("matplotlib")
+    dense = [record(Run("dense", "small", 2e-3, 2e-3, seed=seed), loss) for seed, loss in enumerate((2.0, 1.0))]
+    others = [Run("dense", "small", 2e-3, 1e-3), Run("fira", "small", 8e-3, 2e-3, 4), Run("fira", "small", 8e-3, 1e-3, 4)]
+    longer = record(Run("Muon", "small", 1e-2, 2e-3, 2, steps=900), 0.5)
+    quality_report.write_report(
+        [*dense, *(record(run, loss) for run, loss in zip(others, (3.0, 2.2, 2.4), strict=True)), longer], tmp_path
+    )
+    text = (tmp_path / "report.md").read_text()
+    cells = {line.split(" | ")[0].strip("| "): line.split(" | ")[2:5] for line in text.splitlines() if line.startswith("| ")}
+    assert cells["dense"] == ["1.5000 ± 0.707", "+0.0 %", "2"]
+    assert cells["fira d/4"] == ["2.2000", "+10.0 %", "1"]
+    assert cells["Muon d/2 900 steps"] == ["0.5000", "", "1"]
