@@ -37,6 +37,13 @@ def register_gather_lowering(op: Any, on_cpu: Any) -> None:
         return lowerings[torch.ops.aten._unsafe_index.Tensor](features, [None, index])
 
 
+def register_contiguous_lowering(op: Any, on_cpu: Any) -> None:
+    """Teach Inductor ``contiguous(matrix)``, which stands in graphs of a CPU only: an operator of its own."""
+    from torch._inductor.lowering import fallback_handler, register_lowering
+
+    register_lowering(op, type_promotion_kind=None)(fallback_handler(on_cpu, add_to_fallback_set=False))
+
+
 def register_once_lowering(op: Any) -> None:
     """Teach Inductor ``once(value)``: on a CPU, a loop of its own; on a GPU, where a kernel waits for memory anyway, nothing."""
     from torch._inductor.lowering import register_lowering

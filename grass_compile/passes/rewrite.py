@@ -17,9 +17,9 @@ Columns (in-features), after::
     permute: f32[m, b] = permute(grad_out, [1, 0])
     mm:      f32[m, r] = mm(permute, gather)
 
-The gather makes a ``[b, r]`` buffer (neighbouring threads read one row of ``grad_out``) that the matmul reads transposed.
-
-``gather`` checks no bounds: the index is ours, and always valid.
+On a GPU the gather makes a ``[b, r]`` buffer (neighbouring threads read one row of ``grad_out``) that the matmul reads
+transposed; on a CPU, where a transposed operand costs more than the gather, it makes an ``[r, b]`` buffer, and ``gather`` is its
+view. It checks no bounds: the index is ours, and always valid.
 
 With a dense projection, ``mm(grad_out, basis)`` or ``mm(x, basis)`` takes the gather's place, and everything else is the same.
 The basis ``f32[m, r]`` is an input (``galore``), or computed from the key right there (``gaussian``).

@@ -1,7 +1,7 @@
-"""The gather of a CPU, in C++: what Inductor would generate for ``features[:, index]``, for all shapes at once.
+"""Gathers and transpositions of a CPU, in C++: what Inductor would generate, for all shapes at once.
 
 ATen's ``gather`` wants an index for each element and expands ours to ``int64[b, r]``, four times the bytes of what it gathers in
-bf16; its ``index_select`` runs on one thread. Compiled once, when it is first called; Inductor's cache keeps it.
+bf16; its ``index_select`` and its transposing copy run on one thread. Compiled once, when first called; Inductor's cache keeps it.
 """
 
 from __future__ import annotations
@@ -15,26 +15,29 @@ from torch import Tensor
 from .. import _inductor
 
 SOURCE = r"""
+#include <algorithm>
 #include <cstdint>
 
+// out[j, i] = in[i, index ? index[j] : j], a cache line of out at a time
 template <typename T>
-static void gather(const T* features, const int64_t* index, T* out, int64_t b, int64_t r, int64_t row, int64_t column,
-                   int threads) {
-    #pragma omp parallel for num_threads(threads) if(b * r > 16384)
-    for (int64_t i = 0; i < b; ++i) {
-        const T* from = features + i * row;
-        T* to = out + i * r;
-        if (column == 1)
-            for (int64_t j = 0; j < r; ++j) to[j] = from[index[j]];
-        else
-            for (int64_t j = 0; j < r; ++j) to[j] = from[index[j] * column];
-    }
+static void gather(const T* in, const int64_t* index, T* out, int64_t b, int64_t r, int64_t row, int64_t column, int threads) {
+    constexpr int64_t line = 64 / sizeof(T), some = 64;
+    #pragma omp parallel for collapse(2) num_threads(threads) if(b * r > 16384)
+    for (int64_t first = 0; first < b; first += line)
+        for (int64_t start = 0; start < r; start += some) {
+            const int64_t length = std::min(line, b - first), end = std::min(start + some, r);
+            for (int64_t j = start; j < end; ++j) {
+                const T* from = in + first * row + (index ? index[j] : j) * column;
+                T* to = out + j * b + first;
+                for (int64_t i = 0; i < length; ++i) to[i] = from[i * row];
+            }
+        }
 }
 
 #define GATHER(SIZE, T) \
-    extern "C" void gather_##SIZE(const T* features, const int64_t* index, T* out, int64_t b, int64_t r, int64_t row, \
-                                  int64_t column, int64_t threads) { \
-        gather(features, index, out, b, r, row, column, (int)threads); \
+    extern "C" void gather_##SIZE(const T* in, const int64_t* index, T* out, int64_t b, int64_t r, int64_t row, int64_t column, \
+                                  int64_t threads) { \
+        gather(in, index, out, b, r, row, column, (int)threads); \
     }
 GATHER(2, uint16_t)
 GATHER(4, uint32_t)
@@ -50,11 +53,25 @@ def gather(features: Tensor, index: Tensor) -> Tensor:
         index: ``int64[r]``, contiguous, in range.
 
     Returns:
-        ``[b, r]``, contiguous.
+        ``[b, r]``, feature after feature: transposed, it is contiguous.
     """
-    tokens, rank = features.shape[0], index.shape[0]
-    out = features.new_empty((tokens, rank))
-    addresses = features.data_ptr(), index.data_ptr(), out.data_ptr()
+    return _gathered(features, index, index.shape[0]).t()
+
+
+def contiguous(matrix: Tensor) -> Tensor:
+    """A copy in row-major order.
+
+    Args:
+        matrix: 2-d, of 2, 4 or 8 bytes an element, in any strides.
+    """
+    return _gathered(matrix.t(), None, matrix.shape[0])
+
+
+def _gathered(features: Tensor, index: Tensor | None, rank: int) -> Tensor:
+    """``features[:, index]^T``, contiguous; of all features if ``index`` is None."""
+    tokens = features.shape[0]
+    out = features.new_empty((rank, tokens))
+    addresses = features.data_ptr(), None if index is None else index.data_ptr(), out.data_ptr()
     _gather(features.element_size())(*addresses, tokens, rank, *features.stride(), torch.get_num_threads())
     return out
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from grass_compile.runtime import ops
 
@@ -24,8 +27,25 @@ def test_equals_indexing(dtype: torch.dtype, layout: str, tokens: int) -> None:
     }[layout].to(dtype)
     index = torch.randperm(60)[:37]
     found = torch.ops.grass_compile.gather_on_cpu(features, index)
-    assert torch.equal(found, features[:, index]) and found.is_contiguous()
+    assert torch.equal(found, features[:, index]) and found.t().is_contiguous()
     assert torch.equal(found, ops.gather(features, index))
+    assert found.stride() == ops.gather(features, index).stride() == _strides_when_traced(ops.gather, features, index)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 700])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_contiguous_copies_a_transposed_matrix(dtype: torch.dtype, rows: int) -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(60, rows).to(dtype).t()
+    found = torch.ops.grass_compile.contiguous_on_cpu(matrix)
+    assert torch.equal(found, matrix) and found.is_contiguous() and found.data_ptr() != matrix.data_ptr()
+    assert torch.equal(found, ops.contiguous(matrix))
+    assert found.stride() == _strides_when_traced(ops.contiguous, matrix)
+
+
+def _strides_when_traced(op: Any, *inputs: torch.Tensor) -> tuple[int, ...]:
+    with FakeTensorMode() as mode:
+        return op(*[mode.from_tensor(tensor) for tensor in inputs]).stride()  # type: ignore[no-any-return]
 
 
 def test_no_tokens() -> None:
