@@ -21,7 +21,7 @@ def cpp_library(source: str) -> ctypes.CDLL:
 
 
 def register_gather_lowering(op: Any, on_cpu: Any) -> None:
-    """Teach Inductor ``gather(features, index)``: a loop without bounds checks on a GPU, an operator of its own on a CPU.
+    """Teach Inductor ``gather([features], [index])``: a loop without bounds checks on a GPU, an operator of its own on a CPU.
 
     On a CPU, Inductor puts neighbouring loops into one C++ function. A gather among them would make the model's own functions
     differ between the regular variant and the refresh, and the C++ compiler, which takes most of the time, would see them twice.
@@ -32,9 +32,11 @@ def register_gather_lowering(op: Any, on_cpu: Any) -> None:
 
     @register_lowering(op, type_promotion_kind=None)
     def lower(features: Any, index: Any) -> Any:
-        if features.get_device().type == "cpu":
+        if features[0].get_device().type == "cpu":
             return fallback(features, index)
-        return lowerings[torch.ops.aten._unsafe_index.Tensor](features, [None, index])
+        unchecked = lowerings[torch.ops.aten._unsafe_index.Tensor]
+        gathered = [unchecked(source, [None, rows]) for source, rows in zip(features, index, strict=True)]
+        return gathered[0] if len(gathered) == 1 else lowerings[torch.ops.aten.cat.default](gathered, 1)
 
 
 def register_contiguous_lowering(op: Any, on_cpu: Any) -> None:

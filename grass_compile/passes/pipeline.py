@@ -6,7 +6,7 @@
                                                                                                |  min-cut partition
     forward graph, backward graph with anchors  <----------------------------------------------+
          |              |
-         +--undo        +--undo--fuse--> steps --place--> --verify-->     a backward for each way to use the gradients
+         +--undo        +--undo--join--fuse--> steps --place--> --verify-->    a backward for each way to use the gradients
          |                 for those weights that choose new rows
          +--> a forward that keeps all of their activations
 
@@ -30,6 +30,7 @@ from .anchor import anchor
 from .detect import activations, detect, input_positions
 from .fuse import fuse
 from .fx_utils import copy, op_counts, placeholders, primals
+from .join import join
 from .normalize import normalize
 from .place import place
 from .records import Analysis, Projection, Refusal, Site, WeightInput
@@ -39,9 +40,10 @@ from .verify import verify
 
 log = logging.getLogger(__name__)
 
-PASSES = ("normalize", "detect", "rewrite", "score", "anchor", "fuse", "place", "verify")
+PASSES = ("normalize", "detect", "rewrite", "score", "anchor", "join", "fuse", "place", "verify")
 """The names that ``options={"disable_passes": [...]}`` takes. Without detect, score, anchor, fuse or place every weight stays
-dense; without rewrite the full gradient is formed and its rows are taken from it; without verify nothing checks the result."""
+dense; without rewrite the full gradient is formed and its rows are taken from it; without join every weight has a product of its
+own; without verify nothing checks the result."""
 
 ESSENTIAL = ("detect", "score", "anchor", "fuse", "place")
 
@@ -214,6 +216,8 @@ def finish_backward(
     for node in changed:
         node.meta["val"] = saved[node.name]
     undo(gm, _full(plan, refresh), changed)
+    if "join" not in plan.disabled and (fewer := join(gm)):
+        log.info("join: %d products fewer", fewer)
     fuse(gm, projections=plan.projections, kernels=plan.kernels, refresh=refresh, actions=actions, clip=clip)
     log.info("fuse: %d weights, %s", len(actions), ", ".join(f"{actions.count(a)} {a}" for a in sorted(set(actions))))
     place(gm)

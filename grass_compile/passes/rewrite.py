@@ -7,13 +7,13 @@ Rows (out-features) of an ``nn.Linear`` weight, before::
 
 After::
 
-    gather:  f32[b, r] = grass_compile.gather(grad_out, idx)
+    gather:  f32[b, r] = grass_compile.gather([grad_out], [idx])
     permute: f32[r, b] = permute(gather, [1, 0])
     mm:      f32[r, n] = mm(permute, x)
 
 Columns (in-features), after::
 
-    gather:  f32[b, r] = grass_compile.gather(x, idx)                <- known in the forward: only this is saved of x
+    gather:  f32[b, r] = grass_compile.gather([x], [idx])            <- known in the forward: only this is saved of x
     permute: f32[m, b] = permute(grad_out, [1, 0])
     mm:      f32[m, r] = mm(permute, gather)
 
@@ -170,7 +170,7 @@ def _gather(graph: fx.Graph, features: fx.Node, rows: Rows, start: int, length: 
         projected.meta[SELECTION] = Selection(rows.position, 0, length)
         return projected
     index = call(graph, aten.add.Tensor, rows.index, start) if start else rows.index
-    gathered = call(graph, ops.gather, features, index)
+    gathered = call(graph, ops.gather, [features], [index])
     gathered.meta[SELECTION] = Selection(rows.position, start, length)
     return gathered
 

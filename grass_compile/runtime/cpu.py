@@ -1,13 +1,14 @@
 """Gathers and transpositions of a CPU, in C++: what Inductor would generate, for all shapes at once.
 
 ATen's ``gather`` wants an index for each element and expands ours to ``int64[b, r]``, four times the bytes of what it gathers in
-bf16; its ``index_select`` and its transposing copy run on one thread. Compiled once, when first called; Inductor's cache keeps it.
+bf16; its ``index_select`` and its transposing copy run on one thread. Compiled when first called; Inductor's cache keeps it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -45,17 +46,21 @@ GATHER(8, uint64_t)
 """
 
 
-def gather(features: Tensor, index: Tensor) -> Tensor:
-    """``features[:, index]``.
+def gather(features: Sequence[Tensor], index: Sequence[Tensor]) -> Tensor:
+    """``features[0][:, index[0]]``, and those of further tensors beside.
 
     Args:
-        features: ``[b, m]`` of 2, 4 or 8 bytes an element, in any strides.
-        index: ``int64[r]``, contiguous, in range.
+        features: each ``[b, m]`` of 2, 4 or 8 bytes an element, in any strides; all of one dtype.
+        index: for each ``int64[r]``, contiguous, in range.
 
     Returns:
-        ``[b, r]``, feature after feature: transposed, it is contiguous.
+        ``[b, r + ...]``, feature after feature: transposed, it is contiguous.
     """
-    return _gathered(features, index, index.shape[0]).t()
+    ranks = [rows.shape[0] for rows in index]
+    out = features[0].new_empty((sum(ranks), features[0].shape[0]))
+    for part, source, rows in zip(out.split(ranks), features, index, strict=True):
+        _transpose(source, rows, part)
+    return out.t()
 
 
 def contiguous(matrix: Tensor) -> Tensor:
@@ -64,16 +69,16 @@ def contiguous(matrix: Tensor) -> Tensor:
     Args:
         matrix: 2-d, of 2, 4 or 8 bytes an element, in any strides.
     """
-    return _gathered(matrix.t(), None, matrix.shape[0])
+    out = matrix.new_empty(matrix.shape)
+    _transpose(matrix.t(), None, out)
+    return out
 
 
-def _gathered(features: Tensor, index: Tensor | None, rank: int) -> Tensor:
-    """``features[:, index]^T``, contiguous; of all features if ``index`` is None."""
-    tokens = features.shape[0]
-    out = features.new_empty((rank, tokens))
+def _transpose(features: Tensor, index: Tensor | None, out: Tensor) -> None:
+    """Write ``features[:, index]^T`` into ``out``, which is contiguous; all features if ``index`` is None."""
+    rank, tokens = out.shape
     addresses = features.data_ptr(), None if index is None else index.data_ptr(), out.data_ptr()
     _gather(features.element_size())(*addresses, tokens, rank, *features.stride(), torch.get_num_threads())
-    return out
 
 
 @functools.cache

@@ -125,31 +125,33 @@ IN_PLACE = {row_update: row_update_, rank_update: rank_update_}
 
 # ----------------------------------------------------------------------------------------------------------------- gather
 
-_library.define("gather(Tensor features, Tensor index) -> Tensor")
+_library.define("gather(Tensor[] features, Tensor[] index) -> Tensor")
 
 
-def _gather(features: Tensor, index: Tensor) -> Tensor:
-    if features.device.type == "cpu":  # `index_select` runs on one thread only
-        return features.t().gather(0, index.unsqueeze(1).expand(-1, features.shape[0])).t()
-    return features.gather(1, index.expand(features.shape[0], -1))
+def _gather(features: Sequence[Tensor], index: Sequence[Tensor]) -> Tensor:
+    pairs = zip(features, index, strict=True)
+    if features[0].device.type == "cpu":  # `index_select` runs on one thread only
+        return torch.cat([x.t().gather(0, rows.unsqueeze(1).expand(-1, x.shape[0])) for x, rows in pairs]).t()
+    return torch.cat([x.gather(1, rows.expand(x.shape[0], -1)) for x, rows in pairs], 1)
 
 
-def _gather_fake(features: Tensor, index: Tensor) -> Tensor:
-    if features.device.type == "cpu":
-        return features.new_empty((index.shape[0], features.shape[0])).t()
-    return features.new_empty((features.shape[0], index.shape[0]))
+def _gather_fake(features: Sequence[Tensor], index: Sequence[Tensor]) -> Tensor:
+    tokens, rank = features[0].shape[0], sum(rows.shape[0] for rows in index)
+    if features[0].device.type == "cpu":
+        return features[0].new_empty((rank, tokens)).t()
+    return features[0].new_empty((tokens, rank))
 
 
 _library.impl("gather", _gather, "CompositeExplicitAutograd")
 torch.library.register_fake("grass_compile::gather", _gather_fake)
 
 gather = torch.ops.grass_compile.gather.default
-"""``gather(features [b, m], index int64[r]) -> [b, r]``; ``index`` must be in range.
+"""``gather([features [b, m]], [index int64[r]]) -> [b, r]``; ``index`` must be in range. Of several, the results side by side.
 
 On a GPU token after token, so that neighbouring threads read neighbouring memory. On a CPU feature after feature, so that the
 product of the transposed takes it as it is: oneDNN needs up to 1.5 times as long with a transposed operand in bf16."""
 
-_library.define("gather_on_cpu(Tensor features, Tensor index) -> Tensor")
+_library.define("gather_on_cpu(Tensor[] features, Tensor[] index) -> Tensor")
 _library.impl("gather_on_cpu", cpu.gather, "CPU")
 torch.library.register_fake("grass_compile::gather_on_cpu", _gather_fake)
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map
 
 from grass_compile.runtime import ops
 
@@ -26,8 +27,19 @@ def test_equals_indexing(dtype: torch.dtype, layout: str, tokens: int) -> None:
         "strided": torch.randn(tokens, 120)[:, ::2],
     }[layout].to(dtype)
     index = torch.randperm(60)[:37]
-    found = torch.ops.grass_compile.gather_on_cpu(features, index)
+    found = torch.ops.grass_compile.gather_on_cpu([features], [index])
     assert torch.equal(found, features[:, index]) and found.t().is_contiguous()
+    assert torch.equal(found, ops.gather([features], [index]))
+    assert found.stride() == ops.gather([features], [index]).stride() == _strides_when_traced(ops.gather, [features], [index])
+
+
+def test_several_side_by_side() -> None:
+    """Of different widths and strides, with other ranks."""
+    torch.manual_seed(0)
+    features = [torch.randn(50, 30), torch.randn(20, 50).t(), torch.randn(50, 64)[:, ::2]]
+    index = [torch.randperm(source.shape[1])[:rank] for source, rank in zip(features, (7, 3, 12), strict=True)]
+    found = torch.ops.grass_compile.gather_on_cpu(features, index)
+    assert torch.equal(found, torch.cat([source[:, rows] for source, rows in zip(features, index, strict=True)], 1))
     assert torch.equal(found, ops.gather(features, index))
     assert found.stride() == ops.gather(features, index).stride() == _strides_when_traced(ops.gather, features, index)
 
@@ -43,10 +55,10 @@ def test_contiguous_copies_a_transposed_matrix(dtype: torch.dtype, rows: int) ->
     assert found.stride() == _strides_when_traced(ops.contiguous, matrix)
 
 
-def _strides_when_traced(op: Any, *inputs: torch.Tensor) -> tuple[int, ...]:
+def _strides_when_traced(op: Any, *inputs: Any) -> tuple[int, ...]:
     with FakeTensorMode() as mode:
-        return op(*[mode.from_tensor(tensor) for tensor in inputs]).stride()  # type: ignore[no-any-return]
+        return op(*tree_map(mode.from_tensor, inputs)).stride()  # type: ignore[no-any-return]
 
 
 def test_no_tokens() -> None:
-    assert torch.ops.grass_compile.gather_on_cpu(torch.randn(0, 9), torch.arange(4)).shape == (0, 4)
+    assert torch.ops.grass_compile.gather_on_cpu([torch.randn(0, 9)], [torch.arange(4)]).shape == (0, 4)
