@@ -2,8 +2,10 @@
 
 `python -m benchmarks.side_by_side` forms every ratio between steps that ran within seconds of each other, and reports the
 median and the quartiles of these. So a machine that others use as well, whose speed changes from minute to minute, hardly
-disturbs it. Freed memory stays with the process, as with the allocators that are recommended for training on a CPU; with
-`--allocator default` it is as glibc has it, which costs methods that keep more alive thousands of page faults a step.
+disturbs it. One method at a time takes turns with dense training and with frozen weights: every further model would push the
+others' weights out of the processor's caches, where those of a model that trains alone stay. Freed memory stays with the
+process, as with the allocators that are recommended for training on a CPU; with `--allocator default` it is as glibc has it,
+which costs methods that keep more alive thousands of page faults a step.
 What it cannot tell is memory and compile time: for those each method needs a process of its own, see `benchmarks.step`.
 """
 
@@ -23,7 +25,7 @@ from benchmarks.record import number
 from benchmarks.worker import Trainer
 
 DEFAULT = (
-    "dense", "frozen", "grass-rows", "grass-columns", "grass-auto", "grass-blind", "grass-muon",
+    "grass-rows", "grass-columns", "grass-auto", "grass-blind", "grass-muon",
     "grass-rows-deferred", "grass-columns-deferred",
 )  # fmt: skip
 BASES = ("dense", "frozen")
@@ -32,27 +34,37 @@ BASES = ("dense", "frozen")
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.side_by_side", description=__doc__)
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(DEFAULT), metavar="METHOD")
+    parser.add_argument(
+        "--methods", nargs="+", choices=[name for name in METHODS if name not in BASES], default=list(DEFAULT), metavar="METHOD"
+    )
     parser.add_argument("--turns", type=int, default=30, help="measured steps of every method (default 30)")
     parser.add_argument("--allocator", choices=("keeping", "default"), default="keeping", help="what becomes of freed memory")
     record.add_settings(parser)
     return parser.parse_args(arguments)
 
 
-def collect(arguments: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of every measured step, by method; the order within a turn rotates."""
+Seconds = dict[str, list[float]]
+"""Seconds of every measured step, by method."""
+
+
+def collect(arguments: argparse.Namespace) -> dict[str, Seconds]:
+    """For each method its own steps and those of the bases that took turns with it."""
     torch.set_num_threads(arguments.threads)
     if arguments.allocator == "keeping":
         measure.keep_freed_memory()
-    torch._dynamo.config.recompile_limit = 4 * len(arguments.methods)
     arguments.gap = arguments.warmup + arguments.turns + 1  # one refresh, the first step
-    trainers = {name: Trainer(record.settings_of(arguments, name), METHODS[name]) for name in arguments.methods}
-    for trainer in tqdm(trainers.values(), desc="compiling", file=sys.stderr):
+    return {name: take_turns(arguments, [*BASES, name]) for name in arguments.methods}
+
+
+def take_turns(arguments: argparse.Namespace, names: list[str]) -> Seconds:
+    """Train several models in turn; the order within a turn rotates."""
+    torch._dynamo.reset()
+    trainers = {name: Trainer(record.settings_of(arguments, name), METHODS[name]) for name in names}
+    for trainer in trainers.values():
         for _ in range(arguments.warmup):
             trainer.step()
-    seconds: dict[str, list[float]] = {name: [] for name in trainers}
-    names = list(trainers)
-    for turn in tqdm(range(arguments.turns), desc="turns", file=sys.stderr):
+    seconds: Seconds = {name: [] for name in names}
+    for turn in tqdm(range(arguments.turns), desc=names[-1], file=sys.stderr):
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
             seconds[name].append(trainers[name].step().seconds)
@@ -65,20 +77,23 @@ def quartiles(values: list[float]) -> dict[str, float]:
     return {"low": low, "median": middle, "high": high}
 
 
-def summarise(seconds: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
-    """Seconds of each method, and its ratios to each base, formed within a turn."""
-    summary: dict[str, dict[str, Any]] = {}
-    for name, own in seconds.items():
-        summary[name] = {"seconds": quartiles(own), "fastest": min(own)}
-        for base in BASES:
-            if base in seconds:
-                summary[name][f"to_{base}"] = quartiles([a / b for a, b in zip(own, seconds[base], strict=True)])
-    return summary
+def summarise(found: dict[str, Seconds]) -> dict[str, dict[str, Any]]:
+    """Seconds of each method, and its ratios to each base, formed within a turn; first those of the bases themselves, in all
+    turns."""
+    together: Seconds = {base: [time for seconds in found.values() for time in seconds[base]] for base in BASES}
+    summary = {base: _summary(base, together) for base in BASES}
+    return summary | {name: _summary(name, seconds) for name, seconds in found.items()}
 
 
-def cell(found: dict[str, float] | None, form: str) -> str:
+def _summary(name: str, seconds: Seconds) -> dict[str, Any]:
+    own = seconds[name]
+    ratios = {f"to_{base}": quartiles([a / b for a, b in zip(own, seconds[base], strict=True)]) for base in BASES}
+    return {"seconds": quartiles(own), "fastest": min(own), **ratios}
+
+
+def cell(found: dict[str, float], form: str) -> str:
     """The median, and the quartiles in brackets."""
-    return "-" if found is None else f"{found['median']:{form}} ({found['low']:{form}}-{found['high']:{form}})"
+    return f"{found['median']:{form}} ({found['low']:{form}}-{found['high']:{form}})"
 
 
 def report(summary: dict[str, dict[str, Any]]) -> str:
@@ -89,7 +104,7 @@ def report(summary: dict[str, dict[str, Any]]) -> str:
             name,
             cell(s["seconds"], ".3f"),
             number({"median": s["fastest"]}, ".3f"),
-            *(cell(s.get(f"to_{b}"), ".3f") for b in BASES),
+            *(cell(s[f"to_{base}"], ".3f") for base in BASES),
         ]
         for name, s in summary.items()
     ]
