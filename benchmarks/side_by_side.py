@@ -12,6 +12,7 @@ What it cannot tell is memory and compile time: for those each method needs a pr
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import sys
 from typing import Any
@@ -57,7 +58,7 @@ def collect(arguments: argparse.Namespace) -> dict[str, Seconds]:
 
 
 def take_turns(arguments: argparse.Namespace, names: list[str]) -> Seconds:
-    """Train several models in turn; the order within a turn rotates."""
+    """Train several models in turn; the order within a turn is drawn anew, so that none always follows the same other."""
     torch._dynamo.reset()
     trainers = {name: Trainer(record.settings_of(arguments, name), METHODS[name]) for name in names}
     for trainer in trainers.values():
@@ -65,8 +66,7 @@ def take_turns(arguments: argparse.Namespace, names: list[str]) -> Seconds:
             trainer.step()
     seconds: Seconds = {name: [] for name in names}
     for turn in tqdm(range(arguments.turns), desc=names[-1], file=sys.stderr):
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
+        for name in random.Random(turn).sample(names, len(names)):
             seconds[name].append(trainers[name].step().seconds)
     return seconds
 

@@ -87,7 +87,7 @@ def _alike(graph: fx.Graph) -> list[list[Compact]]:
     found: dict[fx.Node, list[Compact]] = {}
     for node in graph.find_nodes(op="call_function", target=aten.mm.default):
         permute, other = _nodes(node.args)
-        if permute.target is aten.permute.default and node.meta["val"].device.type == "cpu":
+        if permute.target is aten.permute.default and ops.on_cpu(node.meta["val"]):
             (gather,) = permute.all_input_nodes
             if gather.target is ops.gather:
                 found.setdefault(other, []).append(Compact(node, permute, gather, other))

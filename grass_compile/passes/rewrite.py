@@ -211,7 +211,7 @@ def _matmul(graph: fx.Graph, gathered: fx.Node, other: fx.Node, rows: Rows) -> f
     On a CPU the latter is ``gathered^T other`` transposed: BLAS is so much faster at few rows than at few columns that a copy is
     little against it.
     """
-    if rows.dim and not _on_cpu(other):
+    if rows.dim and not ops.on_cpu(other.meta["val"]):
         return call(graph, aten.mm.default, call(graph, aten.permute.default, other, [1, 0]), gathered)
     product = call(graph, aten.mm.default, call(graph, aten.permute.default, gathered, [1, 0]), other)
     if not rows.dim:
@@ -220,7 +220,3 @@ def _matmul(graph: fx.Graph, gathered: fx.Node, other: fx.Node, rows: Rows) -> f
     copied = call(graph, ops.contiguous, transposed)
     copied.meta[SELECTION] = Selection(rows.position, 0, 0)  # of a full gradient, no copy is made
     return copied
-
-
-def _on_cpu(node: fx.Node) -> bool:
-    return str(node.meta["val"].device.type) == "cpu"

@@ -128,16 +128,21 @@ IN_PLACE = {row_update: row_update_, rank_update: rank_update_}
 _library.define("gather(Tensor[] features, Tensor[] index) -> Tensor")
 
 
+def on_cpu(tensor: Tensor) -> bool:
+    """Whether a tensor is in a CPU's memory, where gathers and products want other layouts than on a GPU."""
+    return tensor.device.type == "cpu"
+
+
 def _gather(features: Sequence[Tensor], index: Sequence[Tensor]) -> Tensor:
     pairs = zip(features, index, strict=True)
-    if features[0].device.type == "cpu":  # `index_select` runs on one thread only
+    if on_cpu(features[0]):  # `index_select` runs on one thread only
         return torch.cat([x.t().gather(0, rows.unsqueeze(1).expand(-1, x.shape[0])) for x, rows in pairs]).t()
     return torch.cat([x.gather(1, rows.expand(x.shape[0], -1)) for x, rows in pairs], 1)
 
 
 def _gather_fake(features: Sequence[Tensor], index: Sequence[Tensor]) -> Tensor:
     tokens, rank = features[0].shape[0], sum(rows.shape[0] for rows in index)
-    if features[0].device.type == "cpu":
+    if on_cpu(features[0]):
         return features[0].new_empty((rank, tokens)).t()
     return features[0].new_empty((tokens, rank))
 

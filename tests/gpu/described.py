@@ -190,11 +190,11 @@ def described_device() -> Iterator[None]:
 def recorded() -> Iterator[list[Generated]]:
     """Compile every graph of the grass backend for the described device, keep what was generated, and run none."""
     from grass_compile import _torch
-    from grass_compile.passes import rewrite
+    from grass_compile.runtime import ops
 
     graphs: list[Generated] = []
     inner: Any = functools.partial(_compile_inner, graphs=graphs)
-    with mock.patch.object(_torch, "compile_fx_inner", inner), mock.patch.object(rewrite, "_on_cpu", return_value=False):
+    with mock.patch.object(_torch, "compile_fx_inner", inner), mock.patch.object(ops, "on_cpu", return_value=False):
         yield graphs
 
 
