@@ -28,15 +28,15 @@ def write_report(records: list[Record], folder: Path) -> None:
 
 
 def best_by_setting(records: list[Record]) -> list[list[Record]]:
-    """The records of each setting at the learning rates that ended lowest with the first seed, all its seeds; best first."""
+    """The records of each setting at the learning rates that ended lowest with its first seed, all its seeds; best first."""
     settings: dict[str, dict[tuple[float, float], list[Record]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         settings[_setting(record)][record["run"]["lr"], record["run"]["dense_lr"]].append(record)
     chosen = []
     for by_rate in settings.values():
-        first = {rates: found for rates, found in by_rate.items() if any(record["run"]["seed"] == 0 for record in found)}
-        if first:
-            chosen.append(min(first.values(), key=lambda found: min(r["val_loss"] for r in found if r["run"]["seed"] == 0)))
+        seed = min(record["run"]["seed"] for found in by_rate.values() for record in found)
+        first = [(r["val_loss"], rates) for rates, found in by_rate.items() for r in found if r["run"]["seed"] == seed]
+        chosen.append(by_rate[min(first)[1]])
     return sorted(chosen, key=_loss)
 
 
@@ -59,7 +59,8 @@ def _table(chosen: list[list[Record]]) -> list[str]:
         same = [dense[record["run"]["seed"]] for record in found if record["run"]["seed"] in dense]
         share = f"{100 * (_loss(found) / statistics.mean(same) - 1):+.1f} %" if len(same) == len(found) else ""
         lines.append(
-            f"| {_setting(found[0])} | {found[0]['run']['lr']:g} | {_loss(found):.4f}{spread} | {share} | {len(found)} "
+            f"| {_setting(found[0])} | {found[0]['run']['lr']:g} | {_loss(found):.4f}{spread} | {share} "
+            f"| {' '.join(str(seed) for seed in sorted(record['run']['seed'] for record in found))} "
             f"| {found[0]['optimizer_state_bytes'] / 2**20:.2f} | {found[0]['train_seconds']:.0f} |"
         )
     return lines

@@ -56,12 +56,14 @@ def test_report_compares_like_with_like(tmp_path: pathlib.Path) -> None:
     pytest.importorskip("matplotlib")
     dense = [record(Run("dense", "small", 2e-3, 2e-3, seed=seed), loss) for seed, loss in enumerate((2.0, 1.0))]
     others = [Run("dense", "small", 2e-3, 1e-3), Run("fira", "small", 8e-3, 2e-3, 4), Run("fira", "small", 8e-3, 1e-3, 4)]
+    second = record(Run("lora", "small", 1e-3, 2e-3, 4, seed=1), 1.5)
     longer = record(Run("Muon", "small", 1e-2, 2e-3, 2, steps=900), 0.5)
     quality_report.write_report(
-        [*dense, *(record(run, loss) for run, loss in zip(others, (3.0, 2.2, 2.4), strict=True)), longer], tmp_path
+        [*dense, *(record(run, loss) for run, loss in zip(others, (3.0, 2.2, 2.4), strict=True)), second, longer], tmp_path
     )
     text = (tmp_path / "report.md").read_text()
     cells = {line.split(" | ")[0].strip("| "): line.split(" | ")[2:5] for line in text.splitlines() if line.startswith("| ")}
-    assert cells["dense"] == ["1.5000 ± 0.707", "+0.0 %", "2"]
-    assert cells["fira d/4"] == ["2.2000", "+10.0 %", "1"]
-    assert cells["Muon d/2 900 steps"] == ["0.5000", "", "1"]
+    assert cells["dense"] == ["1.5000 ± 0.707", "+0.0 %", "0 1"]
+    assert cells["fira d/4"] == ["2.2000", "+10.0 %", "0"]
+    assert cells["lora d/4"] == ["1.5000", "+50.0 %", "1"]  # compared with dense training's second seed
+    assert cells["Muon d/2 900 steps"] == ["0.5000", "", "0"]
