@@ -25,13 +25,18 @@ from torch import fx
 
 from ..runtime import scores as ops
 from .fx_utils import call, output_node, propagate, provenance
-from .records import Cast, Concat, Gradient, Product, Site, Sum
+from .records import Cast, Concat, Gradient, Operand, Product, Site, Sum
 from .rewrite import features_last
 
 aten = torch.ops.aten
 
 SCORED = "grass_compile_scored"
-"""``node.meta`` key of what the forward computes for the scores of a weight; its value is the weight's position."""
+"""``node.meta`` key of what the forward computes for scores; its value, the positions of the weights that it serves. Those that
+read the same activations share one node, once equal expressions are computed once."""
+
+
+Readers = dict[tuple[Operand, str], set[int]]
+"""Which weights score by one operand in one way."""
 
 
 def score(
@@ -50,11 +55,12 @@ def score(
         sum.
     """
     found: dict[int, fx.Node] = {}
+    readers: Readers = {}
     for site in sites:
         if site.weight.config.scores != "exact":
             position = site.weight.position
             with provenance(gm, "score", site.weight.name, site.slot), gm.graph.inserting_before(site.slot.next):
-                found[position] = _energy(gm.graph, site, site.gradient, hyper[position])
+                found[position] = _energy(gm.graph, site, site.gradient, hyper[position], readers)
     totals: dict[int, fx.Node] = {}
     for position, energy in found.items():
         total = totals.get(leaders[position])
@@ -72,7 +78,7 @@ def forget(gm: fx.GraphModule, positions: Collection[int]) -> None:
     """
     changed: set[fx.Node] = set()
     for node in list(gm.graph.nodes):
-        if node.meta.get(SCORED) in positions:
+        if SCORED in node.meta and node.meta[SCORED] <= set(positions):
             changed.update(node.users)
             with gm.graph.inserting_before(node):
                 empty = call(gm.graph, aten.new_empty.default, node.args[0], [0] * node.meta["val"].dim())
@@ -81,15 +87,15 @@ def forget(gm: fx.GraphModule, positions: Collection[int]) -> None:
     propagate(gm, changed)
 
 
-def _energy(graph: fx.Graph, site: Site, gradient: Gradient, hyper: fx.Node) -> fx.Node:
+def _energy(graph: fx.Graph, site: Site, gradient: Gradient, hyper: fx.Node, readers: Readers) -> fx.Node:
     """The energies of the rows of ``gradient``; of a sum, those of the terms, whose common part is left out."""
     dim = site.dim
     if isinstance(gradient, Cast):
-        return _energy(graph, site, gradient.inner, hyper)
+        return _energy(graph, site, gradient.inner, hyper, readers)
     if isinstance(gradient, Product):
-        return _product(graph, site, gradient, hyper)
+        return _product(graph, site, gradient, hyper, readers)
     parts = gradient.terms if isinstance(gradient, Sum) else gradient.parts
-    energies = [_energy(graph, site, part, hyper) for part in parts]
+    energies = [_energy(graph, site, part, hyper, readers) for part in parts]
     if isinstance(gradient, Concat) and gradient.dim == dim:
         return call(graph, aten.cat.default, energies, 0)
     total, *rest = energies
@@ -98,7 +104,7 @@ def _energy(graph: fx.Graph, site: Site, gradient: Gradient, hyper: fx.Node) -> 
     return total
 
 
-def _product(graph: fx.Graph, site: Site, product: Product, hyper: fx.Node) -> fx.Node:
+def _product(graph: fx.Graph, site: Site, product: Product, hyper: fx.Node, readers: Readers) -> fx.Node:
     operand = product.operand(site.dim)
     own, other = features_last(graph, operand), features_last(graph, product.operand(1 - site.dim))
     sampled = site.weight.config.scores == "sampled"
@@ -107,5 +113,6 @@ def _product(graph: fx.Graph, site: Site, product: Product, hyper: fx.Node) -> f
             return call(graph, ops.product_energy, own, other, ops.STRIDE, ops.STRIDE)
         return call(graph, ops.sketched_energy, own, other, hyper)
     kept = call(graph, ops.sample, own, ops.STRIDE) if sampled else call(graph, ops.energy, own)
-    kept.meta[SCORED] = site.weight.position
+    kept.meta[SCORED] = readers.setdefault((operand, site.weight.config.scores), set())
+    kept.meta[SCORED].add(site.weight.position)
     return call(graph, ops.product_energy, kept, other, 1, ops.STRIDE) if sampled else kept

@@ -245,3 +245,40 @@ def test_replacement_needs_exact_scores() -> None:
 def test_unknown_scores() -> None:
     with pytest.raises(ConfigError, match="Did you mean 'estimate'"):
         grass_compile.AdamW(nn.Linear(8, 8).parameters(), rank=2, scores="estimated")
+
+
+class ThreeReaders(nn.Module):
+    """Three weights that read the same activations, as one node of the graph or as three of equal values."""
+
+    def __init__(self, apart: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(16, out, bias=False) for out in (16, 8, 8))
+        for name in "xyz":
+            self.register_buffer(name, torch.ones(()))
+        self.apart = apart
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c = (x * one for one in (self.x, self.y, self.z)) if self.apart else (x, x, x)
+        return self.a(a).sin() * torch.cat((self.b(b), self.c(c)), -1)
+
+
+@pytest.mark.parametrize("scores", ["sampled", "estimate"])
+@pytest.mark.parametrize("axis", ["columns", "rows"])
+def test_staggered_weights_that_read_the_same_activations(axis: str, scores: str) -> None:
+    """What the forward computes for the scores of one of them it computes for the others, of which some choose no rows yet."""
+    weights = []
+    for apart in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = ThreeReaders(apart)
+        keywords: dict[str, Any] = dict(selection="norm", scores=scores, axis=axis, update_proj_gap=6, stagger=True, seed=3)
+        optimizer = grass_compile.AdamW(model.named_parameters(), rank=4, lr=1e-2, **keywords)
+        compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
+        for step in range(20):
+            compiled(torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(step))).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert all("index" in state for state in optimizer.state.values())
+        weights.append([parameter.detach().clone() for parameter in model.parameters()])
+    for one, other in zip(*weights, strict=True):
+        torch.testing.assert_close(one, other)
