@@ -214,3 +214,20 @@ def products(gm: fx.GraphModule, shape: tuple[int, ...]) -> int:
     targets = (torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm.default)
     shapes = [tuple(node.meta["val"].shape)[-2:] for node in gm.graph.nodes if node.target in targets]
     return sum(found in (shape, shape[::-1]) for found in shapes)
+
+
+class Attention(nn.Module):
+    """Three weights that read the same activations, and one that does not."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(width, out, bias=False) for out in (width, width // 2, width // 2, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        weights = (q[..., : k.shape[-1]] @ k.transpose(-1, -2)).softmax(-1)
+        return self.o(torch.cat((weights @ v, q[..., k.shape[-1] :]), -1))  # type: ignore[no-any-return]
+
+
+def batch(step: int, width: int = 16, tokens: int = 11) -> Tensor:
+    return torch.randn(3, tokens, width, generator=torch.Generator().manual_seed(step))

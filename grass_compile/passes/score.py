@@ -6,12 +6,12 @@ Rows, ``scores="estimate"``::
 
 Columns, ``scores="sampled"``::
 
-    sample: f32[b/8, n] = grass_compile.sample(x, 8)                                <- in the forward, saved
+    sample: f32[b/8, n] = grass_compile.sample(x, 8, group)                         <- in the forward, saved
     scores: f32[n] = grass_compile.product_energy(sample, grad_out, 1, 8)
 
 Columns, ``scores="estimate"``::
 
-    scores: f32[n] = grass_compile.energy(x)                                        <- in the forward, saved
+    scores: f32[n] = grass_compile.energy(x, group)                                 <- in the forward, saved
 
 Contract: adds nodes only. `forget` takes what the forward computes for it out of a copy for steps that do not choose.
 """
@@ -32,7 +32,8 @@ aten = torch.ops.aten
 
 SCORED = "grass_compile_scored"
 """``node.meta`` key of what the forward computes for scores; its value, the positions of the weights that it serves. Those that
-read the same activations share one node, once equal expressions are computed once."""
+score by one operand in one way share a node once the partitioner has computed equal expressions once; others never do, since
+the number of their group stands in the expression."""
 
 
 Readers = dict[tuple[Operand, str], set[int]]
@@ -112,7 +113,9 @@ def _product(graph: fx.Graph, site: Site, product: Product, hyper: fx.Node, read
         if sampled:
             return call(graph, ops.product_energy, own, other, ops.STRIDE, ops.STRIDE)
         return call(graph, ops.sketched_energy, own, other, hyper)
-    kept = call(graph, ops.sample, own, ops.STRIDE) if sampled else call(graph, ops.energy, own)
-    kept.meta[SCORED] = readers.setdefault((operand, site.weight.config.scores), set())
-    kept.meta[SCORED].add(site.weight.position)
+    key = operand, site.weight.config.scores
+    readers.setdefault(key, set()).add(site.weight.position)
+    group = list(readers).index(key)
+    kept = call(graph, ops.sample, own, ops.STRIDE, group) if sampled else call(graph, ops.energy, own, group)
+    kept.meta[SCORED] = readers[key]
     return call(graph, ops.product_energy, kept, other, 1, ops.STRIDE) if sampled else kept

@@ -28,8 +28,8 @@ SKETCH = 16
 """Random directions of an ``estimate``."""
 
 _library = torch.library.Library("grass_compile", "FRAGMENT")
-_library.define("sample(Tensor features, int stride) -> Tensor")
-_library.define("energy(Tensor features) -> Tensor")
+_library.define("sample(Tensor features, int stride, int group=0) -> Tensor")
+_library.define("energy(Tensor features, int group=0) -> Tensor")
 _library.define("product_energy(Tensor own, Tensor other, int own_stride, int other_stride) -> Tensor")
 _library.define("sketched_energy(Tensor own, Tensor other, Tensor hyper) -> Tensor")
 _library.define("propose_(Tensor energy, Tensor? noise, Tensor(a!) proposed, str selection, int block) -> ()")
@@ -59,14 +59,14 @@ def _like_energy(features: Tensor, *rest: object) -> Tensor:
     return features.new_empty(features.shape[1], dtype=torch.promote_types(features.dtype, torch.float32))
 
 
-_library.impl("sample", lambda features, stride: features[::stride].clone(), "CompositeExplicitAutograd")
-_library.impl("energy", _energy, "CompositeExplicitAutograd")
+_library.impl("sample", lambda features, stride, group=0: features[::stride].clone(), "CompositeExplicitAutograd")
+_library.impl("energy", lambda features, group=0: _energy(features), "CompositeExplicitAutograd")
 _library.impl("product_energy", _product_energy, "CompositeExplicitAutograd")
 _library.impl("sketched_energy", _sketched_energy, "CompositeExplicitAutograd")
 _library.impl("propose_", _propose_, "CompositeExplicitAutograd")
 torch.library.register_fake(
     "grass_compile::sample",
-    lambda features, stride: features.new_empty(((features.shape[0] + stride - 1) // stride, features.shape[1])),
+    lambda features, stride, group=0: features.new_empty(((features.shape[0] + stride - 1) // stride, features.shape[1])),
 )
 torch.library.register_fake("grass_compile::energy", _like_energy)
 torch.library.register_fake("grass_compile::product_energy", _like_energy)
@@ -74,10 +74,11 @@ torch.library.register_fake("grass_compile::sketched_energy", _like_energy)
 torch.library.register_fake("grass_compile::propose_", lambda *args: None)
 
 sample = torch.ops.grass_compile.sample.default
-"""``sample(features [b, n], stride) -> [ceil(b / stride), n]``, a copy."""
+"""``sample(features [b, n], stride, group=0) -> [ceil(b / stride), n]``, a copy. Equal expressions of different
+groups are computed by themselves, see `grass_compile.passes.score`."""
 
 energy = torch.ops.grass_compile.energy.default
-"""``energy(features [b, n]) -> [n]``, at least fp32."""
+"""``energy(features [b, n], group=0) -> [n]``, at least fp32; groups as with `sample`."""
 
 product_energy = torch.ops.grass_compile.product_energy.default
 """``product_energy(own [b, m], other [b, n], own_stride, other_stride) -> [m]``: of the rows of ``own^T other``, over the tokens

@@ -11,23 +11,11 @@ from torch import Tensor, fx, nn
 import grass_compile
 from grass_compile.passes import pipeline
 from grass_compile.runtime import ops
+from tests.harness import Attention, batch
 
 aten = torch.ops.aten
 
-WIDTH, RANK = 16, 4
-
-
-class Attention(nn.Module):
-    """Three weights of several sizes that read the same activations, and one that does not."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, out, bias=False) for out in (WIDTH, 8, 8, WIDTH))
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.q(x), self.k(x), self.v(x)
-        weights = (q[..., :8] @ k.transpose(-1, -2)).softmax(-1)
-        return self.o(torch.cat((weights @ v, q[..., 8:]), -1))  # type: ignore[no-any-return]
+RANK = 4
 
 
 class Decoder(nn.Module):
@@ -50,7 +38,7 @@ class Chained(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.q, self.k = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(2))
+        self.q, self.k = (nn.Linear(16, 16, bias=False) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         return (self.q(x) * self.k(x).cos()).sin() + self.k(x)
@@ -82,10 +70,6 @@ def train(model: nn.Module, steps: int = 5, disable: tuple[str, ...] = (), micro
         optimizer.step()
         optimizer.zero_grad()
     return optimizer
-
-
-def batch(seed: int) -> Tensor:
-    return torch.randn(3, 11, WIDTH, generator=torch.Generator().manual_seed(seed))
 
 
 def gathers(gm: fx.GraphModule) -> list[int]:

@@ -264,7 +264,8 @@ class ThreeReaders(nn.Module):
 
 @pytest.mark.parametrize("scores", ["sampled", "estimate"])
 @pytest.mark.parametrize("axis", ["columns", "rows"])
-def test_staggered_weights_that_read_the_same_activations(axis: str, scores: str) -> None:
+@pytest.mark.parametrize("disable", [(), ("normalize",)], ids=str)
+def test_staggered_weights_that_read_the_same_activations(disable: tuple[str, ...], axis: str, scores: str) -> None:
     """What the forward computes for the scores of one of them it computes for the others, of which some choose no rows yet."""
     weights = []
     for apart in (False, True):
@@ -273,7 +274,7 @@ def test_staggered_weights_that_read_the_same_activations(axis: str, scores: str
         model = ThreeReaders(apart)
         keywords: dict[str, Any] = dict(selection="norm", scores=scores, axis=axis, update_proj_gap=6, stagger=True, seed=3)
         optimizer = grass_compile.AdamW(model.named_parameters(), rank=4, lr=1e-2, **keywords)
-        compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
+        compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager", "disable_passes": disable})
         for step in range(20):
             compiled(torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(step))).square().sum().backward()
             optimizer.step()

@@ -14,26 +14,10 @@ from grass_compile import ConfigError
 from grass_compile.passes import pipeline
 from grass_compile.passes.fx_utils import outputs
 from grass_compile.runtime import ops, scores
+from tests.harness import Attention, batch
 
 RANK, GAP = 4, 3
 SHARED = ("q.weight", "k.weight", "v.weight")
-
-
-class Attention(nn.Module):
-    """Three weights that read the same activations, and one that does not."""
-
-    def __init__(self, width: int = 16) -> None:
-        super().__init__()
-        self.q, self.k, self.v, self.o = (nn.Linear(width, out, bias=False) for out in (width, width // 2, width // 2, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.q(x), self.k(x), self.v(x)
-        weights = (q[..., : k.shape[-1]] @ k.transpose(-1, -2)).softmax(-1)
-        return self.o(torch.cat((weights @ v, q[..., k.shape[-1] :]), -1))  # type: ignore[no-any-return]
-
-
-def batch(step: int, width: int = 16, tokens: int = 11) -> Tensor:
-    return torch.randn(3, tokens, width, generator=torch.Generator().manual_seed(step))
 
 
 class Run:
