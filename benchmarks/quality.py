@@ -124,7 +124,8 @@ def single(study: Study) -> Iterator[Run]:
     base = dataclasses.replace(best_grid(study), seed=1)
     yield base
     yield dataclasses.replace(best_of(study, "dense"), seed=1)
-    yield changed(base, stagger=False)
+    for stagger in (False, 4):  # 4: what True means for selections by exact scores
+        yield changed(base, stagger=stagger)
     yield changed(base, axis="auto")
     for gap in (10, 20, 100, 200):
         yield changed(base, update_proj_gap=gap)

@@ -56,11 +56,11 @@ class Probe:
         """By kind of scores, those of each row (column) of one weight, squared."""
         grad_out, x = self.seen[name]
         own, other = (grad_out, x) if axis == "rows" else (x, grad_out)
-        every = scores.STRIDE
+        every, due = scores.STRIDE, scores.DUE[True]
         return {
             "exact": scores.product_energy(own, other, 1, 1),
             "sampled": scores.product_energy(own, other, every, every),
-            "estimate": scores.sketched_energy(own, other, hyper) if axis == "rows" else scores.energy(own),
+            "estimate": scores.sketched_energy(own, other, hyper, due) if axis == "rows" else scores.energy(own, due),
             "uniform": torch.rand(own.shape[1]),
         }
 

@@ -290,7 +290,8 @@ class Region:
     def _compile_plan(self, plan: Plan, held: Sequence[Record]) -> Variant:
         log.info("compiling: %d weights projected", len(plan.projections))
         names = plan.input_names
-        gm = _torch.with_inputs(self.captured, names, ["hyper" not in name for name in names])
+        static = [not name.startswith(("grass_hyper_", "grass_due_")) for name in names]
+        gm = _torch.with_inputs(self.captured, names, static)
         inputs = (*self.captured.example_inputs, *_fake_state(_torch.fake_mode(self.captured), self.captured, plan))
         partition = functools.partial(pipeline.transform, plan=plan, partition=_torch.min_cut_rematerialization_partition)
         pair = self._pair(plan, held)
@@ -303,7 +304,7 @@ class Region:
 
     def _pair(self, plan: Plan, held: Sequence[Record]) -> _torch.Pair:
         """The halves of a plan; the next call needs what is due now, those that follow a regular step."""
-        due, never = in_graph(held, [record.due for record in held]), (False,) * len(held)
+        due, never = in_graph(held, [record.due for record in held]), in_graph(held, [False] * len(held))
         refreshes = (due, never) if due != never else (never,)
         forward = _torch.Half(lambda gm, key: pipeline.finish_forward(gm, plan, key), refreshes)
         backward = _torch.Half(
@@ -395,6 +396,7 @@ def _fake_state(mode: Any, captured: _torch.Captured, plan: Plan) -> list[Tensor
             made = initial_state(weight, assigned, *how)
             if config.projection == "grass":
                 made["row_count"], made["proposed"] = made["row_scale"], made["index"]
+            made["due"] = torch.empty((), dtype=torch.bool)
             made["noise"] = torch.empty(weight.shape[projection.dim], dtype=_state_dtype(weight), device=weight.device)
             state += [made[name] for name in graph_state(config)]
             leaves.append(leaf_like(weight, assigned).requires_grad_())

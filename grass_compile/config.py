@@ -123,6 +123,11 @@ class GroupOptions:
         """Whether what a refresh takes depends on no gradient: it is drawn before, and a refresh is a regular step."""
         return self.projection == "gaussian" or self.selection == "uniform"
 
+    @property
+    def proposes_anytime(self) -> bool:
+        """Whether every step's graph can choose new rows, and is told when to."""
+        return self.scores == "estimate"
+
     def site(self, axis: AxisChoice, decays: bool, rule: Any) -> SiteConfig:
         """What these keywords ask of one weight; ``rank`` must not be None."""
         assert self.rank is not None
@@ -234,7 +239,7 @@ def parse_group(group: Mapping[str, Any]) -> GroupOptions:
         share_index=group["share_index"],
     )
     if stagger is True:
-        slots = options.update_proj_gap if options.blind else STAGGER_SLOTS
+        slots = options.update_proj_gap if options.blind or options.proposes_anytime else STAGGER_SLOTS
         options = dataclasses.replace(options, stagger=slots)
     return options
 

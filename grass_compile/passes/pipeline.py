@@ -170,8 +170,7 @@ def transform(
     index = {p.position: inputs[leaders[p.position]][SELECTORS[p.config.projection]] for p in plan.projections}
     compact = rewrite(gm, sites=sites, index=index, from_slot="rewrite" in plan.disabled)
     log.info("rewrite: %d weight gradients made compact", len(sites))
-    hyper = {position: named["hyper"] for position, named in inputs.items()}
-    energy = score(gm, sites=sites, hyper=hyper, leaders=leaders)
+    energy = score(gm, sites=sites, inputs=inputs, leaders=leaders)
     slots = {node: num_fwd_outputs + i for i, node in enumerate(primals(gm))}
     clipped = [nodes[position] for position in plan.clipped or () if position in nodes]
     norm_leaf = None if plan.clipped is None else nodes[max(nodes)]

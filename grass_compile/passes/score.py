@@ -2,7 +2,7 @@
 
 Rows, ``scores="estimate"``::
 
-    scores: f32[m] = grass_compile.sketched_energy(grad_out, x, hyper)
+    scores: f32[m] = grass_compile.sketched_energy(grad_out, x, hyper, due)
 
 Columns, ``scores="sampled"``::
 
@@ -11,9 +11,10 @@ Columns, ``scores="sampled"``::
 
 Columns, ``scores="estimate"``::
 
-    scores: f32[n] = grass_compile.energy(x, group)                                 <- in the forward, saved
+    scores: f32[n] = grass_compile.energy(x, due)                                   <- in the forward, saved
 
-Contract: adds nodes only. `forget` takes what the forward computes for it out of a copy for steps that do not choose.
+Contract: adds nodes only. What ``estimate`` adds obeys ``due`` and stays in every step's graph; the sample that a forward keeps
+takes memory, so `forget` takes it out of a copy for steps that do not choose.
 """
 
 from __future__ import annotations
@@ -30,25 +31,29 @@ from .rewrite import features_last
 
 aten = torch.ops.aten
 
-SCORED = "grass_compile_scored"
-"""``node.meta`` key of what the forward computes for scores; its value, the positions of the weights that it serves. Those that
-score by one operand in one way share a node once the partitioner has computed equal expressions once; others never do, since
-the number of their group stands in the expression."""
+SAMPLED = "grass_compile_sampled"
+"""``node.meta`` key of a sample that the forward keeps; its value, the positions of the weights that it serves. Those that score
+by one operand share a node once the partitioner has computed equal expressions once; others never do, since the number of their
+group stands in the expression."""
 
 
-Readers = dict[tuple[Operand, str], set[int]]
-"""Which weights score by one operand in one way."""
+Readers = dict[Operand, set[int]]
+"""Which weights score by a sample of one operand."""
 
 
 def score(
-    gm: fx.GraphModule, *, sites: tuple[Site, ...], hyper: Mapping[int, fx.Node], leaders: Mapping[int, int]
+    gm: fx.GraphModule,
+    *,
+    sites: tuple[Site, ...],
+    inputs: Mapping[int, Mapping[str, fx.Node]],
+    leaders: Mapping[int, int],
 ) -> dict[int, fx.Node]:
     """Insert the energies of the rows of every site that asks for them.
 
     Args:
         gm: the joint graph, changed in place.
         sites: what `detect` found.
-        hyper: for each site's weight position, the placeholder of its hyper-parameters.
+        inputs: for each site's weight position, the placeholders of its hyper-parameters and state.
         leaders: for each site's weight position, that of the weight whose rows it takes.
 
     Returns:
@@ -61,7 +66,9 @@ def score(
         if site.weight.config.scores != "exact":
             position = site.weight.position
             with provenance(gm, "score", site.weight.name, site.slot), gm.graph.inserting_before(site.slot.next):
-                found[position] = _energy(gm.graph, site, site.gradient, hyper[position], readers)
+                leader = inputs[leaders[position]]
+                numbers = inputs[position]["hyper"], leader.get("due")
+                found[position] = _energy(gm.graph, site, site.gradient, numbers, readers)
     totals: dict[int, fx.Node] = {}
     for position, energy in found.items():
         total = totals.get(leaders[position])
@@ -71,7 +78,7 @@ def score(
 
 
 def forget(gm: fx.GraphModule, positions: Collection[int]) -> None:
-    """Compute nothing for the scores of some weights, in place.
+    """Sample nothing for the scores of some weights, in place.
 
     Args:
         gm: a copy of a forward graph.
@@ -79,7 +86,7 @@ def forget(gm: fx.GraphModule, positions: Collection[int]) -> None:
     """
     changed: set[fx.Node] = set()
     for node in list(gm.graph.nodes):
-        if SCORED in node.meta and node.meta[SCORED] <= set(positions):
+        if SAMPLED in node.meta and node.meta[SAMPLED] <= set(positions):
             changed.update(node.users)
             with gm.graph.inserting_before(node):
                 empty = call(gm.graph, aten.new_empty.default, node.args[0], [0] * node.meta["val"].dim())
@@ -88,15 +95,19 @@ def forget(gm: fx.GraphModule, positions: Collection[int]) -> None:
     propagate(gm, changed)
 
 
-def _energy(graph: fx.Graph, site: Site, gradient: Gradient, hyper: fx.Node, readers: Readers) -> fx.Node:
+Numbers = tuple[fx.Node, fx.Node | None]
+"""The hyper-parameters, and whether new rows are due, of one weight."""
+
+
+def _energy(graph: fx.Graph, site: Site, gradient: Gradient, numbers: Numbers, readers: Readers) -> fx.Node:
     """The energies of the rows of ``gradient``; of a sum, those of the terms, whose common part is left out."""
     dim = site.dim
     if isinstance(gradient, Cast):
-        return _energy(graph, site, gradient.inner, hyper, readers)
+        return _energy(graph, site, gradient.inner, numbers, readers)
     if isinstance(gradient, Product):
-        return _product(graph, site, gradient, hyper, readers)
+        return _product(graph, site, gradient, numbers, readers)
     parts = gradient.terms if isinstance(gradient, Sum) else gradient.parts
-    energies = [_energy(graph, site, part, hyper, readers) for part in parts]
+    energies = [_energy(graph, site, part, numbers, readers) for part in parts]
     if isinstance(gradient, Concat) and gradient.dim == dim:
         return call(graph, aten.cat.default, energies, 0)
     total, *rest = energies
@@ -105,17 +116,16 @@ def _energy(graph: fx.Graph, site: Site, gradient: Gradient, hyper: fx.Node, rea
     return total
 
 
-def _product(graph: fx.Graph, site: Site, product: Product, hyper: fx.Node, readers: Readers) -> fx.Node:
+def _product(graph: fx.Graph, site: Site, product: Product, numbers: Numbers, readers: Readers) -> fx.Node:
     operand = product.operand(site.dim)
     own, other = features_last(graph, operand), features_last(graph, product.operand(1 - site.dim))
-    sampled = site.weight.config.scores == "sampled"
+    if site.weight.config.scores == "estimate":
+        hyper, due = numbers
+        arguments = (ops.sketched_energy, own, other, hyper, due) if operand.is_grad_out else (ops.energy, own, due)
+        return call(graph, *arguments)
     if operand.is_grad_out:
-        if sampled:
-            return call(graph, ops.product_energy, own, other, ops.STRIDE, ops.STRIDE)
-        return call(graph, ops.sketched_energy, own, other, hyper)
-    key = operand, site.weight.config.scores
-    readers.setdefault(key, set()).add(site.weight.position)
-    group = list(readers).index(key)
-    kept = call(graph, ops.sample, own, ops.STRIDE, group) if sampled else call(graph, ops.energy, own, group)
-    kept.meta[SCORED] = readers[key]
-    return call(graph, ops.product_energy, kept, other, 1, ops.STRIDE) if sampled else kept
+        return call(graph, ops.product_energy, own, other, ops.STRIDE, ops.STRIDE)
+    readers.setdefault(operand, set()).add(site.weight.position)
+    sample = call(graph, ops.sample, own, ops.STRIDE, list(readers).index(operand))
+    sample.meta[SAMPLED] = readers[operand]
+    return call(graph, ops.product_energy, sample, other, 1, ops.STRIDE)

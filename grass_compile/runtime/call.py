@@ -138,8 +138,10 @@ class Call:
 
 
 def in_graph(records: Sequence[Record], refresh: Sequence[bool]) -> tuple[bool, ...]:
-    """For each weight, whether its graphs are those of a refresh, given whether one is due."""
-    return tuple(new and not record.options.blind for record, new in zip(records, refresh, strict=True))
+    """For each weight, whether its graphs are those of a refresh, given whether one is due: never where rows are drawn blindly,
+    always where every step's graph can choose."""
+    options = [record.options for record in records]
+    return tuple(o.proposes_anytime or (new and not o.blind) for o, new in zip(options, refresh, strict=True))
 
 
 def expected(

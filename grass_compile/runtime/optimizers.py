@@ -62,12 +62,13 @@ class AdamW(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
             moments of the old rows to the new ones, slot by slot.
         block: neighbouring rows that are chosen together; divides ``rank``.
         stagger: spread the refreshes of different weights over the interval, in as many parts as it says. True: 4, since in a
-            model that is compiled as a whole each part costs a compilation; where rows are drawn blindly it does not, and each
-            weight has a step of its own.
+            model that is compiled as a whole each part costs a compilation; where rows are drawn blindly or by estimated scores
+            it does not, and each weight has a step of its own.
         scores: what new rows are chosen by: ``"exact"``, the norms of the full gradient, which the refresh forms, one layer at a
             time; ``"sampled"``, those of the gradient of every eighth token; ``"estimate"``, a sketch of the norms (rows) or
             the norms of the inputs (columns). With the latter two no full gradient is ever formed, a refresh is a step of the
-            old rows, and the new ones serve from the next step on; until the second step, these are the first rows.
+            old rows, and the new ones serve from the next step on; until the second step, these are the first rows. An estimate
+            is part of every step's graph, so that a refresh is not another one to compile.
         share_index: weights that read the same activations (q, k, v; gate, up) choose their columns together, by the sum of their
             scores, so that one gathered copy serves all of them. Not with ``scores="exact"``; rows are never shared.
         scale: the paper's alpha, a factor on the update.

@@ -11,6 +11,9 @@ that choose; ``estimate`` takes ``|X_j|^2``, which the forward knows: up to a co
 
 Factors that all rows share are left out, since no selection depends on them. What is chosen serves from the next step on: a step
 that chooses is an ordinary step of the old rows, and `propose_` leaves the new ones for `grass_compile.runtime.state`.
+
+With ``estimate``, which keeps nothing for it, every step's graph can choose: ``due``, a truth value on the host, says whether it
+does. Where it does not, nothing is computed, at the price of a call.
 """
 
 from __future__ import annotations
@@ -27,12 +30,15 @@ STRIDE = 8
 SKETCH = 16
 """Random directions of an ``estimate``."""
 
+DUE = torch.tensor(False), torch.tensor(True)
+"""What ``due`` may be: on the host, so that nobody waits for a device to learn it."""
+
 _library = torch.library.Library("grass_compile", "FRAGMENT")
 _library.define("sample(Tensor features, int stride, int group=0) -> Tensor")
-_library.define("energy(Tensor features, int group=0) -> Tensor")
+_library.define("energy(Tensor features, Tensor due) -> Tensor")
 _library.define("product_energy(Tensor own, Tensor other, int own_stride, int other_stride) -> Tensor")
-_library.define("sketched_energy(Tensor own, Tensor other, Tensor hyper) -> Tensor")
-_library.define("propose_(Tensor energy, Tensor? noise, Tensor(a!) proposed, str selection, int block) -> ()")
+_library.define("sketched_energy(Tensor own, Tensor other, Tensor hyper, Tensor due) -> Tensor")
+_library.define("propose_(Tensor energy, Tensor? noise, Tensor(a!) proposed, Tensor? due, str selection, int block) -> ()")
 
 
 def _energy(features: Tensor, dim: int = 0) -> Tensor:
@@ -45,12 +51,20 @@ def _product_energy(own: Tensor, other: Tensor, own_stride: int, other_stride: i
     return _energy(own[::own_stride].t() @ other[::other_stride], 1)
 
 
-def _sketched_energy(own: Tensor, other: Tensor, hyper: Tensor) -> Tensor:
+def _input_energy(features: Tensor, due: Tensor) -> Tensor:
+    return _energy(features) if due else _like_energy(features).fill_(0)
+
+
+def _sketched_energy(own: Tensor, other: Tensor, hyper: Tensor, due: Tensor) -> Tensor:
+    if not due:
+        return _like_energy(own).fill_(0)
     signs = (rounding_noise((other.shape[1], SKETCH), hyper[-2]) & 2).to(other.dtype) - 1
     return _energy(own.t() @ (other @ signs), 1)
 
 
-def _propose_(energy: Tensor, noise: Tensor | None, proposed: Tensor, chosen_by: str, block: int) -> None:
+def _propose_(energy: Tensor, noise: Tensor | None, proposed: Tensor, due: Tensor | None, chosen_by: str, block: int) -> None:
+    if due is not None and not due:
+        return
     chosen = selection.select(chosen_by, energy.sqrt(), noise, len(proposed), block)
     proposed.copy_(torch.where(energy.isfinite().all(), chosen, proposed))
 
@@ -60,7 +74,7 @@ def _like_energy(features: Tensor, *rest: object) -> Tensor:
 
 
 _library.impl("sample", lambda features, stride, group=0: features[::stride].clone(), "CompositeExplicitAutograd")
-_library.impl("energy", lambda features, group=0: _energy(features), "CompositeExplicitAutograd")
+_library.impl("energy", _input_energy, "CompositeExplicitAutograd")
 _library.impl("product_energy", _product_energy, "CompositeExplicitAutograd")
 _library.impl("sketched_energy", _sketched_energy, "CompositeExplicitAutograd")
 _library.impl("propose_", _propose_, "CompositeExplicitAutograd")
@@ -78,15 +92,16 @@ sample = torch.ops.grass_compile.sample.default
 groups are computed by themselves, see `grass_compile.passes.score`."""
 
 energy = torch.ops.grass_compile.energy.default
-"""``energy(features [b, n], group=0) -> [n]``, at least fp32; groups as with `sample`."""
+"""``energy(features [b, n], due) -> [n]``, at least fp32."""
 
 product_energy = torch.ops.grass_compile.product_energy.default
 """``product_energy(own [b, m], other [b, n], own_stride, other_stride) -> [m]``: of the rows of ``own^T other``, over the tokens
 that the strides leave."""
 
 sketched_energy = torch.ops.grass_compile.sketched_energy.default
-"""``sketched_energy(own [b, m], other [b, n], hyper) -> [m]``: an estimate of the same; the seed of the signs is in ``hyper``."""
+"""``sketched_energy(own [b, m], other [b, n], hyper, due) -> [m]``: an estimate of the same; the seed of the signs is in
+``hyper``."""
 
 propose_ = torch.ops.grass_compile.propose_.default
-"""``propose_(energy [m], noise, proposed int64[r], selection, block)`` writes the rows to take next; those that stand there stay
-if the energies are not finite."""
+"""``propose_(energy [m], noise, proposed int64[r], due, selection, block)`` writes the rows to take next, if ``due`` does not say
+otherwise; those that stand there stay if the energies are not finite."""

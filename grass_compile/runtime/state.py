@@ -26,6 +26,7 @@ from .nonfinite import sound
 from .projection import SELECTORS, singular_vectors
 from .refresh import chosen_rows, settled
 from .rules import Rule
+from .scores import DUE
 from .step import SCALES, layout_of, settled_state, step_state
 
 if TYPE_CHECKING:
@@ -337,7 +338,7 @@ class Record:
         if self.options.selection in selection.DRAWN_BY_SCORE:
             tensors.append(self.noise(refresh))
         if self.options.scores != "exact":
-            return [*tensors, self.proposed]
+            return [*tensors, self.proposed, *((DUE[refresh],) if self.options.proposes_anytime else ())]
         if not refresh:
             return tensors
         scratch = self.scratch()

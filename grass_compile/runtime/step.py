@@ -82,10 +82,10 @@ def layout_of(rule: Rule, name: str) -> str:
 
 
 def graph_state(config: SiteConfig) -> tuple[str, ...]:
-    """What a compiled region takes for one weight: `step_state`, the noise that draws new rows if any is needed, and where it
-    puts the rows that it proposes, if it does."""
-    noise, proposed = config.selection in DRAWN_BY_SCORE, config.scores != "exact"
-    return (*step_state(config), *(("noise",) if noise else ()), *(("proposed",) if proposed else ()))
+    """What a compiled region takes for one weight: `step_state`, the noise that draws new rows if any is needed, and, if it
+    proposes rows to take next, where it puts them, and whether they are due if every step's graph can propose."""
+    noise, proposed, due = config.selection in DRAWN_BY_SCORE, config.scores != "exact", config.scores == "estimate"
+    return (*step_state(config), *(("noise",) * noise), *(("proposed",) * proposed), *(("due",) * due))
 
 
 def apply(

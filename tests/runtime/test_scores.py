@@ -41,7 +41,7 @@ def test_sketch_is_unbiased() -> None:
     grad_out, x = torch.randn(40, 6, dtype=torch.float64), torch.randn(40, 10, dtype=torch.float64)
     exact = ((grad_out.t() @ x) ** 2).sum(1)
     hypers = [torch.tensor([float(seed_of(1, step)), 0.0], dtype=torch.float64) for step in range(2000)]
-    drawn = torch.stack([scores.sketched_energy(grad_out, x, hyper) / scores.SKETCH for hyper in hypers])
+    drawn = torch.stack([scores.sketched_energy(grad_out, x, hyper, scores.DUE[True]) / scores.SKETCH for hyper in hypers])
     error = drawn.std(0) / len(drawn) ** 0.5
     assert ((drawn.mean(0) - exact).abs() < 3.5 * error).all()
     assert (drawn.std(0) / exact < 1.1 * (2 / scores.SKETCH) ** 0.5).all()
@@ -144,27 +144,46 @@ def test_generated_code(how: str, axis: str) -> None:
     run(how, axis, compiler="inductor", steps=5)
 
 
-def test_every_step_a_refresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a gap of one, each step proposes the rows of the next, by one variant."""
+@pytest.mark.parametrize("gap", [1, 5])
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+def test_an_estimate_is_part_of_every_step(axis: str, gap: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One backward serves all steps, of weights that refresh at steps of their own; only then is anything scored."""
     backwards: list[Any] = []
-    finish = pipeline.finish_backward
+    scored: list[tuple[int, ...]] = []
+    finish, energy = pipeline.finish_backward, scores._energy
 
     def watched(gm: Any, plan: Any, key: Any, saved: Any) -> Any:
         backwards.append(key)
         return finish(gm, plan, key, saved)
 
+    def watched_energy(features: Tensor, dim: int = 0) -> Tensor:
+        scored.append(tuple(features.shape))
+        return energy(features, dim)
+
     monkeypatch.setattr(pipeline, "finish_backward", watched)
+    monkeypatch.setattr(scores, "_energy", watched_energy)
     torch.manual_seed(0)
-    model = nn.Linear(16, 16)
-    optimizer = grass_compile.AdamW(model.named_parameters(), rank=4, axis="rows", scores="estimate", update_proj_gap=1, seed=0)
+    model = Block()
+    keywords: dict[str, Any] = dict(selection="norm", scores="estimate", update_proj_gap=gap, stagger=True, seed=0)
+    optimizer = grass_compile.AdamW(model.named_parameters(), rank=4, axis=axis, **keywords)
     compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
-    seen = set()
-    for _ in range(6):
-        seen.add(tuple(optimizer.state[model.weight].get("index", torch.arange(0)).tolist()))
-        compiled(torch.randn(5, 16)).square().sum().backward()
+    weights = [model.up.weight, model.down.weight]
+    index: list[list[int]] = [[], []]
+    changes: list[list[int]] = [[], []]
+    for step in range(15):
+        compiled(torch.randn(4, 5, 16)).square().sum().backward()
         optimizer.step()
-    assert len(seen) > 3
+        optimizer.zero_grad()
+        for number, weight in enumerate(weights):
+            new = optimizer.state[weight]["index"].tolist()
+            if new != index[number]:
+                changes[number].append(step)
+            index[number] = new
     assert len(backwards) == 1, backwards
+    assert len(scored) == len(changes[0]) + len(changes[1])
+    if gap > 1:
+        assert all(len(steps) == 4 for steps in changes)  # after the first step, and thrice in fifteen
+        assert not set(changes[0][1:]) & set(changes[1][1:])
 
 
 class Block(nn.Module):
