@@ -186,10 +186,10 @@ def peers(study: Study) -> Iterator[Run]:
     """The packages that people use today, at the same rank and at rates of their own."""
     dense = study.best(lambda run: run.method == "dense" and run.size == "small" and run.lr == run.dense_lr)
     for name, lrs in (
-        ("galore", (4e-3, 8e-3, 1.6e-2)),
-        ("apollo", (1e-3, 2e-3, 4e-3)),
+        ("galore", (4e-3, 8e-3, 1.6e-2, 3.2e-2)),
+        ("apollo", (1e-3, 2e-3, 4e-3, 8e-3)),
         ("fira", (4e-3, 8e-3, 1.6e-2)),
-        ("lora", (1e-3, 4e-3, 1.6e-2)),
+        ("lora", (5e-4, 1e-3, 4e-3, 1.6e-2)),
     ):
         for lr in lrs:
             yield Run(name, "small", lr, dense.lr, 4)
