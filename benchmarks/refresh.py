@@ -68,8 +68,10 @@ def collect(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
             trainer.step()  # the second step proposes as well: a new interval is to begin with the third
         with estimated_peaks() as regular:
             trainer.step()
-        saved[name] = max((graph.saved_bytes for graph in regular if graph.kind == "backward"), default=0)
-        peaks[name] = [max((g.peak_bytes for g in graphs if g.kind == "backward"), default=0) for graphs in (refresh, regular)]
+        first, then = ([graph for graph in graphs if graph.kind == "backward"] for graphs in (refresh, regular))
+        then = then or first  # an estimate is part of every step's graph
+        saved[name] = max(graph.saved_bytes for graph in then)
+        peaks[name] = [max(graph.peak_bytes for graph in graphs) for graphs in (first, then)]
     seconds: dict[str, list[float]] = {f"{name} {kind}": [] for name in trainers for kind in ("regular", "refresh")}
     seconds["dense"] = []
     for _ in tqdm(range(arguments.turns), desc="turns", file=sys.stderr):
