@@ -205,13 +205,21 @@ def seeds(study: Study) -> Iterator[Run]:
 
 
 def finals(study: Study) -> Iterator[Run]:
-    """The finalists at the larger size: three seeds at the rates that were best at the small one, then half and twice these."""
+    """The finalists at the larger size: three seeds at rates that follow from those that were best at the small one, then half
+    and twice these."""
     for seed in (0, 1, 2):
         for finalist in finalists(study):
-            yield dataclasses.replace(finalist, size="large", seed=seed)
+            yield dataclasses.replace(larger(finalist), seed=seed)
     for factor in (0.5, 2.0):
-        for finalist in finalists(study):
-            yield dataclasses.replace(finalist, size="large", lr=finalist.lr * factor)
+        for finalist in map(larger, finalists(study)):
+            yield dataclasses.replace(finalist, lr=finalist.lr * factor)
+
+
+def larger(run: Run) -> Run:
+    """The run at twice the width: at half the rates, as the demo's sweep at that width has it; but for Muon, whose updates are of
+    one length whatever the width."""
+    factor = 1.0 if run.method == "Muon" else 0.5
+    return dataclasses.replace(run, size="large", lr=run.lr * factor, dense_lr=run.dense_lr * 0.5)
 
 
 def finalists(study: Study) -> list[Run]:
