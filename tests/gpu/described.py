@@ -222,7 +222,8 @@ def _compile_inner(
 
 
 def retarget(gm: fx.GraphModule) -> list[Any]:
-    """Move the fake values of a graph to ``cuda:0``, and with them every ``device=`` argument.
+    """Move the fake values of a graph to ``cuda:0``, and with them every ``device=`` argument. A truth value that goes in stays
+    on the host, where the operators that read it look.
 
     Args:
         gm: a forward or backward graph made by AOTAutograd, changed in place.
@@ -237,7 +238,9 @@ def retarget(gm: fx.GraphModule) -> list[Any]:
             return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
 
     for node in gm.graph.nodes:
-        if "val" in node.meta:
+        value = node.meta.get("val")
+        on_host = node.op == "placeholder" and isinstance(value, torch.Tensor) and value.dtype == torch.bool and value.dim() == 0
+        if value is not None and not on_host:
             node.meta["val"] = tree_map_only(FakeTensor, moved, node.meta["val"])
         node.kwargs = tree_map_only(torch.device, lambda _: device, node.kwargs)
     gm.recompile()

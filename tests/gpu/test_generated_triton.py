@@ -56,10 +56,10 @@ class GatedMLP(nn.Module):
         return x + self.down(F.silu(self.gate(x)) * self.up(x))
 
 
-def train(axis: Axis) -> None:
+def train(axis: Axis, scores: str = "exact") -> None:
     """Two steps in bf16; runs in a child process, where nothing of what is generated is launched."""
     model = nn.Sequential(*(GatedMLP() for _ in range(LAYERS))).to(torch.bfloat16)
-    optimizer = grass_compile.AdamW(model.named_parameters(), rank=RANK, axis=axis)
+    optimizer = grass_compile.AdamW(model.named_parameters(), rank=RANK, axis=axis, scores=scores)
     compiled = torch.compile(model, backend="grass", options={"strict": True})
     x = torch.zeros(TOKENS, WIDTH, dtype=torch.bfloat16, requires_grad=True)
     for _ in range(2):
@@ -190,6 +190,21 @@ def test_refresh_needs_one_full_gradient_at_a_time(run: Run) -> None:
     spans = sorted((module.needed(name) for name in gradients), key=lambda span: span.start)
     for before, after in itertools.pairwise(spans):
         assert before.stop <= after.start, "a full gradient is still needed when the next is formed"
+
+
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+def test_estimated_scores_need_no_other_graph(axis: str) -> None:
+    """Whether new rows are due stands on the host, in an input of the one backward; no full gradient is formed."""
+    forward, backward, _ = generate(train, axis, "estimate")
+    module = parse(backward.code)
+    due = {name for name, value in backward.inputs.items() if value.dtype == "torch.bool" and value.shape == ()}
+    proposals = [launch for launch in module.launches if launch.function == "torch.ops.grass_compile.propose_.default"]
+    assert len(due) == len(proposals) == WEIGHTS
+    assert due == {launch.arguments[3] for launch in proposals}
+    assert module.products(WEIGHT_NUMEL) == []
+    assert [name for name in module.layouts if module.numel(name) == WEIGHT_NUMEL] == []
+    for graph in (forward, backward):
+        assert set(graph.ptx) == set(parse(graph.code).kernels)
 
 
 # ------------------------------------------------------------------------------------------------------- other update rules
