@@ -80,7 +80,7 @@ class Study:
         return next((record for record in self.records if Run(**record["run"]) == wanted), None)
 
     def best(self, which: Callable[[Run], bool]) -> Run:
-        """The run of lowest validation loss among those recorded with the first seed.
+        """The run of lowest validation loss among those of the usual length recorded with the first seed.
 
         Raises:
             LookupError: there is none.
@@ -88,7 +88,7 @@ class Study:
 
         def first(record: Record) -> bool:
             run = Run(**record["run"])
-            return run.seed == 0 and which(run)
+            return run.seed == 0 and not run.steps and which(run)
 
         found = [(record["val_loss"], index) for index, record in enumerate(self.records) if first(record)]
         if not found:
@@ -197,6 +197,15 @@ def peers(study: Study) -> Iterator[Run]:
             yield dataclasses.replace(best_of(study, name), queries=QUERIES)
 
 
+def longer(study: Study) -> Iterator[Run]:
+    """Three times as many steps: what holds there of what the short runs say."""
+    base = best_base(study)
+    found = [best_of(study, "dense"), base, *(changed(base, update_proj_gap=gap) for gap in (20, 200))]
+    found += [best_of(study, "Muon", share) for share in (2, 4)] + [best_of(study, "fira")]
+    for run in found:
+        yield dataclasses.replace(run, steps=1500)
+
+
 def seeds(study: Study) -> Iterator[Run]:
     """The finalists at the small size with two more seeds."""
     for finalist in finalists(study):
@@ -240,7 +249,7 @@ def finalists(study: Study) -> list[Run]:
 
 STAGES: dict[str, Callable[[Study], Iterable[Run]]] = {
     "rates": rates, "grid": grid, "single": single, "projections": projections, "muon": muon, "rules": rules, "peers": peers,
-    "seeds": seeds, "finals": finals,
+    "longer": longer, "seeds": seeds, "finals": finals,
 }  # fmt: skip
 
 
