@@ -227,7 +227,8 @@ class Holder:
         report(Counter(withheld) + news - Counter(taken), taken)
 
     def _news(self) -> Counter[Record]:
-        """How many gradients that were not finite have become known. A refresh that was skipped is due again."""
+        """How many gradients that were not finite have become known. A refresh that was skipped is due again if its rows were to
+        be chosen by that gradient; only then does the host have to know at once."""
         state = self.optimizer.state if self.optimizer is not None else {}
         checked = {p: record for p, record in self.records.items() if record.assigned is not None and record.options.checked}
         refreshed = [record for record in checked.values() if record.refreshed]

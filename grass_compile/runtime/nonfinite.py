@@ -4,7 +4,7 @@ A gradient is *sound* if its norm is finite: no element is infinite or NaN, or s
 Adam's second moment would keep, overflows. With ``nonfinite="raise"`` or ``"skip"`` the compiled step looks at the compact
 gradient first, and an unsound one changes nothing but the count ``state["nonfinite"]``. A refresh looks at the full
 gradient; if that is unsound, it chooses no rows and its compact gradient is NaN throughout, so that the step, whenever it
-comes, is skipped too, and the refresh stays due.
+comes, is skipped too, and the refresh stays due. Rows that were drawn blindly are kept.
 
 The device decides and the host learns of it afterwards (`Skips`), since waiting for the answer would leave a GPU idle.
 """

@@ -57,7 +57,7 @@ class Record:
         rows: the index of that gradient; with a dense projection, the basis or the key.
         proposes: whether the backward of that gradient has proposed the rows to take next.
         trained_dense: whether full moments are known to be no mere zeros.
-        refreshed: whether the last update was the first of new rows.
+        refreshed: whether the last update was the first of rows chosen by its gradient.
         skipped: how many of its steps are known to have been skipped, see `grass_compile.runtime.nonfinite`.
     """
 
@@ -362,9 +362,10 @@ class Record:
         self.flight = _torch.graph_task()
 
     def settle(self, gradient: CompactGrad) -> None:
-        """Make the rows of a fresh gradient, and what was chosen along with them, those of the state; unless its step will be
-        skipped."""
-        self._settle(gradient.rows, gradient.scales, sound(gradient.compact) if self.options.checked else None)
+        """Make the rows of a fresh gradient, and what was chosen along with them, those of the state; unless they were chosen by
+        that gradient, and its step will be skipped."""
+        checked = self.options.checked and not self.options.blind
+        self._settle(gradient.rows, gradient.scales, sound(gradient.compact) if checked else None)
 
     def _settle(self, rows: Tensor, scales: Sequence[Tensor], ok: Tensor | None) -> None:
         assert self.assigned is not None
@@ -384,8 +385,8 @@ class Record:
 
     def restart(self) -> None:
         """Before a backward that moves the weight by what was drawn blindly: the state that goes with that. (A refresh in the
-        graph sees to it itself.) A backward that breaks off or is skipped has done no harm: the refresh is still due, and draws
-        the same."""
+        graph sees to it itself.) A backward that breaks off has done no harm: the refresh is still due, and draws the same. A
+        step that is skipped keeps what was drawn."""
         if self.options.projection == "grass":
             rows, *scales = self.scratch()
             self._settle(rows, scales, None)
@@ -452,7 +453,7 @@ class Record:
         if not self.config().counted:
             self.state["step"].fill_(self.next_step(fresh))
         self.state["updates"] += 1
-        self.refreshed = fresh
+        self.refreshed = fresh and not self.options.blind
 
 
 def refusal(name: str, parameter: Tensor, options: GroupOptions) -> str | None:

@@ -263,6 +263,23 @@ def test_refreshes_at_a_time_of_their_own(keywords: dict[str, Any], nonfinite: s
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_that_is_skipped_does_not_part_them(fused: bool) -> None:
+    """Be it one that draws new columns: the others take them, and so does the weight whose gradient is not finite."""
+    run = Run(selection="uniform", nonfinite="skip", step_in_backward=fused)
+    for step in range(8):
+        poisoned = step in (0, GAP, GAP + 1)
+        with torch.no_grad():
+            keep = run.model.k.weight[0, 0].clone()
+            run.model.k.weight[0, 0] = float("inf") if poisoned else keep
+        run.train(step, step + 1)
+        with torch.no_grad():
+            run.model.k.weight[0, 0] = keep
+        updates = {run.optimizer.state[run.model.get_parameter(name)]["updates"] for name in SHARED}
+        assert run.agree and updates == {step + 1}
+    assert any(int(run.optimizer.state[run.model.get_parameter(name)]["nonfinite"]) for name in SHARED)
+
+
 def test_rows_do_not_share(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are outputs, of which each weight has its own."""
     run = Run(axis="rows")
