@@ -19,6 +19,7 @@ from .nonfinite import Skips, clip_, report, unsound
 from .rules import Rule
 from .state import Record
 from .step import seed_of
+from .transfer import to_device
 
 
 class Holder:
@@ -98,7 +99,7 @@ class Holder:
             dtype = torch.promote_types(parameter.dtype, torch.float32)
             if len(self._hyper) > 64:
                 self._hyper.clear()
-            cached = self._hyper[key] = values, torch.tensor(values, dtype=dtype, device=parameter.device)
+            cached = self._hyper[key] = values, to_device(torch.tensor(values, dtype=dtype), parameter.device)
         return cached[1]
 
     def norm_leaf(self, like: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError
+from .transfer import to_host
 
 if TYPE_CHECKING:
     from .state import Record
@@ -97,16 +98,6 @@ def _listed(counts: Mapping[Record, int]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def send(counts: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """A copy on the host, and the event after which it holds the counts; None if it does now."""
-    device = counts.device
-    if device.type != "cuda":
-        return counts.to("cpu"), None
-    copied, event = counts.to("cpu", non_blocking=True), torch.cuda.Event()  # the copy is pinned, so nothing waits for it
-    event.record(torch.cuda.current_stream(device))
-    return copied, event
-
-
 class Skips:
     """What the host knows of the steps that devices have skipped.
 
@@ -132,7 +123,7 @@ class Skips:
         for record, count in counts.items():
             groups[count.device][record] = count
         for group in groups.values():
-            self._sent.append((list(group), *send(torch.cat(list(group.values())))))
+            self._sent.append((list(group), *to_host(torch.cat(list(group.values())))))
         return late, self._take(only_known=not now)
 
     def forget(self) -> None:

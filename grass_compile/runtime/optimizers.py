@@ -26,6 +26,7 @@ from .rules import (
     registered_rules,
 )
 from .step import run_rule
+from .transfer import to_device
 
 
 class AdamW(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
@@ -409,7 +410,7 @@ class Optimizer(GrassOptimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     wide = torch.promote_types(parameter.dtype, torch.float32)
-                    numbers = torch.tensor(values, dtype=wide, device=parameter.device)
+                    numbers = to_device(torch.tensor(values, dtype=wide), parameter.device)
                     self._move(parameter, dict(zip(names, numbers.unbind(), strict=True)), group, wide)
 
     def _move(self, parameter: Tensor, hyper: Mapping[str, Tensor], group: Mapping[str, Any], wide: torch.dtype) -> None:
@@ -426,7 +427,7 @@ class Optimizer(GrassOptimizer):
         state["step"] += 1
         full = {name: state[name].reshape(gradient.shape) for name in rule.state_names if rule.layout(name) == "full"}
         seen = {name: full[name] if name in full else rule.seen(name, state[name]) for name in rule.state_names}
-        seen |= {"step": state["step"].to(weight), **({"weight": weight} if rule.reads_weight else {})}
+        seen |= {"step": to_device(state["step"].to(wide), weight.device), **({"weight": weight} if rule.reads_weight else {})}
         if rule.coupled_decay:
             gradient = gradient + float(group["weight_decay"]) * weight
         update, new = run_rule(rule, gradient, seen, hyper)

@@ -28,6 +28,7 @@ from .refresh import chosen_rows, settled
 from .rules import Rule
 from .scores import DUE
 from .step import SCALES, layout_of, settled_state, step_state
+from .transfer import to_device
 
 if TYPE_CHECKING:
     from .call import Call
@@ -324,7 +325,7 @@ class Record:
         """What the refresh that is due takes, where that depends on no gradient: a key; or rows, and what comes with them."""
         assert self.assigned is not None
         if self.options.projection == "gaussian":
-            return (new_key(self.options.seed, self.number, self.state["updates"]).to(self.parameter.device),)
+            return (to_device(new_key(self.options.seed, self.number, self.state["updates"]), self.parameter.device),)
         noise, how = self.noise(True), (self.options.selection, self.options.block, self.options.replacement)
         return chosen_rows(torch.ones_like(noise), noise, self.assigned.rank, *how)
 

@@ -547,11 +547,11 @@ def late(monkeypatch: pytest.MonkeyPatch) -> list[Arrival]:
     """Counts arrive as from a GPU, with an event that has to be waited for."""
     events: list[Arrival] = []
 
-    def send(counts: Tensor) -> tuple[Tensor, Arrival]:
+    def to_host(counts: Tensor) -> tuple[Tensor, Arrival]:
         events.append(Arrival())
         return counts.clone(), events[-1]
 
-    monkeypatch.setattr(nonfinite, "send", send)
+    monkeypatch.setattr(nonfinite, "to_host", to_host)
     return events
 
 
@@ -611,6 +611,26 @@ def test_a_gpu_reports_one_step_later() -> None:
         optimizer.zero_grad()
         assert changed(before, snapshot(model, optimizer)) == {"a.weight", "b.weight"} - {f"{spoilt}.weight"}
     assert skipped(model, optimizer) == {"a.weight": 1, "b.weight": 1}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_is_not_waited_for() -> None:
+    """Neither by a regular step nor by a blind refresh, though the learning rate changes at every step."""
+    model = net(torch.float32, bias=False).cuda()
+    keywords = dict(PROJECT, selection="uniform", on_refresh="carry", stagger=True)
+    optimizer = grass_compile.AdamW(model.named_parameters(), **keywords)
+    forward = compiled(model)
+    inputs, weights = [batch(seed, torch.float32).cuda() for seed in range(12)], factors().cuda()
+    try:
+        for seed, x in enumerate(inputs):
+            torch.cuda.set_sync_debug_mode("error" if seed >= 4 else "default")  # the first ones compile
+            optimizer.param_groups[0]["lr"] *= 0.9
+            forward(x, weights).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 # ---------------------------------------------------------------------------------------------------- unmodified scripts
