@@ -203,6 +203,7 @@ def longer(study: Study) -> Iterator[Run]:
     found = [best_of(study, "dense"), base, *(changed(base, update_proj_gap=gap) for gap in (20, 200))]
     found += [best_of(study, "Muon", share) for share in (2, 4)] + [best_of(study, "fira")]
     found += [dataclasses.replace(run, lr=run.lr / 2) for run in (base, best_of(study, "Muon", 2), best_of(study, "dense"))]
+    found += [dataclasses.replace(base, rank_share=2, lr=base.lr / 2)]
     for run in found:
         yield dataclasses.replace(run, steps=1500)
 
