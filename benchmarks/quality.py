@@ -170,8 +170,8 @@ def rules(study: Study) -> Iterator[Run]:
     """Each rule, at rates of its own."""
     base = best_grid(study)
     for name, lrs, keywords in (
-        ("Adafactor", (3e-3, 1e-2, 3e-2), {}),
-        ("Lion", (2e-4, 5e-4, 1e-3), {}),
+        ("Adafactor", (1e-2, 3e-2, 1e-1), {}),
+        ("Lion", (5e-4, 1e-3, 2e-3), {}),
         ("SGD", (0.1, 0.5, 2.0), {"momentum": 0.9}),
         ("Optimizer", (1.5e-3, 3e-3, 6e-3), {"rule": "sonew"}),
         ("AdamW8bit", (1.5e-3, 3e-3), {}),
