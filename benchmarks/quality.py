@@ -162,7 +162,7 @@ def muon(study: Study) -> Iterator[Run]:
     """Muon at d/4, and at d/2, where its state has as many bytes as AdamW's at d/4; at rates of its own, for q and k too."""
     for share in (4, 2):
         for queries in (1.0, QUERIES):
-            for lr in (1.2e-2, 2.4e-2):
+            for lr in (6e-3, 1.2e-2, 2.4e-2):
                 yield dataclasses.replace(best_base(study), method="Muon", lr=lr, rank_share=share, queries=queries)
 
 
@@ -200,10 +200,12 @@ def peers(study: Study) -> Iterator[Run]:
 def longer(study: Study) -> Iterator[Run]:
     """Three times as many steps: what holds there of what the short runs say."""
     base = best_base(study)
-    found = [best_of(study, "dense"), base, *(changed(base, update_proj_gap=gap) for gap in (20, 200))]
-    found += [best_of(study, "Muon", share) for share in (2, 4)] + [best_of(study, "fira")]
-    found += [dataclasses.replace(run, lr=run.lr / 2) for run in (base, best_of(study, "Muon", 2), best_of(study, "dense"))]
+    dense, fira = best_of(study, "dense"), best_of(study, "fira")
+    found = [dense, base, *(changed(base, update_proj_gap=gap) for gap in (20, 200)), fira]
+    found += [dataclasses.replace(run, lr=run.lr / 2) for run in (dense, base, fira)]
     found += [dataclasses.replace(base, rank_share=2, lr=base.lr / 2)]
+    for share in (2, 4):
+        found += [dataclasses.replace(base, method="Muon", rank_share=share, lr=lr) for lr in (3e-3, 6e-3, 1.2e-2)]
     for run in found:
         yield dataclasses.replace(run, steps=1500)
 
