@@ -185,3 +185,40 @@ def _read(config: Any, key: str) -> Any:
     for part in key.split("."):
         config = getattr(config, part)
     return config
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        dict(selection="uniform", stagger=True),
+        dict(selection="norm", max_grad_norm=1.0),
+        dict(scores="estimate"),
+        dict(scores="sampled", axis="columns", step_in_backward=False),
+        dict(projection="gaussian"),
+        dict(projection="galore", refresh_warmup=2),
+    ],
+    ids=str,
+)
+def test_the_default_device_does_not_matter(keywords: dict[str, Any]) -> None:
+    """What is made on the way is made where it is needed. The device ``meta`` holds no values: whatever went there is missed."""
+    weights = []
+    for default in ("cpu", "meta"):
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16))
+        batches = torch.randn(8, 4, 16).unbind()
+        torch.set_default_device(default)
+        try:
+            optimizer = grass_compile.AdamW(model.named_parameters(), rank=4, lr=1e-2, update_proj_gap=2, **keywords)
+            compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
+            for step, x in enumerate(batches):
+                if step == 4:
+                    optimizer.load_state_dict(optimizer.state_dict())
+                compiled(x).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        finally:
+            torch.set_default_device(None)
+        weights.append([parameter.detach() for parameter in model.parameters()])
+    for one, other in zip(*weights, strict=True):
+        assert torch.equal(one, other)

@@ -99,7 +99,7 @@ class Holder:
             dtype = torch.promote_types(parameter.dtype, torch.float32)
             if len(self._hyper) > 64:
                 self._hyper.clear()
-            cached = self._hyper[key] = values, to_device(torch.tensor(values, dtype=dtype), parameter.device)
+            cached = self._hyper[key] = values, to_device(torch.tensor(values, dtype=dtype, device="cpu"), parameter.device)
         return cached[1]
 
     def norm_leaf(self, like: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def new_key(seed: int, number: int, updates: int) -> Tensor:
         updates: how many updates that has had.
     """
     digest = hashlib.sha256(f"gaussian {seed} {number} {updates}".encode()).digest()
-    return torch.tensor([int.from_bytes(digest[at : at + 4], "little") >> 1 for at in (0, 4)])
+    return torch.tensor([int.from_bytes(digest[at : at + 4], "little") >> 1 for at in (0, 4)], device="cpu")
 
 
 def _positions(shape: Sequence[int], first: int, device: torch.device) -> Tensor:

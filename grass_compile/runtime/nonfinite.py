@@ -34,7 +34,7 @@ def sound(gradient: Tensor) -> Tensor:
 def unsound(gradients: Sequence[Tensor]) -> Tensor:
     """Which gradients are not sound; ``bool``, one number for each, on the device of the first."""
     if not gradients:
-        return torch.zeros(0, dtype=torch.bool)
+        return torch.zeros(0, dtype=torch.bool, device="cpu")
     return _norms(gradients, 2.0).isfinite().logical_not()
 
 
@@ -46,7 +46,7 @@ def clip_(gradients: Sequence[Tensor], max_norm: float, norm_type: float) -> Ten
         The norm before, of the others; 0-d, without a synchronisation.
     """
     if not gradients:
-        return torch.zeros(())
+        return torch.zeros((), device="cpu")
     norms = _norms(gradients, norm_type)
     finite = norms.isfinite()
     norm: Tensor = torch.linalg.vector_norm(torch.where(finite, norms, 0.0 if norm_type >= 0 else torch.inf), norm_type)

@@ -303,5 +303,5 @@ def _completed(given: Mapping[str, Any]) -> dict[str, Any]:
         own["exclude"] = tuple(own["exclude"])
     if given.get("seed") is None:
         draws = own["stochastic_rounding"] or own["selection"] != "top" or own["projection"] == "gaussian"
-        own["seed"] = int(torch.randint(2**31, ())) if draws else 0
+        own["seed"] = int(torch.randint(2**31, (), device="cpu")) if draws else 0
     return own

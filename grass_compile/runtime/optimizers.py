@@ -410,7 +410,7 @@ class Optimizer(GrassOptimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     wide = torch.promote_types(parameter.dtype, torch.float32)
-                    numbers = to_device(torch.tensor(values, dtype=wide), parameter.device)
+                    numbers = to_device(torch.tensor(values, dtype=wide, device="cpu"), parameter.device)
                     self._move(parameter, dict(zip(names, numbers.unbind(), strict=True)), group, wide)
 
     def _move(self, parameter: Tensor, hyper: Mapping[str, Tensor], group: Mapping[str, Any], wide: torch.dtype) -> None:
@@ -420,7 +420,7 @@ class Optimizer(GrassOptimizer):
         shape = (parameter.shape[0], -1) if parameter.dim() > 1 else (1, -1)
         weight, gradient = (tensor.reshape(shape).to(wide) for tensor in (parameter, parameter.grad))
         if not state:
-            state["step"] = torch.zeros(())
+            state["step"] = torch.zeros((), device="cpu")
             for name in rule.state_names:
                 sizes = parameter.shape if rule.layout(name) == "full" else rule.shape(name, *gradient.shape)
                 state[name] = gradient.new_zeros(sizes, dtype=rule.state_dtypes.get(name))

@@ -30,7 +30,7 @@ STRIDE = 8
 SKETCH = 16
 """Random directions of an ``estimate``."""
 
-DUE = torch.tensor(False), torch.tensor(True)
+DUE = torch.tensor(False, device="cpu"), torch.tensor(True, device="cpu")
 """What ``due`` may be: on the host, so that nobody waits for a device to learn it."""
 
 _library = torch.library.Library("grass_compile", "FRAGMENT")

@@ -122,5 +122,6 @@ def fill_with_noise(noise: Tensor, seed: int, number: int, updates: int) -> None
     """
     digest = hashlib.sha256(f"{seed} {number} {updates}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
-    drawn = torch.rand(noise.shape, generator=generator, dtype=torch.float64).clamp_(1e-12, 1 - 2**-24)  # below 1 in fp32 too
+    drawn = torch.rand(noise.shape, generator=generator, dtype=torch.float64, device="cpu")
+    drawn.clamp_(1e-12, 1 - 2**-24)  # below 1 in fp32 too
     noise.copy_(to_device(drawn.to(noise.dtype), noise.device))
