@@ -1,12 +1,13 @@
 """The study: which selection, axis, refresh and rule learn best. One JSON line a run; a run that is recorded is not run again.
 
-    python -m benchmarks.quality                 # all stages, about four hours on two cores
+    python -m benchmarks.quality                 # all stages, about six hours on two cores
     python -m benchmarks.quality --stages peers  # one of them; those before it must have run
     python -m benchmarks.quality --report        # tables and plots of what is recorded, nothing is run
 
 The screening is done with one seed at the small size, each stage building on the best that the stages before it found:
 learning rates first, then every selection, axis and refresh, then single changes of the best of these, then rules and peers at
-learning rates of their own. The finalists run with three seeds, at the small and at the larger size.
+learning rates of their own. Some of these run three times as long, and the finalists with three seeds, at the small and at the
+larger size.
 """
 
 from __future__ import annotations
