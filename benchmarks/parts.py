@@ -25,12 +25,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import grass_compile
 from benchmarks.record import RESULTS, ROOT, circumstances, table
 
 sys.path.insert(0, str(ROOT / "examples"))  # the demo is a folder of scripts, which import each other by bare names
 
 from corpus import Corpus, even_windows, load_corpus
-from training import TrainConfig, batches, build_model, evaluate, lr_share, parameters_by_kind
+from training import TrainConfig, batches, build_model, evaluate, lr_share
 
 STEPS, WARMUP, WIDTH, FEED_FORWARD = 500, 0.2, 128, 344
 QUERIES = ("q_proj.weight", "k_proj.weight")
@@ -251,7 +252,8 @@ def run(part: Part, corpus: Corpus) -> list[float]:
         seed=part.seed,
     )
     model, windows = build_model(config), even_windows(corpus.held_out, 64, 256)
-    projected, rest = parameters_by_kind(model)
+    rest = grass_compile.param_groups(model, lr=LR)[-1]["params"]
+    projected = [(name, p) for name, p in model.named_parameters() if not any(p is other for _, other in rest)]
     others = torch.optim.AdamW([p for _, p in rest], lr=DENSE_LR, weight_decay=0.0, fused=True)
     generator = torch.Generator().manual_seed(part.seed)
     offsets = [i * part.stagger // len(projected) * part.gap // part.stagger for i in range(len(projected))]

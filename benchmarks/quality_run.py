@@ -15,10 +15,11 @@ from torch.optim import Optimizer
 import grass_compile
 from benchmarks import measure
 from benchmarks.record import ROOT
+from grass_compile.config import PROJECT
 
 sys.path.insert(0, str(ROOT / "examples"))  # the demo is a folder of scripts, which import each other by bare names
 
-from training import Event, TrainConfig, parameters_by_kind, split_queries, train
+from training import Event, TrainConfig, train
 
 SIZES: dict[str, dict[str, Any]] = {
     "small": {"hidden_size": 128, "intermediate_size": 344, "layers": 4, "heads": 4, "steps": 500, "warmup_share": 0.2},
@@ -81,35 +82,32 @@ def optimizer_of(run: Run, model: Any) -> tuple[Optimizer, str]:
     rank = round(model.config.hidden_size / run.rank_share) if run.rank_share else None
     if run.method == "lora":
         return _lora(run, model, rank), "inductor"
-    projected, rest = parameters_by_kind(model)
-    queries, others = split_queries(projected)
-    groups = [{"params": others}, {"params": queries, "lr": run.lr * run.queries}]
+    own = {key: tuple(value) if isinstance(value, list) else value for key, value in run.keywords.items()}
+    project = {key: own.pop(key) for key in list(own) if key in PROJECT} if run.method[0].isupper() else {}
+    groups = grass_compile.param_groups(model, lr=run.lr, dense_lr=run.dense_lr, query_key_factor=run.queries, **project)
     if run.method[0].isupper():
-        own = {key: tuple(value) if isinstance(value, list) else value for key, value in run.keywords.items()}
-        groups.append({"params": rest, "rank": None, "lr": run.dense_lr})
         return getattr(grass_compile, run.method)(groups, lr=run.lr, rank=rank, seed=run.seed, **own), "grass"
-    groups = [{**group, "params": [p for _, p in group["params"]]} for group in groups]
-    plain = [{"params": [p for _, p in rest], "lr": run.dense_lr}]
+    *groups, plain = [{"params": [p for _, p in group["params"]], "lr": group["lr"]} for group in groups]
     if run.method == "dense":
-        return torch.optim.AdamW([*groups, *plain], lr=run.lr, weight_decay=0.0, fused=True), "inductor"
+        return torch.optim.AdamW([*groups, plain], lr=run.lr, weight_decay=0.0, fused=True), "inductor"
     name, keywords, quiet = PEERS[run.method]
-    keywords = {"rank": rank, "update_proj_gap": 50, "proj_type": "std", **keywords, **run.keywords}
+    keywords = {"rank": rank, "update_proj_gap": 50, "proj_type": "std", **keywords, **own}
     low_rank = [{**group, **keywords} for group in groups]
-    return pkgutil.resolve_name(name)([*low_rank, *plain], lr=run.lr, weight_decay=0.0, **quiet), "inductor"
+    return pkgutil.resolve_name(name)([*low_rank, plain], lr=run.lr, weight_decay=0.0, **quiet), "inductor"
 
 
 def _lora(run: Run, model: Any, rank: int | None) -> Optimizer:
     """Adapters on the linear layers of the blocks, whose own weights are frozen; everything else trains."""
     import peft
 
-    projected, rest = parameters_by_kind(model)
-    names = {name.split(".")[-2] for name, _ in projected}
+    *linear, rest = grass_compile.param_groups(model, lr=run.lr)
+    names = {name.split(".")[-2] for group in linear for name, _ in group["params"]}
     config = peft.LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=sorted(names))
     peft.inject_adapter_in_model(config, model)
-    for _, parameter in rest:
+    for _, parameter in rest["params"]:
         parameter.requires_grad_(True)
     adapters = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
-    groups = [{"params": adapters}, {"params": [p for _, p in rest], "lr": run.dense_lr}]
+    groups = [{"params": adapters}, {"params": [p for _, p in rest["params"]], "lr": run.dense_lr}]
     return torch.optim.AdamW(groups, lr=run.lr, weight_decay=0.0, fused=True)
 
 

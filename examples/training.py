@@ -23,7 +23,6 @@ from corpus import VOCABULARY, Corpus, bigram_loss, even_windows, load_corpus, s
 from measure import PeakMemory, StepClock
 
 Event = dict[str, Any]
-NamedParameter = tuple[str, nn.Parameter]
 Prepare = Callable[[Any, "TrainConfig"], tuple[torch.optim.Optimizer, str]]
 
 # Grass compiles its refresh at the first step and its regular step at the second; dense training compiles at the first.
@@ -131,38 +130,19 @@ def build_optimizer(model: LlamaForCausalLM, config: TrainConfig) -> torch.optim
     if config.rank is None:
         return torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
 
-    projected, rest = parameters_by_kind(model)
-    queries, others = split_queries(projected)
-    return getattr(grass_compile, config.optimizer)(  # type: ignore[no-any-return]
-        [
-            {"params": others},
-            {"params": queries, "lr": config.lr * config.query_lr_factor},
-            {"params": rest, "rank": None, "lr": config.lr if config.dense_lr is None else config.dense_lr},
-        ],
+    groups = grass_compile.param_groups(
+        model,
         lr=config.lr,
-        weight_decay=0.0,
-        rank=config.rank,
+        dense_lr=config.dense_lr,
+        query_key_factor=config.query_lr_factor,
         axis=config.axis,
-        update_proj_gap=config.update_proj_gap,
         on_refresh=config.on_refresh,
         selection=config.selection,
         stagger=config.stagger,
-        seed=config.seed,
     )
-
-
-def parameters_by_kind(model: LlamaForCausalLM) -> tuple[list[NamedParameter], list[NamedParameter]]:
-    """The weights of the blocks' linear layers, and everything else, by name."""
-    linear_weights = {id(module.weight) for module in model.model.layers.modules() if isinstance(module, nn.Linear)}
-    projected = [(name, p) for name, p in model.named_parameters() if id(p) in linear_weights]
-    rest = [(name, p) for name, p in model.named_parameters() if id(p) not in linear_weights]
-    return projected, rest
-
-
-def split_queries(parameters: list[NamedParameter]) -> tuple[list[NamedParameter], list[NamedParameter]]:
-    """The weights of the query and key projections, and the others."""
-    queries = [(name, p) for name, p in parameters if name.endswith(("q_proj.weight", "k_proj.weight"))]
-    return queries, [(name, p) for name, p in parameters if not name.endswith(("q_proj.weight", "k_proj.weight"))]
+    grass = getattr(grass_compile, config.optimizer)
+    keywords = dict(rank=config.rank, update_proj_gap=config.update_proj_gap, seed=config.seed)
+    return grass(groups, lr=config.lr, weight_decay=0.0, **keywords)  # type: ignore[no-any-return]
 
 
 def lr_share(step: int, config: TrainConfig) -> float:

@@ -7,6 +7,7 @@ from .errors import GrassWarning as GrassWarning
 from .errors import NonFiniteError as NonFiniteError
 from .errors import StateError as StateError
 from .explain import explain as explain
+from .param_groups import param_groups as param_groups
 from .report import Report as Report
 from .runtime.optimizers import SGD as SGD
 from .runtime.optimizers import Adafactor as Adafactor

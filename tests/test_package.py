@@ -79,7 +79,7 @@ def test_public_names() -> None:
     names = {name for name in vars(grass_compile) if not name.startswith("_")}
     optimizers = {"Adafactor", "AdamW", "AdamW8bit", "Apollo", "Lion", "Muon", "Optimizer", "Rule", "SGD", "Sketchy"}
     errors = {"ConfigError", "GrassError", "GrassWarning", "GraphError", "NonFiniteError", "StateError"}
-    public = {*optimizers, *errors, "Report", "explain", "register_rule", "train_step"}
+    public = {*optimizers, *errors, "Report", "explain", "param_groups", "register_rule", "train_step"}
     modules = {"backend", "config", "errors", "explain", "kernels", "passes", "report", "runtime"}
     assert public <= names and names <= public | modules
     assert (PACKAGE / "py.typed").exists()
