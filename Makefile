@@ -43,10 +43,15 @@ install: $(VENV)/.installed-dev-$(HASH)
 demo: $(VENV)/.installed-demo-$(HASH)
 	$(BIN)/python examples/demo.py $(ARGS)
 
-# Compiled kernels are kept in the checkout, so that a second run of the tests starts warm.
+# Compiled kernels are kept in the checkout, so that a second run of the tests starts warm. One process of tests for each
+# core: most of their time is tracing, in one thread; the compiler's own workers, and threads that spin while they wait, would
+# only be in their way.
+WORKERS ?= auto
 test: export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
+test: export TORCHINDUCTOR_COMPILE_THREADS ?= 1
+test: export OMP_WAIT_POLICY ?= PASSIVE
 test: install
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

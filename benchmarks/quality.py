@@ -163,7 +163,7 @@ def muon(study: Study) -> Iterator[Run]:
     """Muon at d/4, and at d/2, where its state has as many bytes as AdamW's at d/4; at rates of its own, for q and k too."""
     for share in (4, 2):
         for queries in (1.0, QUERIES):
-            for lr in (6e-3, 1.2e-2, 2.4e-2):
+            for lr in (3e-3, 6e-3, 1.2e-2, 2.4e-2):
                 yield dataclasses.replace(best_base(study), method="Muon", lr=lr, rank_share=share, queries=queries)
 
 
