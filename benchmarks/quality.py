@@ -199,7 +199,7 @@ def peers(study: Study) -> Iterator[Run]:
 
 
 def longer(study: Study) -> Iterator[Run]:
-    """Three times as many steps: what holds there of what the short runs say."""
+    """Three times as many steps, and the demo's 750 at its size: what holds there of what the short runs say."""
     base = best_base(study)
     dense, fira = best_of(study, "dense"), best_of(study, "fira")
     found = [dense, base, *(changed(base, update_proj_gap=gap) for gap in (20, 200)), fira]
@@ -209,6 +209,10 @@ def longer(study: Study) -> Iterator[Run]:
         found += [dataclasses.replace(base, method="Muon", rank_share=share, lr=lr) for lr in (3e-3, 6e-3, 1.2e-2)]
     for run in found:
         yield dataclasses.replace(run, steps=1500)
+    demo = dataclasses.replace(larger(base), steps=750)
+    yield dataclasses.replace(demo, lr=2 * demo.lr)
+    yield dataclasses.replace(demo, method="Muon", rank_share=2, lr=1.2e-2, queries=1.0)
+    yield dataclasses.replace(demo, method="Muon", rank_share=2, lr=6e-3)
 
 
 def seeds(study: Study) -> Iterator[Run]:

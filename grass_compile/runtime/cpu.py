@@ -18,19 +18,29 @@ from .. import _inductor
 SOURCE = r"""
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
-// out[j, i] = in[i, index ? index[j] : j], a cache line of out at a time
+// out[j, i] = in[i, index ? index[j] : j]. A cache line of out at a time, and of in a few lines: where rows are a power of two
+// apart they fall into one set of the cache, which holds no more.
 template <typename T>
 static void gather(const T* in, const int64_t* index, T* out, int64_t b, int64_t r, int64_t row, int64_t column, int threads) {
-    constexpr int64_t line = 64 / sizeof(T), some = 64;
+    constexpr int64_t line = 64 / sizeof(T), some = 64, few = 8;
     #pragma omp parallel for collapse(2) num_threads(threads) if(b * r > 16384)
     for (int64_t first = 0; first < b; first += line)
         for (int64_t start = 0; start < r; start += some) {
-            const int64_t length = std::min(line, b - first), end = std::min(start + some, r);
-            for (int64_t j = start; j < end; ++j) {
-                const T* from = in + first * row + (index ? index[j] : j) * column;
-                T* to = out + j * b + first;
-                for (int64_t i = 0; i < length; ++i) to[i] = from[i * row];
+            const int64_t last = std::min(first + line, b), end = std::min(start + some, r);
+            for (int64_t i = first; i < last; i += few) {
+                const int64_t length = std::min(few, last - i);
+                for (int64_t j = start; j < end; ++j) {
+                    const T* from = in + i * row + (index ? index[j] : j) * column;
+                    T* to = out + j * b + i;
+                    if (length == few) {  // read all, then store at once
+                        T values[few];
+                        for (int64_t k = 0; k < few; ++k) values[k] = from[k * row];
+                        std::memcpy(to, values, sizeof(values));
+                    } else
+                        for (int64_t k = 0; k < length; ++k) to[k] = from[k * row];
+                }
             }
         }
 }
