@@ -195,7 +195,7 @@ def peers(study: Study) -> Iterator[Run]:
         for lr in lrs:
             yield Run(name, "small", lr, dense.lr, 4)
         if name != "lora":
-            yield dataclasses.replace(best_of(study, name), queries=QUERIES)
+            yield dataclasses.replace(best_of(study, name, queries=1.0), queries=QUERIES)
 
 
 def longer(study: Study) -> Iterator[Run]:
@@ -285,9 +285,14 @@ def best_grid(study: Study) -> Run:
     )  # fmt: skip
 
 
-def best_of(study: Study, method: str, rank_share: float | None = None) -> Run:
+def best_of(study: Study, method: str, rank_share: float | None = None, queries: float | None = None) -> Run:
     """A method at its best rate, small."""
-    return study.best(lambda run: run.method == method and run.size == "small" and rank_share in (None, run.rank_share))
+    return study.best(
+        lambda run: (
+            run.method == method and run.size == "small"
+            and rank_share in (None, run.rank_share) and queries in (None, run.queries)
+        )
+    )  # fmt: skip
 
 
 def changed(run: Run, **keywords: Any) -> Run:
