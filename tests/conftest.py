@@ -16,7 +16,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
-    """A fixed seed, no compiled code of an earlier test, and two threads."""
+    """A fixed seed, and no compiled code of an earlier test."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     yield
