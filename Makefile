@@ -45,7 +45,7 @@ demo: $(VENV)/.installed-demo-$(HASH)
 
 # Compiled kernels are kept in the checkout, so that a second run of the tests starts warm. One process of tests for each
 # core: most of their time is tracing, in one thread; the compiler's own workers, and threads that spin while they wait, would
-# only be in their way.
+# only be in their way. WORKERS=0 makes it one process, in which --pdb works.
 WORKERS ?= auto
 test: export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
 test: export TORCHINDUCTOR_COMPILE_THREADS ?= 1

@@ -253,7 +253,8 @@ def run(part: Part, corpus: Corpus) -> list[float]:
     )
     model, windows = build_model(config), even_windows(corpus.held_out, 64, 256)
     rest = grass_compile.param_groups(model, lr=LR)[-1]["params"]
-    projected = [(name, p) for name, p in model.named_parameters() if not any(p is other for _, other in rest)]
+    dense = {name for name, _ in rest}
+    projected = [(name, p) for name, p in model.named_parameters() if name not in dense]
     others = torch.optim.AdamW([p for _, p in rest], lr=DENSE_LR, weight_decay=0.0, fused=True)
     generator = torch.Generator().manual_seed(part.seed)
     offsets = [i * part.stagger // len(projected) * part.gap // part.stagger for i in range(len(projected))]

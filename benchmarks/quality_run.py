@@ -83,9 +83,10 @@ def optimizer_of(run: Run, model: Any) -> tuple[Optimizer, str]:
     if run.method == "lora":
         return _lora(run, model, rank), "inductor"
     own = {key: tuple(value) if isinstance(value, list) else value for key, value in run.keywords.items()}
-    project = {key: own.pop(key) for key in list(own) if key in PROJECT} if run.method[0].isupper() else {}
+    ours = run.method[0].isupper()
+    project = {key: own.pop(key) for key in run.keywords if key in PROJECT} if ours else {}
     groups = grass_compile.param_groups(model, lr=run.lr, dense_lr=run.dense_lr, query_key_factor=run.queries, **project)
-    if run.method[0].isupper():
+    if ours:
         return getattr(grass_compile, run.method)(groups, lr=run.lr, rank=rank, seed=run.seed, **own), "grass"
     *groups, plain = [{"params": [p for _, p in group["params"]], "lr": group["lr"]} for group in groups]
     if run.method == "dense":

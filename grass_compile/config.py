@@ -167,6 +167,14 @@ def finite(what: str, value: object) -> float:
     return float(value)
 
 
+def name_patterns(what: str, value: Any) -> tuple[str, ...]:
+    """Return ``value`` as a tuple if it is a list of name patterns; a string, whose letters would each be one, is none."""
+    patterns = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (None,)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise ConfigError(f"{what} must be a list of name patterns such as ['*lm_head*'], got {value!r}.")
+    return patterns
+
+
 def parse_group(group: Mapping[str, Any]) -> GroupOptions:
     """Validate our keywords of one parameter group.
 
@@ -215,16 +223,13 @@ def parse_group(group: Mapping[str, Any]) -> GroupOptions:
         raise ConfigError(f"seed must be a whole number, got {group['seed']!r}.")
     if group["refresh_warmup"] != 0:
         positive_int("refresh_warmup", group["refresh_warmup"])
-    exclude = group["exclude"]
-    if isinstance(exclude, str) or not all(isinstance(pattern, str) for pattern in exclude):
-        raise ConfigError(f"exclude must be a list of name patterns such as ['*lm_head*'], got {exclude!r}.")
     options = GroupOptions(
         rank=rank,
         update_proj_gap=positive_int("update_proj_gap", group["update_proj_gap"]),
         axis=one_of("axis", group["axis"], AXES),
         on_refresh=on_refresh,
         scale=finite("scale", group["scale"]),
-        exclude=tuple(exclude),
+        exclude=name_patterns("exclude", group["exclude"]),
         refresh_warmup=group["refresh_warmup"],
         stochastic_rounding=group["stochastic_rounding"],
         state_dtype=group["state_dtype"],

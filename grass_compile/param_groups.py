@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .config import DEFAULT_EXCLUDE, PROJECT, finite, nearest
+from . import _torch
+from .config import DEFAULT_EXCLUDE, PROJECT, finite, name_patterns, nearest
 from .errors import ConfigError
 
 QUERY_KEY = (
@@ -58,8 +59,8 @@ def param_groups(
         with ``rank=None``, the rest.
 
     Raises:
-        ConfigError: the model has no weight that could be projected; ``model`` is none; an unknown keyword; a factor
-            that is not positive.
+        ConfigError: ``model`` is not a module, or has no weight that could be projected; an unknown keyword; patterns that are
+            not a list; a factor that is not positive.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"param_groups needs a torch.nn.Module, got {type(model).__name__}.")
@@ -68,6 +69,7 @@ def param_groups(
             raise ConfigError(f"param_groups: {key}={project[key]!r} is not a keyword of a group.{nearest(key, PROJECT)}")
     if finite("param_groups: query_key_factor", query_key_factor) <= 0:
         raise ConfigError(f"param_groups: query_key_factor must be above 0, got {query_key_factor!r}.")
+    query_key, exclude = name_patterns("query_key", query_key), name_patterns("exclude", exclude)
 
     # An embedding is a matrix too, and so is a head that is tied to one.
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
@@ -83,10 +85,10 @@ def param_groups(
     if not linear and not queries:
         raise ConfigError(
             f"param_groups: {type(model).__name__} has no linear weight that could be projected: none of its parameters is a "
-            f"matrix, or all that are belong to embeddings or match exclude={tuple(exclude)!r}."
+            f"matrix, or all that are belong to embeddings or match exclude={exclude!r}."
         )
     chosen = CHOSEN if project.get("projection", "grass") == "grass" else CHOSEN_DENSE
-    keywords = {**chosen, "exclude": tuple(exclude), **project}
+    keywords = {**chosen, "exclude": exclude, **project}
     groups: list[dict[str, Any]] = [
         {"params": linear, "lr": lr, **keywords},
         {"params": queries, "lr": lr * query_key_factor, **keywords},
@@ -97,4 +99,5 @@ def param_groups(
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     """Whether a pattern fits the name; a leading dot lets ``*.q.weight`` fit ``q.weight``."""
-    return any(fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(f".{name}", pattern) for pattern in patterns)
+    plain = _torch.strip_dynamo_prefix(name)
+    return any(fnmatch.fnmatchcase(spelled, pattern) for pattern in patterns for spelled in (plain, f".{plain}"))

@@ -65,6 +65,16 @@ def test_embeddings_stay_out_whatever_their_name() -> None:
     assert names(linear) == {"up.weight"} and names(rest) == {"table.weight", "up.bias", "head.bias"}
 
 
+def test_a_compiled_model_has_the_same_groups() -> None:
+    model = llama()
+    keywords: dict[str, Any] = dict(lr=1e-3, exclude=("model.layers.0.mlp.up_proj.weight",))
+    plain = grass_compile.param_groups(model, **keywords)
+    model.model.layers[0].compile(backend="grass")
+    wrapped = grass_compile.param_groups(torch.compile(model, backend="grass"), **keywords)
+    assert [[id(p) for _, p in group["params"]] for group in wrapped] == [[id(p) for _, p in group["params"]] for group in plain]
+    assert "model.layers.0.mlp.up_proj.weight" in names(plain[-1])
+
+
 def test_keywords_replace_those_chosen() -> None:
     linear, _, rest = grass_compile.param_groups(llama(), lr=1e-3, axis="rows", rank=4, exclude=("*down*",))
     assert (linear["axis"], linear["rank"], linear["selection"], linear["stagger"]) == ("rows", 4, "uniform", True)
@@ -115,5 +125,8 @@ def test_refusals() -> None:
     for factor in (0, float("nan"), "2"):
         with pytest.raises(ConfigError, match="query_key_factor must be"):
             grass_compile.param_groups(nn.Linear(4, 4), lr=1e-3, query_key_factor=factor)
+    for key in ("query_key", "exclude"):  # of a string, the star alone would match every name
+        with pytest.raises(ConfigError, match=f"{key} must be a list of name patterns"):
+            grass_compile.param_groups(nn.Linear(4, 4), lr=1e-3, **{key: "*q*"})
     with pytest.raises(ConfigError, match=r"needs a torch\.nn\.Module, got generator"):
         grass_compile.param_groups(nn.Linear(4, 4).parameters(), lr=1e-3)  # type: ignore[arg-type]
