@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.record import RESULTS, ROOT, circumstances, table
-from grass_compile.runtime import scores
+from grass_compile.ops import scores
 
 sys.path.insert(0, str(ROOT / "examples"))  # the demo is a folder of scripts, which import each other by bare names
 

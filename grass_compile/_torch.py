@@ -176,7 +176,7 @@ class Partitioner(CustomPartitionerFn):
 
 
 @dataclasses.dataclass
-class Half:
+class LazyGraph:
     """The forward or the backward of one graph, compiled for each ``key`` when it first runs with it.
 
     Attributes:
@@ -199,7 +199,7 @@ class Half:
         self._compile: Callable[[fx.GraphModule], Compiled] | None = None
         self._compiled: dict[Any, Compiled] = {}
 
-    def accept(self, gm: fx.GraphModule, compile: Callable[[fx.GraphModule], Compiled]) -> Half:
+    def accept(self, gm: fx.GraphModule, compile: Callable[[fx.GraphModule], Compiled]) -> LazyGraph:
         """Take what AOTAutograd hands to a compiler: the graph, and how it would have been compiled."""
         self._gm, self._compile = gm, compile
         self._contexts = copy.copy(TracingContext.try_get()), CompileContext.try_get()
@@ -259,11 +259,11 @@ def _kept_buffers(original: fx.GraphModule, finished: fx.GraphModule) -> Iterato
 
 
 @dataclasses.dataclass(frozen=True)
-class Pair:
+class CompiledPair:
     """Both halves of one graph."""
 
-    forward: Half
-    backward: Half
+    forward: LazyGraph
+    backward: LazyGraph
 
     def saved(self, key: Any) -> dict[str, Any]:
         """Fake values of what the forward returns for ``key``, by the names that they have as inputs of the backward."""
@@ -281,7 +281,7 @@ def compile_graph(
     patches: Mapping[str, Any],
     partition: Partition | None,
     key: str,
-    pair: Pair | None = None,
+    pair: CompiledPair | None = None,
 ) -> Compiled:
     """Compile a graph under the contexts that Dynamo had when it called the backend.
 
@@ -328,7 +328,7 @@ def _inner(gm: fx.GraphModule, **kwargs: Any) -> Compiled:
     return cast(Compiled, compiled)
 
 
-def _compile_eager(gm: fx.GraphModule, inputs: Sequence[Any], partition: Partition | None, pair: Pair | None) -> Compiled:
+def _compile_eager(gm: fx.GraphModule, inputs: Sequence[Any], partition: Partition | None, pair: CompiledPair | None) -> Compiled:
     def run(gm: fx.GraphModule) -> Compiled:
         return boxed_nop(gm, [])
 

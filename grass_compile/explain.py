@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import _torch
-from .backend import Region
+from .backend.region import Region
 from .config import BackendOptions
 from .errors import ConfigError, GrassError
+from .optim.base import GrassOptimizer
 from .passes.records import Projection
 from .report import Report, Row
-from .runtime import state as registry
+from .runtime import parameter as registry
 from .runtime.compact import Assigned, initial_state
-from .runtime.optimizer import GrassOptimizer
 
 
 class Findings:

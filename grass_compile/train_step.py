@@ -13,7 +13,7 @@ from torch import Tensor
 from . import _torch
 from .config import positive_int
 from .errors import ConfigError, NonFiniteError
-from .runtime.optimizer import GrassOptimizer
+from .optim.base import GrassOptimizer
 
 P = ParamSpec("P")
 R = TypeVar("R")

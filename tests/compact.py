@@ -1,5 +1,5 @@
 """A rule's formula, eagerly, on the rows that a compiled run has selected: what a state tensor is worth after a refresh is
-worked out row by row, and shares no code with `grass_compile.runtime.refresh`."""
+worked out row by row, and shares no code with `grass_compile.math.refresh`."""
 
 from __future__ import annotations
 

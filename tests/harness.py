@@ -14,11 +14,11 @@ from torch import Tensor, fx, nn
 import grass_compile
 from grass_compile import _torch
 from grass_compile.config import SiteConfig
+from grass_compile.math.reference import CompactState, ReferenceAdamW
+from grass_compile.math.selection import fill_with_noise
+from grass_compile.optim.rules import AdamWRule
 from grass_compile.passes.pipeline import find
 from grass_compile.passes.records import Analysis, Site, WeightInput
-from grass_compile.runtime.reference import CompactState, ReferenceAdamW
-from grass_compile.runtime.rules import AdamWRule
-from grass_compile.runtime.selection import fill_with_noise
 
 KEYWORDS = dict(lr=1e-2, eps=1e-3, weight_decay=0.0, update_proj_gap=3)
 

@@ -22,7 +22,7 @@ import torch._inductor.compile_fx  # what a first compilation imports, before th
 from torch import Tensor, nn
 
 import grass_compile
-import grass_compile.backend
+import grass_compile.backend.region
 
 STEPS = 90
 KEYWORDS: dict[str, dict[str, Any]] = {

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from grass_compile import ConfigError, GrassWarning, StateError, _torch
+from grass_compile.math.reference import ReferenceAdamW
+from grass_compile.optim import adoption
 from grass_compile.passes import pipeline
-from grass_compile.runtime import adoption
-from grass_compile.runtime.reference import ReferenceAdamW
 
 Make = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 RANK, GAP, WIDTH = 6, 3, 32

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import grass_compile
-from grass_compile.runtime.reference import ReferenceAdamW
+from grass_compile.math.reference import ReferenceAdamW
 
 from . import forms
 from .harness import KEYWORDS, Pair, pair

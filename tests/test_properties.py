@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from grass_compile.passes import costs
-from grass_compile.runtime import ops, selection
-from grass_compile.runtime.refresh import settled
+from grass_compile import ops
+from grass_compile.math import selection
+from grass_compile.math.refresh import settled
+from grass_compile.passes.joint import costs
 
 from .harness import pair
 

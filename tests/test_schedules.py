@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import grass_compile
+from grass_compile.math.reference import ReferenceAdamW
 from grass_compile.passes import pipeline
-from grass_compile.runtime.reference import ReferenceAdamW
 
 from . import forms
 

@@ -24,10 +24,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from .. import _torch
+from .. import _torch, ops
 from ..config import SiteConfig
-from ..runtime import ops
-from ..runtime.step import apply_all
+from ..math.update import apply_all
 from .fx_utils import call, inline, trace
 
 aten = torch.ops.aten

@@ -6,9 +6,9 @@
                                                                                                |  min-cut partition
     forward graph, backward graph with anchors  <----------------------------------------------+
          |              |
-         +--undo        +--undo--join--fuse--> steps --place--> --verify-->    a backward for each way to use the gradients
-         |                 for those weights that choose new rows
-         +--> a forward that keeps all of their activations
+         |              +--undo, for weights that choose new rows--> batch_matmuls --> lower_anchors --> schedule_steps --> verify
+         |                                                           a backward for each way to use the gradients
+         +--undo--> a forward that keeps all of their activations
 
 One trace and one partition serve every step: copies of the two halves are finished when they are first needed.
 """
@@ -23,29 +23,29 @@ from typing import Any
 from torch import Tensor, fx
 
 from .. import _torch
-from ..runtime.projection import SELECTORS
-from ..runtime.step import Action, graph_state
-from . import costs
-from .anchor import anchor
-from .detect import activations, detect, input_positions
-from .fuse import fuse
+from ..math.layout import Action, graph_state
+from ..math.projection import SELECTORS
+from .backward.batch_matmuls import batch_matmuls
+from .backward.lower_anchors import lower_anchors
+from .backward.schedule_steps import schedule_steps
+from .backward.verify import verify
 from .fx_utils import copy, op_counts, placeholders, primals
-from .join import join
-from .normalize import normalize
-from .place import place
+from .joint import costs
+from .joint.anchor import anchor
+from .joint.detect import activations, detect, input_positions
+from .joint.normalize import normalize
+from .joint.rewrite import rewrite, undo
+from .joint.score import forget, score
 from .records import Analysis, Projection, Refusal, Site, WeightInput
-from .rewrite import rewrite, undo
-from .score import forget, score
-from .verify import verify
 
 log = logging.getLogger(__name__)
 
-PASSES = ("normalize", "detect", "rewrite", "score", "anchor", "join", "fuse", "place", "verify")
-"""The names that ``options={"disable_passes": [...]}`` takes. Without detect, score, anchor, fuse or place every weight stays
-dense; without rewrite the full gradient is formed and its rows are taken from it; without join every weight has a product of its
-own; without verify nothing checks the result."""
+PASSES = ("normalize", "detect", "rewrite", "score", "anchor", "batch_matmuls", "lower_anchors", "schedule_steps", "verify")
+"""The names that ``options={"disable_passes": [...]}`` takes. Without detect, score, anchor, lower_anchors or schedule_steps
+every weight stays dense; without rewrite the full gradient is formed and its rows are taken from it; without batch_matmuls every
+weight has a product of its own; without verify nothing checks the result."""
 
-ESSENTIAL = ("detect", "score", "anchor", "fuse", "place")
+ESSENTIAL = ("detect", "score", "anchor", "lower_anchors", "schedule_steps")
 
 
 class PlanMismatch(Exception):
@@ -64,7 +64,7 @@ class Plan:
         weights: what the optimizer asked for, refusals known beforehand included.
         projections: the weights that are projected.
         hyper: for each projection, which of the tensors of hyper-parameters it reads.
-        kernels: for each projection, the name under which `grass_compile.runtime.ops` finds its step.
+        kernels: for each projection, the name under which `grass_compile.ops.operators` finds its step.
         leaders: for each projection, the position of the weight whose rows it takes; its own, but for those that share.
         disabled: names of passes to leave out.
         clipped: positions of the dense parameters whose gradients are clipped along with the compact ones, inside the graph;
@@ -215,11 +215,11 @@ def finish_backward(
     for node in changed:
         node.meta["val"] = saved[node.name]
     undo(gm, _full(plan, refresh), changed)
-    if "join" not in plan.disabled and (fewer := join(gm)):
-        log.info("join: %d products fewer", fewer)
-    fuse(gm, projections=plan.projections, kernels=plan.kernels, refresh=refresh, actions=actions, clip=clip)
-    log.info("fuse: %d weights, %s", len(actions), ", ".join(f"{actions.count(a)} {a}" for a in sorted(set(actions))))
-    place(gm)
+    if "batch_matmuls" not in plan.disabled and (fewer := batch_matmuls(gm)):
+        log.info("batch_matmuls: %d products fewer", fewer)
+    lower_anchors(gm, projections=plan.projections, kernels=plan.kernels, refresh=refresh, actions=actions, clip=clip)
+    log.info("lower_anchors: %d weights, %s", len(actions), ", ".join(f"{actions.count(a)} {a}" for a in sorted(set(actions))))
+    schedule_steps(gm)
     _torch.trace_graph("grass_backward", gm)
     if "verify" not in plan.disabled:
         verify(gm, names=[p.name for p, action in zip(plan.projections, actions, strict=True) if action == "step"])

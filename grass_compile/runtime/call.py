@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .. import _torch
 from ..errors import StateError
-from .state import Record, lookup
-from .step import Action
+from ..math.layout import Action
+from .parameter import ProjectedParameter, lookup
 
 
 class Call:
@@ -24,11 +24,11 @@ class Call:
 
     def __init__(
         self,
-        records: Sequence[Record],
+        records: Sequence[ProjectedParameter],
         refresh: Sequence[bool],
-        backward: _torch.Half,
+        backward: _torch.LazyGraph,
         clips: bool,
-        numbers: Sequence[tuple[Tensor, Record, bool]],
+        numbers: Sequence[tuple[Tensor, ProjectedParameter, bool]],
     ) -> None:
         """Note a forward.
 
@@ -101,7 +101,7 @@ class Call:
                     tensor.copy_(current)
 
     @staticmethod
-    def _wanted(record: Record) -> bool:
+    def _wanted(record: ProjectedParameter) -> bool:
         """Whether this backward is to train the weight: not ``torch.autograd.grad`` of the inputs alone.
 
         Raises:
@@ -116,7 +116,7 @@ class Call:
             "never formed. Call loss.backward() without inputs, or keep this weight dense with exclude=."
         )
 
-    def _may_step(self, record: Record) -> bool:
+    def _may_step(self, record: ProjectedParameter) -> bool:
         assert record.holder is not None
         alone = len(record.outstanding) == (self in record.outstanding)
         return alone and not record.waits and not record.holder.deferred
@@ -137,7 +137,7 @@ class Call:
         _torch.mark_written(moved)
 
 
-def in_graph(records: Sequence[Record], refresh: Sequence[bool]) -> tuple[bool, ...]:
+def in_graph(records: Sequence[ProjectedParameter], refresh: Sequence[bool]) -> tuple[bool, ...]:
     """For each weight, whether its graphs are those of a refresh, given whether one is due: never where rows are drawn blindly,
     always where every step's graph can choose."""
     options = [record.options for record in records]
@@ -145,7 +145,7 @@ def in_graph(records: Sequence[Record], refresh: Sequence[bool]) -> tuple[bool, 
 
 
 def expected(
-    records: Sequence[Record], refresh: tuple[bool, ...], clips: bool
+    records: Sequence[ProjectedParameter], refresh: tuple[bool, ...], clips: bool
 ) -> tuple[tuple[bool, ...], tuple[Action, ...], bool]:
     """The key of the backward that a call most likely needs; see `Call`."""
     fused = [record.holder is not None and record.holder.fused for record in records]
@@ -154,7 +154,7 @@ def expected(
     return refresh, tuple(actions), clip
 
 
-def _action(record: Record, step: bool, refresh: bool, clip: bool) -> Action:
+def _action(record: ProjectedParameter, step: bool, refresh: bool, clip: bool) -> Action:
     """What to do with one gradient, given whether its weight may move and whether all gradients are clipped on the way."""
     assert record.holder is not None
     if step and (clip or record.holder.max_norm is None):

@@ -10,15 +10,15 @@ from torch import Tensor
 
 from ..config import AXES
 from ..errors import StateError
+from ..math.projection import SELECTORS
 from .compact import Assigned, initial_state
-from .projection import SELECTORS
-from .state import Record
+from .parameter import ProjectedParameter
 
 LATER = ("nonfinite",)
 """State that earlier versions did not have; it is made anew where it is missing."""
 
 
-def fitting(record: Record, entry: Mapping[str, Any]) -> tuple[Assigned, dict[str, Any]]:
+def fitting(record: ProjectedParameter, entry: Mapping[str, Any]) -> tuple[Assigned, dict[str, Any]]:
     """A copy of a loaded compact state on the weight's device, and how the weight is projected by it.
 
     Raises:
@@ -93,7 +93,7 @@ def _is_orthonormal(basis: Tensor) -> bool:
     return bool(((wide.t() @ wide - unit).abs() < 0.05).all()) or not bool(basis.any())
 
 
-def check_dense(record: Record, entry: Mapping[str, Any]) -> None:
+def check_dense(record: ProjectedParameter, entry: Mapping[str, Any]) -> None:
     """Refuse the state of a dense parameter of another shape.
 
     Raises:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..config import Axis
-from .projection import SELECTORS
-from .rules import Rule
+from ..math.projection import SELECTORS
+from ..math.rule import Rule
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _torch
 from ..errors import StateError
-from .projection import basis_of, expanded
+from ..math.projection import basis_of, expanded
 
 aten = torch.ops.aten
 

@@ -189,8 +189,7 @@ def described_device() -> Iterator[None]:
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Generated]]:
     """Compile every graph of the grass backend for the described device, keep what was generated, and run none."""
-    from grass_compile import _torch
-    from grass_compile.runtime import ops
+    from grass_compile import _torch, ops
 
     graphs: list[Generated] = []
     inner: Any = functools.partial(_compile_inner, graphs=graphs)

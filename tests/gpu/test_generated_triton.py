@@ -19,11 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import grass_compile
-from grass_compile import kernels
+from grass_compile import kernels, ops
 from grass_compile.config import Axis, BackendOptions, SiteConfig
-from grass_compile.runtime import ops
-from grass_compile.runtime.rules import AdamWRule
-from grass_compile.runtime.step import SHARED_HYPER
+from grass_compile.math.layout import SHARED_HYPER
+from grass_compile.optim.rules import AdamWRule
 
 from .described import Generated, generate
 from .parsed import parse

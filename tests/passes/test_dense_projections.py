@@ -10,13 +10,13 @@ import torch
 from torch import fx, nn
 
 import grass_compile
+from grass_compile import ops
 from grass_compile.config import SiteConfig
+from grass_compile.math.layout import SHARED_HYPER
+from grass_compile.optim.rules import AdamWRule
 from grass_compile.passes.fx_utils import op_counts, outputs, placeholders
+from grass_compile.passes.joint.rewrite import OF_SELECTOR
 from grass_compile.passes.kernel import step_graph
-from grass_compile.passes.rewrite import OF_SELECTOR
-from grass_compile.runtime import ops
-from grass_compile.runtime.rules import AdamWRule
-from grass_compile.runtime.step import SHARED_HYPER
 
 from .. import forms
 from ..harness import products

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grass_compile.passes.detect import detect
+from grass_compile.passes.joint.detect import detect
+from grass_compile.passes.joint.walk import Refused, aligned
 from grass_compile.passes.records import Concat, Product, Sum
-from grass_compile.passes.walk import Refused, aligned
 
 from .. import forms
 from ..harness import joint_graph

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 
 import grass_compile
+from grass_compile import ops
 from grass_compile.passes import pipeline
-from grass_compile.runtime import ops
 from tests.harness import Attention, batch
 
 aten = torch.ops.aten
@@ -95,7 +95,7 @@ def test_one_product_for_queries_keys_and_values(backwards: list[fx.GraphModule]
 
 def test_disabled(backwards: list[fx.GraphModule]) -> None:
     torch.manual_seed(0)
-    train(Attention(), disable=("join",))
+    train(Attention(), disable=("batch_matmuls",))
     assert gathers(backwards[1]) == [1] * 4 and compact_products(backwards[1]) == [RANK] * 4
 
 
@@ -121,7 +121,7 @@ def test_the_same_weights_come_out(network: type[nn.Module], keywords: dict[str,
     apart.load_state_dict(joined.state_dict())
     optimizer = train(joined, steps=9, **keywords)
     torch._dynamo.reset()
-    train(apart, steps=9, disable=("join",), **keywords)
+    train(apart, steps=9, disable=("batch_matmuls",), **keywords)
     assert all("index" in optimizer.state[parameter] for parameter in joined.parameters())
     for (name, one), (_, other) in zip(joined.named_parameters(), apart.named_parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
@@ -149,7 +149,7 @@ def test_with_inductor() -> None:
     torch.manual_seed(0)
     compiled, eager = Attention(), Attention()
     eager.load_state_dict(compiled.state_dict())
-    train(eager, disable=("join",))
+    train(eager, disable=("batch_matmuls",))
     torch._dynamo.reset()
     optimizer = grass_compile.AdamW(compiled.named_parameters(), rank=RANK, axis="rows", update_proj_gap=3, seed=5, lr=1e-2)
     run = torch.compile(compiled, backend="grass")

@@ -9,17 +9,16 @@ import torch
 from torch import fx, nn
 
 import grass_compile
-from grass_compile import _torch
+from grass_compile import _torch, ops
 from grass_compile.config import SiteConfig
 from grass_compile.errors import GraphError
+from grass_compile.math.layout import SHARED_HYPER
+from grass_compile.optim.rules import AdamWRule
 from grass_compile.passes import pipeline
+from grass_compile.passes.backward.schedule_steps import steps, written
+from grass_compile.passes.backward.verify import verify
 from grass_compile.passes.fx_utils import PROVENANCE, op_counts, outputs
 from grass_compile.passes.kernel import step_graph
-from grass_compile.passes.place import steps, written
-from grass_compile.passes.verify import verify
-from grass_compile.runtime import ops
-from grass_compile.runtime.rules import AdamWRule
-from grass_compile.runtime.step import SHARED_HYPER
 
 from .. import forms
 from ..harness import products
@@ -202,7 +201,7 @@ def test_without_rewrite_the_rows_come_from_the_full_gradient(graphs: list[Any])
     torch.testing.assert_close(with_pass.w, without.w)
 
 
-@pytest.mark.parametrize("name", ["detect", "anchor", "fuse", "place"])
+@pytest.mark.parametrize("name", ["detect", "anchor", "lower_anchors", "schedule_steps"])
 def test_without_an_essential_pass_everything_is_dense(name: str, graphs: list[Any]) -> None:
     optimizer = train(forms.Linear(), options={"disable_passes": [name]})
     assert not graphs

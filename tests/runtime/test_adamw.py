@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import grass_compile
-from grass_compile.runtime.rules import AdamWRule
+from grass_compile.optim.rules import AdamWRule
 
 from .. import forms
 from ..harness import pair

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import grass_compile
 from grass_compile import ConfigError, StateError
-from grass_compile.runtime.rules import AdamW8bitRule
-from grass_compile.runtime.rules.adamw8bit import positive_codes, positive_values, signed_codes, signed_values
+from grass_compile.optim.rules import AdamW8bitRule
+from grass_compile.optim.rules.adamw8bit import positive_codes, positive_values, signed_codes, signed_values
 
 from ..compact import Net, State, backward, check
 

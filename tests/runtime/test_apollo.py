@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import grass_compile
 from grass_compile import ConfigError
-from grass_compile.runtime.noise import gaussian
-from grass_compile.runtime.rules import ApolloRule
+from grass_compile.math.noise import gaussian
+from grass_compile.optim.rules import ApolloRule
 
 from ..compact import State, backward, check
 

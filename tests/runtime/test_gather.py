@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
-from grass_compile.runtime import ops
+from grass_compile import ops
 
 pytestmark = pytest.mark.inductor  # it needs a C++ compiler, as Inductor does
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import grass_compile
 from grass_compile import ConfigError
-from grass_compile.runtime.rules import MuonRule
-from grass_compile.runtime.rules.muon import orthogonalize
+from grass_compile.optim.rules import MuonRule
+from grass_compile.optim.rules.muon import orthogonalize
 
 from ..compact import Net, State, backward, check
 

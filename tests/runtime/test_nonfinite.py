@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import grass_compile
-from grass_compile import ConfigError, NonFiniteError, StateError
-from grass_compile.runtime import holder, nonfinite, ops
-from grass_compile.runtime.selection import SAMPLED
+from grass_compile import ConfigError, NonFiniteError, StateError, ops
+from grass_compile.math.selection import SAMPLED
+from grass_compile.runtime import manager as holder
+from grass_compile.runtime import nonfinite
 
 NAN, INF = float("nan"), float("inf")
 PROJECT: dict[str, Any] = dict(rank=6, axis="rows", update_proj_gap=3)

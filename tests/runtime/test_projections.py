@@ -15,8 +15,9 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 import grass_compile
+from grass_compile import ops
 from grass_compile.errors import ConfigError, StateError
-from grass_compile.runtime import noise, ops, projection
+from grass_compile.math import noise, projection
 
 from .. import forms
 

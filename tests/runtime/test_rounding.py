@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import grass_compile
-from grass_compile.runtime import ops
-from grass_compile.runtime.noise import rounding_noise
-from grass_compile.runtime.step import seed_of
+from grass_compile import ops
+from grass_compile.math.noise import rounding_noise
+from grass_compile.math.rounding import round_stochastically
+from grass_compile.math.update import seed_of
 
 from .. import forms
 
@@ -45,7 +46,7 @@ def test_rounds_to_one_of_the_two_neighbours() -> None:
     below, above = neighbours(value)
     up = 0
     for seed in range(16):
-        rounded = ops.round_stochastically(value, noise(tuple(value.shape), seed))
+        rounded = round_stochastically(value, noise(tuple(value.shape), seed))
         assert rounded.dtype is torch.bfloat16
         assert ((rounded == below) | (rounded == above)).all()
         up += int((rounded == above).sum())
@@ -57,15 +58,15 @@ def test_extreme_noise_rounds_down_and_up() -> None:
     below, above = neighbours(value)
     exact = value == below.float()
     least, most = (torch.full(value.shape, bits, dtype=torch.int32) for bits in (0, MOST))
-    assert torch.equal(ops.round_stochastically(value, least), below)
-    assert torch.equal(ops.round_stochastically(value, most), torch.where(exact, below, above))
+    assert torch.equal(round_stochastically(value, least), below)
+    assert torch.equal(round_stochastically(value, most), torch.where(exact, below, above))
 
 
 def test_bf16_numbers_stay_as_they_are() -> None:
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
     every = every[~every.isnan()]
     for bits in (0, 1, 2**15, MOST):
-        rounded = ops.round_stochastically(every.float(), torch.full(every.shape, bits, dtype=torch.int32))
+        rounded = round_stochastically(every.float(), torch.full(every.shape, bits, dtype=torch.int32))
         assert torch.equal(rounded.view(torch.int16), every.view(torch.int16))
 
 
@@ -75,13 +76,13 @@ def test_infinities_and_nan_stay(bits: int) -> None:
     payload = torch.tensor([0x7F800001, 0x7FFFFFFF, -1, -0x7FFFFF], dtype=torch.int64).to(torch.int32).view(torch.float32)
     assert payload.isnan().all()
     value = torch.cat([strange, payload])
-    rounded = ops.round_stochastically(value, torch.full(value.shape, bits, dtype=torch.int32))
+    rounded = round_stochastically(value, torch.full(value.shape, bits, dtype=torch.int32))
     assert rounded[:2].tolist() == [float("inf"), float("-inf")] and rounded[2:].isnan().all()
 
 
 def test_largest_finite_number_stays_finite() -> None:
     largest = torch.tensor([torch.finfo(torch.bfloat16).max, torch.finfo(torch.bfloat16).min])
-    rounded = ops.round_stochastically(largest, torch.full((2,), MOST, dtype=torch.int32))
+    rounded = round_stochastically(largest, torch.full((2,), MOST, dtype=torch.int32))
     assert torch.equal(rounded.float(), largest)
 
 
@@ -92,7 +93,7 @@ def test_update_of_rows_rounds_once() -> None:
     for dim, update in ((0, torch.randn(2, 8) * 1e-3), (1, torch.randn(6, 2) * 1e-3)):
         bits = noise(tuple(update.shape), 3)
         exact = weight.index_select(dim, index).float() + update
-        expected = weight.index_copy(dim, index, ops.round_stochastically(exact, bits))
+        expected = weight.index_copy(dim, index, round_stochastically(exact, bits))
         assert torch.equal(ops.row_update(weight, dim, index, update, bits), expected)
         written = weight.clone()
         ops.row_update_(written, dim, index, update, bits)
@@ -112,7 +113,7 @@ def test_noise_is_uniform_and_unbiased_over_seeds() -> None:
         drawn = noise(shape, seed_of(5, step))
         assert drawn.dtype is torch.int32
         bits += drawn
-        total += ops.round_stochastically(value, drawn).double()
+        total += round_stochastically(value, drawn).double()
     up = (value.double() - below) / (above - below)
     error = (above - below).abs() * (up * (1 - up) / count).sqrt()
     score = (total / count - value.double()) / error
@@ -170,7 +171,7 @@ def test_inductor_rounds_bit_for_bit_as_eager() -> None:
     def step(weight: Tensor, index: Tensor, update: Tensor, seed: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         bits = rounding_noise(update.shape, seed)
         ops.row_update_(weight, dim, index, update, bits)
-        return bits, ops.round_stochastically(update, bits)
+        return bits, round_stochastically(update, bits)
 
     compiled = torch.compile(step, fullgraph=True)
     index = torch.tensor([0, 3, 4, 9])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import grass_compile
 from grass_compile import ConfigError, GraphError
-from grass_compile.runtime.rules import AdafactorRule, Layout, sonew
+from grass_compile.optim.rules import AdafactorRule, Layout, sonew
 from tests.compact import Net
 
 AXES = ("rows", "columns")
@@ -153,7 +153,7 @@ def test_state_follows_the_rows(name: str, axis: str, on_refresh: str) -> None:
 
 def test_factored_state_is_carried_by_layout() -> None:
     """One number for each selected row goes with its row; what rows have in common stays."""
-    from grass_compile.runtime.refresh import settled
+    from grass_compile.math.refresh import settled
 
     old, new = torch.tensor([1, 4, 6]), torch.tensor([0, 4, 6])
     full, selected, others = torch.arange(1.0, 7.0).view(3, 2), torch.tensor([1.0, 2.0, 3.0]), torch.tensor([7.0, 8.0])

@@ -13,11 +13,11 @@ from torch.utils.checkpoint import checkpoint
 
 import grass_compile
 from grass_compile.errors import ConfigError
+from grass_compile.math.noise import rounding_noise
+from grass_compile.math.reference import CompactState, ReferenceAdamW
+from grass_compile.math.update import seed_of
+from grass_compile.ops import scores
 from grass_compile.passes import pipeline
-from grass_compile.runtime import scores
-from grass_compile.runtime.noise import rounding_noise
-from grass_compile.runtime.reference import CompactState, ReferenceAdamW
-from grass_compile.runtime.step import seed_of
 from tests.harness import KEYWORDS
 
 RANK, GAP = 4, 3

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import grass_compile
-from grass_compile.runtime import ops, selection
+from grass_compile import ops
+from grass_compile.math import selection
 
 from .. import forms
 from ..harness import pair

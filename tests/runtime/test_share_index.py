@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, fx, nn
 
 import grass_compile
-from grass_compile import ConfigError
+from grass_compile import ConfigError, ops
+from grass_compile.ops import scores
 from grass_compile.passes import pipeline
 from grass_compile.passes.fx_utils import outputs
-from grass_compile.runtime import ops, scores
 from tests.harness import Attention, batch
 
 RANK, GAP = 4, 3

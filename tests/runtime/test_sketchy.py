@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import grass_compile
 from grass_compile import ConfigError
-from grass_compile.runtime.rules import SketchyRule
-from grass_compile.runtime.rules.sketchy import leading
+from grass_compile.optim.rules import SketchyRule
+from grass_compile.optim.rules.sketchy import leading
 
 from ..compact import Net, State, backward, check
 

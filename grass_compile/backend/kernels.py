@@ -1,0 +1,77 @@
+"""The compiled steps of single weights, by the names under which backward graphs call them (`grass_compile.passes.kernel`)."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from .. import _torch, ops
+from ..config import BackendOptions, SiteConfig
+from ..passes.kernel import step_graph
+
+log = logging.getLogger(__name__)
+
+
+@functools.cache
+def named(options: BackendOptions, config: SiteConfig, dim: int) -> str:
+    """The name under which graphs call this step: the same in every process, so that a compile cache may hold such a graph,
+    unless two settings look alike and are not."""
+    settings = (options, config.step_alone, dim)
+    name = f"{type(config.rule).__name__}_{hashlib.sha256(repr(settings).encode()).hexdigest()[:16]}"
+    while _named_kernels.setdefault(name, settings) != settings:
+        name += "_"
+    if name not in ops.kernels:
+        ops.kernels[name] = _Step(*settings)
+    return name
+
+
+_named_kernels: dict[str, tuple[BackendOptions, SiteConfig, int]] = {}
+
+
+class _Step:
+    """The step of weights of one configuration, in place; compiled for each shape when it first comes."""
+
+    def __init__(self, options: BackendOptions, config: SiteConfig, dim: int) -> None:
+        self._settings = options, config, dim
+        self._compiled: dict[Any, Callable[..., Any]] = {}
+
+    def __call__(self, *tensors: Tensor) -> None:
+        specs = tuple([(t.shape, t.stride(), t.dtype, t.device) for t in tensors])
+        compiled = self._compiled.get(specs)
+        if compiled is None:
+            plain = tuple((tuple(shape), *rest) for shape, *rest in specs)
+            compiled = self._compiled[specs] = _compiled_step(*self._settings, plain)
+        compiled(*tensors)
+
+
+def run(options: BackendOptions, config: SiteConfig, dim: int, *tensors: Tensor) -> None:
+    """Run the step of one weight by itself."""
+    ops.kernels[named(options, config, dim)](*tensors)
+
+
+RECOMPUTE = {"realize_reads_threshold": 64, "realize_acc_reads_threshold": 64, "realize_opcount_threshold": 512}
+"""Inductor config values with which what a rule decodes from its codes is computed again where it is needed twice: in a buffer it
+would be as large as what the codes are there to save."""
+
+
+@functools.cache
+def _compiled_step(options: BackendOptions, config: SiteConfig, dim: int, specs: Any) -> Callable[..., Any]:
+    log.info("compiling a step: rank %d along dimension %d of %s", config.rank, dim, list(specs[1][0]))
+    gm = step_graph(config, dim, specs)
+    patches = {**(RECOMPUTE if config.rule.state_dtypes else {}), **dict(options.inductor)}
+    return _torch.compile_kernel(gm, compiler=options.compiler, mode=options.mode, patches=patches, key=source_hash())
+
+
+@functools.cache
+def source_hash() -> str:
+    """A hash over the source of this package, so that no cache serves a graph that other passes made."""
+    digest = hashlib.sha256()
+    for path in sorted(pathlib.Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

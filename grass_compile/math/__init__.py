@@ -1,0 +1,1 @@
+"""The arithmetic of the method: pure functions over tensors, traced or run; no state."""

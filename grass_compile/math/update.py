@@ -1,0 +1,207 @@
+"""One optimizer step on one weight, as pure functions over tensors. Traced, never run as they stand.
+
+Grass (arXiv 2406.17660), Algorithm 1, for a selection with unit row scale: ``C = G[idx]``,
+``(state, update) = rule(C, state)``, ``W[idx] -= scale * update``. With a dense projection ``P`` (see `projection`),
+``C = P^T G`` and ``W -= scale * P update``.
+
+`apply` is the step; `grass_compile.passes.kernel` compiles it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..errors import GraphError
+from ..ops.once import once
+from ..ops.rank_update import rank_update
+from ..ops.row_update import row_update
+from .finite import is_finite
+from .layout import SHARED_HYPER
+from .noise import rounding_noise
+from .projection import basis_of
+from .projection import selected as select
+from .rounding import round_stochastically
+from .rule import Rule
+
+if TYPE_CHECKING:
+    from ..config import SiteConfig
+
+
+def apply_all(
+    config: SiteConfig, dim: int, compact_grad: Tensor, weight: Tensor, hyper: Tensor, selector: Tensor, *state: Tensor
+) -> tuple[Tensor, ...]:
+    """`apply` with the tensors in the order of a graph's inputs."""
+    return apply(config, dim, compact_grad, weight, hyper, selector, state)
+
+
+def kept(compact_grad: Tensor) -> tuple[Tensor]:
+    """The compact gradient as it waits for ``opt.step()``: in at least fp32, since others may be added."""
+    return (compact_grad.to(torch.promote_types(compact_grad.dtype, torch.float32)),)
+
+
+def selected(projection: str, dim: int, rank: int, gradient: Tensor, selector: Tensor) -> tuple[Tensor]:
+    """The compact gradient from the full one, for rows that have been chosen before."""
+    return (select(projection, dim, rank, gradient, selector),)
+
+
+def apply(
+    config: SiteConfig,
+    dim: int,
+    compact_grad: Tensor,
+    weight: Tensor,
+    hyper: Tensor,
+    selector: Tensor,
+    state: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    """The step itself: the new weight, and the new state after ``selector``.
+
+    Where gradients are checked and this one is not finite, all of it comes out as it went in, but for the count of such steps.
+    """
+    rule, projection, rank = config.rule, config.projection, compact_grad.shape[dim]
+    numbers = dict(zip((*rule.hyper_names, *SHARED_HYPER), hyper.unbind(), strict=True))
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    written: list[Tensor] = []
+    step = numbers["step"]
+    scales: list[Tensor] = []
+    if config.replacement:
+        row_scale, row_count, *state = state
+        written += [row_scale, row_count]
+        scales = [row_scale.to(wide).unsqueeze(1 - dim), row_count.to(wide).unsqueeze(1 - dim)]
+    compact_grad = compact_grad.to(wide)
+    ok = None
+    if config.checked:
+        skipped, *state = state
+        ok = once(is_finite(compact_grad))
+        written += [skipped + ok.logical_not()]
+    if config.counted:
+        counted, *state = state
+        written += [_unless_skipped(ok, counted + 1, counted)]
+        step = (counted + 1).to(hyper.dtype)
+        step = step.unsqueeze(1 - dim) if step.dim() else step
+    if scales:
+        compact_grad = compact_grad * scales[0]
+    if config.decays and rule.coupled_decay:
+        compact_grad = compact_grad + numbers["weight_decay"] * select(projection, dim, rank, weight, selector).to(wide)
+    given = dict(zip(rule.state_names, state, strict=True))
+    named = {name: _seen(rule, dim, name, tensor, wide) for name, tensor in given.items()}
+    named["step"] = _rows_first(rule, dim, step)
+    if rule.reads_weight:
+        named["weight"] = _rows_first(rule, dim, select(projection, dim, rank, weight, selector).to(wide))
+    update, new = run_rule(rule, _rows_first(rule, dim, compact_grad), named, numbers)
+    update = _rows_first(rule, dim, update)
+    new = {name: _stored(rule, dim, name, tensor, given[name]) for name, tensor in new.items()}
+    if scales:
+        update = update * (scales[0] * scales[1])
+    if config.scale != 1.0:
+        update = update * config.scale
+    noise = None
+    if config.stochastic_rounding and torch.bfloat16 in (weight.dtype, *(tensor.dtype for tensor in state)):
+        noise = rounding_noise(compact_grad.shape, numbers["seed"])
+    if config.decays and not rule.coupled_decay:
+        decayed = weight.to(wide) * _unless_skipped(ok, numbers["decay"], 1.0)
+        if config.stochastic_rounding and weight.dtype == torch.bfloat16:
+            weight = round_stochastically(decayed, rounding_noise(weight.shape, numbers["seed"] + 1.0))
+        else:
+            weight = decayed.to(weight.dtype)
+    moments = []
+    for old, name in zip(state, rule.state_names, strict=True):
+        rounding = noise if old.dtype == torch.bfloat16 and rule.layout(name) == "full" else None
+        moment = new[name].to(old.dtype) if rounding is None else round_stochastically(new[name], rounding)
+        moments.append(_unless_skipped(ok, moment, old))
+    rounds = noise is not None and weight.dtype == torch.bfloat16
+    step_by = _unless_skipped(ok, -update, -0.0)  # adding -0.0 changes no bit, of zeros either
+    if projection == "grass":
+        moved = row_update(weight, dim, selector, step_by, noise if rounds else None)
+    else:
+        basis = basis_of(projection, selector, weight.shape[dim], rank, weight.dtype)
+        moved = rank_update(weight, dim, basis, step_by, numbers["seed"] if rounds else None)
+    return (moved, *written, *moments)
+
+
+def _unless_skipped(ok: Tensor | None, new: Tensor, old: Tensor | float) -> Tensor:
+    """``new``, or ``old`` where the step is skipped; ``ok`` is None where none ever is."""
+    return new if ok is None else torch.where(ok, new, old)
+
+
+def _rows_first(rule: Rule, dim: int, tensor: Tensor) -> Tensor:
+    """A tensor of the compact gradient's shape as the rule sees it, and back: selected rows first, so columns are transposed,
+    unless the rule is elementwise."""
+    return tensor.t() if dim and not rule.elementwise and tensor.dim() == 2 else tensor
+
+
+def _seen(rule: Rule, dim: int, name: str, tensor: Tensor, wide: torch.dtype) -> Tensor:
+    """A state tensor as the rule sees it; codes in their own dtype."""
+    tensor = tensor if name in rule.state_dtypes else tensor.to(wide)
+    return _rows_first(rule, dim, tensor) if rule.layout(name) == "full" else rule.seen(name, tensor)
+
+
+def _stored(rule: Rule, dim: int, name: str, tensor: Tensor, old: Tensor) -> Tensor:
+    """The inverse of `_seen`."""
+    return _rows_first(rule, dim, tensor) if rule.layout(name) == "full" else tensor.reshape(old.shape)
+
+
+def run_rule(
+    rule: Rule, compact_grad: Tensor, state: Mapping[str, Tensor], hyper: Mapping[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """``rule.update``, and a check that it keeps its word.
+
+    Raises:
+        GraphError: it fails, changes its inputs, or returns other tensors than it took.
+    """
+    inputs = [compact_grad, *state.values(), *hyper.values()]
+    versions = [tensor._version for tensor in inputs]
+    try:
+        update, new = rule.update(compact_grad, state, hyper)
+    except Exception as error:
+        raise GraphError(f"{_where(rule, error)}: update() cannot be traced: {error}") from error
+    name = _where(rule)
+    if [tensor._version for tensor in inputs] != versions:
+        raise GraphError(f"{name}: update() changes its arguments in place; return new tensors instead.")
+    if set(new) != set(rule.state_names):
+        raise GraphError(f"{name}: update() returns the states {sorted(new)}, its state_names are {sorted(rule.state_names)}.")
+    for key, tensor in (("update", update), *new.items()):
+        old = compact_grad if key == "update" else state[key]
+        if tensor.shape != old.shape or tensor.dtype != old.dtype:
+            raise GraphError(
+                f"{name}: update() returns {key!r} of shape {list(tensor.shape)} and {tensor.dtype}; it has to be of shape "
+                f"{list(old.shape)} and {old.dtype}."
+            )
+    return update, new
+
+
+def _where(rule: Rule, error: BaseException | None = None) -> str:
+    """The rule's class, and the line of its source that an error comes from, or where ``update`` begins."""
+    update = type(rule).update
+    file, line = update.__code__.co_filename, update.__code__.co_firstlineno
+    frame = error.__traceback__ if error is not None else None
+    while frame is not None:
+        if frame.tb_frame.f_code.co_filename == file:
+            line = frame.tb_lineno
+        frame = frame.tb_next
+    return f"{type(rule).__name__} ({file}:{line})"
+
+
+def clip_scales(checked: bool, hyper: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
+    """The common norm of gradients, and for each the factor that brings it down to ``max_norm``, as
+    ``torch.nn.utils.clip_grad_norm_``; with ``checked``, as `grass_compile.runtime.nonfinite.clip_`."""
+    squares = torch.stack([(gradient.to(hyper.dtype) ** 2).sum() for gradient in gradients])
+    finite = squares.isfinite()
+    norm = (torch.where(finite, squares, 0.0) if checked else squares).sum().sqrt()
+    scale = (hyper[-1] / (norm + 1e-6)).clamp(max=1.0)
+    if not checked:
+        return norm, *[scale for _ in gradients]
+    return norm, *torch.where(finite & norm.isfinite(), scale, float("nan")).unbind()
+
+
+def scaled(gradient: Tensor, scale: Tensor) -> tuple[Tensor]:
+    """``gradient * scale`` in the gradient's dtype."""
+    return ((gradient * scale).to(gradient.dtype),)
+
+
+def seed_of(seed: int, updates: int) -> int:
+    """The seed of one step's rounding: below ``2**23``, so that fp32 holds it and its successor exactly."""
+    return (seed * 2654435761 + (updates + 1) * 40503 * 2 + (updates >> 7) * 7919) % 2**23

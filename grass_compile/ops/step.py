@@ -1,0 +1,27 @@
+"""``step_`` runs the compiled step of one weight inside a backward graph (`grass_compile.passes.kernel` says why it is not
+inlined)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .library import library
+
+library.define("step_(Tensor gradient, Tensor(a!) weight, Tensor hyper, Tensor selector, Tensor(b!)[] state, str kernel) -> ()")
+
+kernels: dict[str, Callable[..., None]] = {}
+"""Compiled steps by name; each takes ``(gradient, weight, hyper, selector, *state)``. Filled by the backend."""
+
+
+def _step_(gradient: Tensor, weight: Tensor, hyper: Tensor, selector: Tensor, state: Sequence[Tensor], kernel: str) -> None:
+    kernels[kernel](gradient, weight, hyper, selector, *state)
+
+
+library.impl("step_", _step_, "CompositeExplicitAutograd")
+torch.library.register_fake("grass_compile::step_", lambda *args: None)
+
+step_ = torch.ops.grass_compile.step_.default
+"""``step_(gradient [r, n] or [m, r], weight [m, n], hyper, selector, state, kernel)`` moves the weight and its state."""

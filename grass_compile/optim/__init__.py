@@ -1,0 +1,1 @@
+"""What users construct: optimizers, parameter groups, update rules."""

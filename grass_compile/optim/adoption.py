@@ -1,0 +1,230 @@
+"""Unmodified scripts: weights that a script's own ``torch.optim`` optimizer holds, taken over at its first ``step()``.
+
+A region compiled with ``options={"rank": r}`` notes which weights it could project (`Wish`). At the first ``step()`` after a
+backward, the optimizer that holds them is known, and with it the update rule: the weight's full gradient chooses the rows, the
+compact state goes into ``optimizer.state[p]``, and from then on backwards leave compact gradients. Torch's global step hooks run
+the compact steps, with hyper-parameters read live from ``param_groups``; the optimizer's own code sees only what stays dense.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .. import _torch
+from ..config import GroupOptions
+from ..errors import GrassWarning, StateError
+from ..math.finite import is_finite
+from ..math.projection import selected
+from ..math.rule import Rule
+from ..runtime import parameter as registry
+from ..runtime.checkpoint import fitting, protect, unprotect
+from ..runtime.compact import Assigned, is_compact
+from ..runtime.gradient import CompactGrad
+from ..runtime.manager import ProjectionManager
+from ..runtime.parameter import Kernel
+from .base import GrassOptimizer
+from .rules import AdamRule, AdamWRule, SGDRule
+
+
+@dataclasses.dataclass(frozen=True)
+class Wish:
+    """What a region would do with a weight if an optimizer held it that we know."""
+
+    name: str
+    options: GroupOptions
+    assigned: Assigned
+    kernel: Kernel
+
+
+_wishes: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_holders: weakref.WeakKeyDictionary[torch.optim.Optimizer, ProjectionManager] = weakref.WeakKeyDictionary()
+_warned: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+
+
+def wish(parameter: Tensor, wished: Wish) -> None:
+    """Note that a region could project ``parameter``."""
+    _wishes[parameter] = wished
+
+
+# ------------------------------------------------------------------------------------------------------ which optimizers
+
+
+def _adamw(group: Mapping[str, Any]) -> Rule | str:
+    if reason := _adam_refusal(group):
+        return reason
+    return AdamWRule()
+
+
+def _adam(group: Mapping[str, Any]) -> Rule | str:
+    if reason := _adam_refusal(group):
+        return reason
+    return AdamWRule() if group.get("decoupled_weight_decay") else AdamRule()
+
+
+def _adam_refusal(group: Mapping[str, Any]) -> str | None:
+    flags = [flag for flag in ("amsgrad", "maximize", "differentiable") if group.get(flag)]
+    return f"{flags[0]}=True" if flags else None
+
+
+def _sgd(group: Mapping[str, Any]) -> Rule | str:
+    flags = [flag for flag in ("maximize", "differentiable") if group.get(flag)]
+    return f"{flags[0]}=True" if flags else SGDRule(float(group["momentum"]) != 0, bool(group["nesterov"]))
+
+
+RULES: dict[type, Callable[[Mapping[str, Any]], Rule | str]] = {
+    torch.optim.AdamW: _adamw,
+    torch.optim.Adam: _adam,
+    torch.optim.SGD: _sgd,
+}
+"""For each optimizer class, the rule for one of its groups, or what we do not support about it."""
+
+
+# ----------------------------------------------------------------------------------------------------------- the hooks
+
+
+@_torch.outside_dynamo
+def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+    """Take weights over, run the compact steps, and hide their gradients from the optimizer's own code.
+
+    Raises:
+        StateError: a projected weight has a full gradient as well, or a loaded state does not fit it.
+    """
+    if isinstance(optimizer, GrassOptimizer):
+        return None
+    changed = None
+    closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
+    if closure is not None and type(optimizer) in RULES:  # it runs the backward, so it has to run before we look
+        with torch.enable_grad():
+            loss = closure()
+        changed = (args[0], lambda: loss), {key: value for key, value in kwargs.items() if key != "closure"}
+    _take_over(optimizer)
+    holder = _holders.get(optimizer)
+    if holder is not None:
+        holder.check()
+        waiting = holder.pending()
+        if _unscaled(optimizer, waiting):
+            holder.apply(waiting)
+        for parameter in waiting:
+            parameter.grad = None
+        holder.hidden = dict(waiting)
+    return changed
+
+
+@_torch.outside_dynamo
+def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Show the gradients again: it is ``zero_grad`` that clears them.
+
+    Raises:
+        NonFiniteError: as ``nonfinite="raise"`` says, after all else is done.
+    """
+    holder = _holders.get(optimizer)
+    if holder is not None:
+        for parameter, gradient in holder.hidden.items():
+            parameter.grad = gradient
+        holder.hidden = {}
+        holder.close()
+
+
+def _unscaled(optimizer: torch.optim.Optimizer, waiting: Mapping[Tensor, CompactGrad]) -> bool:
+    """Do what a fused optimizer does for ``GradScaler``: unscale; returns whether the step is to be taken."""
+    scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+    if scale is not None:
+        for gradient in waiting.values():
+            gradient.compact.div_(scale.to(gradient.compact.device))
+    return found_inf is None or not bool(found_inf)
+
+
+def _take_over(optimizer: torch.optim.Optimizer) -> None:
+    holder = _holders.get(optimizer)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            record = registry.lookup(parameter)
+            if record is not None and record.holder is not holder and record.pending is not None:
+                raise StateError(
+                    f"{record.name}: another optimizer has projected it and holds its compact state. Delete that optimizer "
+                    "before another one takes over."
+                )
+            wished = _wishes.get(parameter)
+            if wished is None or parameter.grad is None or record is not None:
+                continue
+            rule = RULES[type(optimizer)](group) if type(optimizer) in RULES else f"class {type(optimizer).__name__}"
+            if isinstance(rule, str):
+                _warn(optimizer, rule)
+                continue
+            if holder is None:
+                holder = _holders[optimizer] = ProjectionManager(optimizer, fused=False)
+                optimizer.register_state_dict_post_hook(protect)
+                optimizer.register_load_state_dict_post_hook(_loaded)
+            _adopt(holder, parameter, group, wished, rule)
+            del _wishes[parameter]
+
+
+def _adopt(holder: ProjectionManager, parameter: Tensor, group: dict[str, Any], wished: Wish, rule: Rule) -> None:
+    """Project one weight from this step on; its full gradient chooses the rows where a loaded state does not."""
+    assert holder.optimizer is not None and parameter.grad is not None
+    loaded = holder.optimizer.state.get(parameter, {})
+    if loaded and not is_compact(loaded):
+        if any(isinstance(value, Tensor) and value.dim() > 0 and bool(value.count_nonzero()) for value in loaded.values()):
+            return  # trained dense so far: its full moments are not thrown away
+        loaded.clear()
+    holder.add(parameter, wished.name, group, wished.options, rule)
+    record = holder.records[parameter]
+    assigned = wished.assigned
+    if loaded:
+        assigned, state = fitting(record, unprotect(loaded))
+        record.resume(assigned, state)
+    record.assign(assigned, wished.kernel)
+    gradient, dim = parameter.grad, assigned.dim
+    rows, *scales = record.select(gradient) if record.due else (record.state[record.selector].clone(),)
+    compact = selected(wished.options.projection, dim, assigned.rank, gradient, rows)
+    compact = compact.to(torch.promote_types(compact.dtype, torch.float32))
+    if record.due and record.options.checked:
+        compact = torch.where(is_finite(gradient), compact, torch.nan)
+    how = dim, parameter, wished.name, record.due, tuple(scales), None, wished.options.projection
+    parameter.grad = CompactGrad(compact, rows, *how)
+
+
+def _loaded(optimizer: torch.optim.Optimizer) -> None:
+    """After a ``load_state_dict`` into an optimizer that has taken weights over: they go on from the loaded state.
+
+    Raises:
+        StateError: a loaded state does not fit its weight.
+    """
+    holder = _holders.get(optimizer)
+    if holder is None:
+        return
+    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    for parameter, record in holder.records.items():
+        record.group = groups[parameter]
+        record.forget()
+        entry = optimizer.state.get(parameter, {})
+        if is_compact(entry):
+            record.resume(*fitting(record, unprotect(entry)))
+        elif record.assigned is not None and record.kernel is not None:
+            optimizer.state.pop(parameter, None)
+            record.assign(record.assigned, record.kernel)
+    holder.forget_numbers()
+
+
+def _warn(optimizer: torch.optim.Optimizer, what: str) -> None:
+    if optimizer not in _warned:
+        _warned.add(optimizer)
+        warnings.warn(
+            f"torch.compile(..., options={{'rank': ...}}) does not know this optimizer ({what}), so its weights stay dense. Use "
+            "torch.optim.AdamW, Adam or SGD, or grass_compile.AdamW.",
+            GrassWarning,
+            stacklevel=_torch.stacklevel_of_caller(),
+        )
+
+
+register_optimizer_step_pre_hook(before_step)
+register_optimizer_step_post_hook(after_step)

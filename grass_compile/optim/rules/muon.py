@@ -1,0 +1,71 @@
+"""Muon (Jordan et al., https://kellerjordan.github.io/posts/muon), as in ``torch.optim.Muon``, on a compact gradient."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...math.rule import Rule
+
+
+@dataclasses.dataclass(frozen=True)
+class MuonRule(Rule):
+    """The momentum with all its singular values brought near 1: one moment, and no second.
+
+    The selected rows are orthogonalized as if they were the whole weight. The update's root mean square is about ``0.2 lr``,
+    Adam's in the long run (arXiv 2502.16982; ``adjust_lr_fn="match_rms_adamw"`` of ``torch.optim.Muon``), so that rates of AdamW
+    are near those of this rule. The decoupled weight decay is applied outside, on the whole weight.
+
+    Attributes:
+        nesterov: whether the momentum looks ahead by one gradient.
+        ns_steps: how many Newton-Schulz iterations.
+        dtype: of the iterations.
+    """
+
+    nesterov: bool = True
+    ns_steps: int = 5
+    dtype: torch.dtype = torch.bfloat16
+
+    state_names: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
+    hyper_names: ClassVar[tuple[str, ...]] = ("lr", "momentum", "one_minus_momentum")
+    defaults: ClassVar[Mapping[str, Any]] = {"lr": 1e-3, "momentum": 0.95, "weight_decay": 0.0}
+
+    @property
+    def elementwise(self) -> bool:
+        """All numbers have to do with each other, although the state's layout does not show it."""
+        return False
+
+    def hyper(self, group: Mapping[str, Any]) -> tuple[float, ...]:
+        """``1 - momentum`` comes from the host, where it does not lose digits."""
+        momentum = float(group["momentum"])
+        return float(group["lr"]), momentum, 1 - momentum
+
+    def update(
+        self, compact_grad: Tensor, state: Mapping[str, Tensor], hyper: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """``0.2 lr sqrt(max(r, n)) orthogonalize(momentum)``."""
+        momentum, rest = hyper["momentum"], hyper["one_minus_momentum"]
+        buffer = momentum * state["momentum_buffer"] + rest * compact_grad
+        ahead = momentum * buffer + rest * compact_grad if self.nesterov else buffer
+        update = orthogonalize(ahead.to(self.dtype), self.ns_steps).to(compact_grad.dtype)
+        return 0.2 * math.sqrt(max(compact_grad.shape)) * hyper["lr"] * update, {"momentum_buffer": buffer}
+
+
+def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
+    """``U V^T`` of ``matrix = U S V^T``, nearly: the singular values end between about 0.7 and 1.2, but for the smallest.
+
+    Args:
+        matrix: ``[r, n]``.
+        steps: of the quintic Newton-Schulz iteration with the coefficients of Jordan et al.; five do.
+    """
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.t()
+    wide = wide / wide.norm().clamp(min=1e-7)
+    for _ in range(steps):
+        gram = wide @ wide.t()
+        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), wide, beta=3.4445)
+    return wide if matrix.shape[0] <= matrix.shape[1] else wide.t()

@@ -1,0 +1,1 @@
+"""Passes over finished halves of a partitioned graph."""

@@ -1,0 +1,222 @@
+"""Replace each dense weight gradient by an index-gather and a small matmul.
+
+Rows (out-features) of an ``nn.Linear`` weight, before::
+
+    permute: f32[m, b] = permute(grad_out, [1, 0])
+    mm:      f32[m, n] = mm(permute, x)
+
+After::
+
+    gather:  f32[b, r] = grass_compile.gather([grad_out], [idx])
+    permute: f32[r, b] = permute(gather, [1, 0])
+    mm:      f32[r, n] = mm(permute, x)
+
+Columns (in-features), after::
+
+    gather:  f32[b, r] = grass_compile.gather([x], [idx])            <- known in the forward: only this is saved of x
+    permute: f32[m, b] = permute(grad_out, [1, 0])
+    mm:      f32[m, r] = mm(permute, gather)
+
+On a GPU the gather makes a ``[b, r]`` buffer (neighbouring threads read one row of ``grad_out``) that the matmul reads
+transposed; on a CPU, where a transposed operand costs more than the gather, it makes an ``[r, b]`` buffer, and ``gather`` is its
+view. It checks no bounds: the index is ours, and always valid.
+
+With a dense projection, ``mm(grad_out, basis)`` or ``mm(x, basis)`` takes the gather's place, and everything else is the same.
+The basis ``f32[m, r]`` is an input (``galore``), or computed from the key right there (``gaussian``).
+
+On a refresh, `undo` takes the gathers out of a copy of the forward and of the backward graph again. What remains forms the full
+gradient; the output of the forward that held the gathered activations holds all of ``x``.
+
+Contract: adds nodes only; the value made for a site equals ``slot[idx]`` (``slot[:, idx]``) up to rounding, in the slot's
+dtype. The dense product dies with its slot, which `lower_anchors` gives a new meaning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import fx
+
+from ... import ops
+from ...math.projection import basis_of
+from ..fx_utils import call, inline, propagate, provenance, shape_of, specs_of, trace
+from ..records import Cast, Gradient, Operand, Product, Site, Sum
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+
+SELECTION = "grass_compile_selection"
+"""``node.meta`` key of every node that selects features; its value is a `Selection`."""
+
+
+OF_SELECTOR = "grass_compile_of_selector"
+"""``node.meta`` key of every node that is computed from an index, a basis or a key alone."""
+
+
+class Selection(NamedTuple):
+    """Which features a node selects from, or projects: those of the weight at ``position``, ``length`` of them from ``start``
+    on."""
+
+    position: int
+    start: int
+    length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Which rows of a gradient to compute: those at ``index``, for the weight at ``position``, along stored dimension ``dim``;
+    with a dense projection, which ``rank`` sums of rows."""
+
+    index: fx.Node
+    position: int
+    dim: int
+    projection: str
+    rank: int
+
+
+def rewrite(
+    gm: fx.GraphModule, *, sites: tuple[Site, ...], index: Mapping[int, fx.Node], from_slot: bool = False
+) -> dict[int, fx.Node]:
+    """Insert the compact gradient of every site.
+
+    Args:
+        gm: the joint graph, changed in place.
+        sites: what `detect` found.
+        index: for each site's weight position, the placeholder that holds ``idx``, ``int64[r]``, the basis or the key.
+        from_slot: take the rows from the dense gradient instead of computing them alone (to debug the rewrite).
+
+    Returns:
+        For each weight position, the compact gradient, ``[r, n]`` or ``[m, r]`` in stored orientation.
+    """
+    compact = {}
+    for site in sites:
+        position = site.weight.position
+        rows = Rows(index[position], position, site.dim, site.weight.config.projection, site.rank)
+        with provenance(gm, "rewrite", site.weight.name, site.slot), gm.graph.inserting_before(site.slot.next):
+            compact[position] = _from_slot(gm.graph, site, rows) if from_slot else _select(gm.graph, site.gradient, rows)
+    return compact
+
+
+def _from_slot(graph: fx.Graph, site: Site, rows: Rows) -> fx.Node:
+    """The rows of a gradient that is formed."""
+    length = site.shape[site.dim]
+    if rows.projection != "grass":
+        features = site.slot if rows.dim else call(graph, aten.permute.default, site.slot, [1, 0])
+        chosen = _gather(graph, features, rows, 0, length)
+        return chosen if rows.dim else call(graph, aten.permute.default, chosen, [1, 0])
+    chosen = call(graph, aten.index.Tensor, site.slot, [None, rows.index] if site.dim else [rows.index])
+    chosen.meta[SELECTION] = Selection(rows.position, 0, length)
+    return chosen
+
+
+def undo(gm: fx.GraphModule, positions: Collection[int], changed: Collection[fx.Node] = ()) -> None:
+    """Form the full gradients of some weights again, in place.
+
+    Args:
+        gm: a copy of a forward or of a backward graph.
+        positions: of the weights.
+        changed: inputs whose values are others than when the graph was traced.
+    """
+    changed = {user for node in changed for user in node.users}
+    for node in list(gm.graph.nodes):
+        selection = node.meta.get(SELECTION)
+        if node.op != "call_function" or selection is None or selection.position not in positions:
+            continue
+        features = node.all_input_nodes[0]
+        if node.target is ops.gather and selection.length != shape_of(features)[1]:
+            with gm.graph.inserting_before(node):
+                end = selection.start + selection.length
+                features = call(gm.graph, aten.slice.Tensor, features, 1, selection.start, end)
+        changed.update(node.users)
+        node.replace_all_uses_with(features)
+        gm.graph.erase_node(node)
+    propagate(gm, changed)
+
+
+def _select(graph: fx.Graph, gradient: Gradient, rows: Rows) -> fx.Node:
+    """These rows of ``gradient``."""
+    dim = rows.dim
+    if isinstance(gradient, Product):
+        operand = gradient.operand(dim)
+        features = features_last(graph, operand, whole=True)
+        gathered = _gather(graph, features, rows, operand.start, operand.length)
+        return _matmul(graph, gathered, features_last(graph, gradient.operand(1 - dim)), rows)
+    if isinstance(gradient, Cast):
+        return call(graph, prims.convert_element_type.default, _select(graph, gradient.inner, rows), gradient.dtype)
+    if isinstance(gradient, Sum):
+        total, *rest = [_select(graph, term, rows) for term in gradient.terms]
+        for term in rest:
+            total = call(graph, aten.add.Tensor, total, term)
+        return total
+    if gradient.dim != dim:
+        return call(graph, aten.cat.default, [_select(graph, part, rows) for part in gradient.parts], gradient.dim)
+    products = [part for part in gradient.parts if isinstance(part, Product)]
+    joined = call(graph, aten.cat.default, [features_last(graph, p.operand(dim)) for p in products], 1)
+    gathered = _gather(graph, joined, rows, 0, shape_of(joined)[1])
+    return _matmul(graph, gathered, features_last(graph, products[0].operand(1 - dim)), rows)
+
+
+def _gather(graph: fx.Graph, features: fx.Node, rows: Rows, start: int, length: int) -> fx.Node:
+    """``features[:, start + index]``, or ``features[:, start : start + length] @ basis``; ``[b, r]``."""
+    if rows.projection != "grass":
+        if length != shape_of(features)[1]:
+            features = call(graph, aten.slice.Tensor, features, 1, start, start + length)
+        basis = _basis(graph, rows, length, features.meta["val"].dtype)
+        projected = call(graph, aten.mm.default, features, basis)
+        projected.meta[SELECTION] = Selection(rows.position, 0, length)
+        return projected
+    index = call(graph, aten.add.Tensor, rows.index, start) if start else rows.index
+    gathered = call(graph, ops.gather, [features], [index])
+    gathered.meta[SELECTION] = Selection(rows.position, start, length)
+    return gathered
+
+
+def _basis(graph: fx.Graph, rows: Rows, length: int, dtype: torch.dtype) -> fx.Node:
+    """The basis of a dense projection, ``[length, rank]``, in a dtype."""
+    if rows.projection == "galore" and rows.index.meta["val"].dtype == dtype:
+        return rows.index
+    traced = trace(_basis_of, (rows.projection, length, rows.rank, dtype), specs_of([rows.index]))
+    (basis,) = inline(graph, traced, [rows.index])
+    made: list[fx.Node] = [basis]
+    for node in made:
+        node.meta[OF_SELECTOR] = True
+        made += [source for source in node.all_input_nodes if source.op == "call_function" and source not in made]
+    return made[0]
+
+
+def _basis_of(projection: str, length: int, rank: int, dtype: torch.dtype, selector: torch.Tensor) -> tuple[torch.Tensor]:
+    return (basis_of(projection, selector, length, rank, dtype),)
+
+
+def features_last(graph: fx.Graph, operand: Operand, whole: bool = False) -> fx.Node:
+    """An operand as ``[tokens, features]``; only the features of this weight unless ``whole``."""
+    node = operand.node
+    if operand.dims != tuple(range(len(operand.dims))):
+        node = call(graph, aten.permute.default, node, list(operand.dims))
+    features = shape_of(node)[-1]
+    if len(shape_of(node)) > 2:
+        node = call(graph, aten.reshape.default, node, [-1, features])
+    if not whole and operand.length != features:
+        node = call(graph, aten.slice.Tensor, node, 1, operand.start, operand.start + operand.length)
+    return node
+
+
+def _matmul(graph: fx.Graph, gathered: fx.Node, other: fx.Node, rows: Rows) -> fx.Node:
+    """``gathered^T other`` (``[r, n]``) along dimension 0, ``other^T gathered`` (``[m, r]``) along dimension 1.
+
+    On a CPU the latter is ``gathered^T other`` transposed: BLAS is so much faster at few rows than at few columns that a copy is
+    little against it.
+    """
+    if rows.dim and not ops.on_cpu(other.meta["val"]):
+        return call(graph, aten.mm.default, call(graph, aten.permute.default, other, [1, 0]), gathered)
+    product = call(graph, aten.mm.default, call(graph, aten.permute.default, gathered, [1, 0]), other)
+    if not rows.dim:
+        return product
+    transposed = call(graph, aten.permute.default, product, [1, 0])
+    copied = call(graph, ops.contiguous, transposed)
+    copied.meta[SELECTION] = Selection(rows.position, 0, 0)  # of a full gradient, no copy is made
+    return copied

@@ -1,0 +1,131 @@
+"""Rank the rows of a weight gradient beside its compact product, where new rows are to be chosen without the full one.
+
+Rows, ``scores="estimate"``::
+
+    scores: f32[m] = grass_compile.sketched_energy(grad_out, x, hyper, due)
+
+Columns, ``scores="sampled"``::
+
+    sample: f32[b/8, n] = grass_compile.sample(x, 8, group)                         <- in the forward, saved
+    scores: f32[n] = grass_compile.product_energy(sample, grad_out, 1, 8)
+
+Columns, ``scores="estimate"``::
+
+    scores: f32[n] = grass_compile.energy(x, due)                                   <- in the forward, saved
+
+Contract: adds nodes only. What ``estimate`` adds obeys ``due`` and stays in every step's graph; the sample that a forward keeps
+takes memory, so `forget` takes it out of a copy for steps that do not choose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import fx
+
+from ...ops import scores as ops
+from ..fx_utils import call, output_node, propagate, provenance
+from ..records import Cast, Concat, Gradient, Operand, Product, Site, Sum
+from .rewrite import features_last
+
+aten = torch.ops.aten
+
+SAMPLED = "grass_compile_sampled"
+"""``node.meta`` key of a sample that the forward keeps; its value, the positions of the weights that it serves. Those that score
+by one operand share a node once the partitioner has computed equal expressions once; others never do, since the number of their
+group stands in the expression."""
+
+
+Readers = dict[Operand, set[int]]
+"""Which weights score by a sample of one operand."""
+
+
+def score(
+    gm: fx.GraphModule,
+    *,
+    sites: tuple[Site, ...],
+    inputs: Mapping[int, Mapping[str, fx.Node]],
+    leaders: Mapping[int, int],
+) -> dict[int, fx.Node]:
+    """Insert the energies of the rows of every site that asks for them.
+
+    Args:
+        gm: the joint graph, changed in place.
+        sites: what `detect` found.
+        inputs: for each site's weight position, the placeholders of its hyper-parameters and state.
+        leaders: for each site's weight position, that of the weight whose rows it takes.
+
+    Returns:
+        For each such weight position, the energies, ``[m]`` along the indexed dimension; weights with the same leader have their
+        sum.
+    """
+    found: dict[int, fx.Node] = {}
+    readers: Readers = {}
+    for site in sites:
+        if site.weight.config.scores != "exact":
+            position = site.weight.position
+            with provenance(gm, "score", site.weight.name, site.slot), gm.graph.inserting_before(site.slot.next):
+                leader = inputs[leaders[position]]
+                numbers = inputs[position]["hyper"], leader.get("due")
+                found[position] = _energy(gm.graph, site, site.gradient, numbers, readers)
+    totals: dict[int, fx.Node] = {}
+    for position, energy in found.items():
+        total = totals.get(leaders[position])
+        with gm.graph.inserting_before(output_node(gm)):
+            totals[leaders[position]] = energy if total is None else call(gm.graph, aten.add.Tensor, total, energy)
+    return {position: totals[leaders[position]] for position in found}
+
+
+def forget(gm: fx.GraphModule, positions: Collection[int]) -> None:
+    """Sample nothing for the scores of some weights, in place.
+
+    Args:
+        gm: a copy of a forward graph.
+        positions: of weights that choose no rows in this step.
+    """
+    changed: set[fx.Node] = set()
+    for node in list(gm.graph.nodes):
+        if SAMPLED in node.meta and node.meta[SAMPLED] <= set(positions):
+            changed.update(node.users)
+            with gm.graph.inserting_before(node):
+                empty = call(gm.graph, aten.new_empty.default, node.args[0], [0] * node.meta["val"].dim())
+            node.replace_all_uses_with(empty)
+            gm.graph.erase_node(node)
+    propagate(gm, changed)
+
+
+Numbers = tuple[fx.Node, fx.Node | None]
+"""The hyper-parameters, and whether new rows are due, of one weight."""
+
+
+def _energy(graph: fx.Graph, site: Site, gradient: Gradient, numbers: Numbers, readers: Readers) -> fx.Node:
+    """The energies of the rows of ``gradient``; of a sum, those of the terms, whose common part is left out."""
+    dim = site.dim
+    if isinstance(gradient, Cast):
+        return _energy(graph, site, gradient.inner, numbers, readers)
+    if isinstance(gradient, Product):
+        return _product(graph, site, gradient, numbers, readers)
+    parts = gradient.terms if isinstance(gradient, Sum) else gradient.parts
+    energies = [_energy(graph, site, part, numbers, readers) for part in parts]
+    if isinstance(gradient, Concat) and gradient.dim == dim:
+        return call(graph, aten.cat.default, energies, 0)
+    total, *rest = energies
+    for energy in rest:
+        total = call(graph, aten.add.Tensor, total, energy)
+    return total
+
+
+def _product(graph: fx.Graph, site: Site, product: Product, numbers: Numbers, readers: Readers) -> fx.Node:
+    operand = product.operand(site.dim)
+    own, other = features_last(graph, operand), features_last(graph, product.operand(1 - site.dim))
+    if site.weight.config.scores == "estimate":
+        hyper, due = numbers
+        arguments = (ops.sketched_energy, own, other, hyper, due) if operand.is_grad_out else (ops.energy, own, due)
+        return call(graph, *arguments)
+    if operand.is_grad_out:
+        return call(graph, ops.product_energy, own, other, ops.STRIDE, ops.STRIDE)
+    readers.setdefault(operand, set()).add(site.weight.position)
+    sample = call(graph, ops.sample, own, ops.STRIDE, list(readers).index(operand))
+    sample.meta[SAMPLED] = readers[operand]
+    return call(graph, ops.product_energy, sample, other, 1, ops.STRIDE)
