@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 import grass_compile
 from benchmarks import measure
 from benchmarks.record import ROOT
-from grass_compile.config import PROJECT
+from grass_compile.keywords import PROJECT
 
 sys.path.insert(0, str(ROOT / "examples"))  # the demo is a folder of scripts, which import each other by bare names
 

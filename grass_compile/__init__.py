@@ -9,6 +9,7 @@ from .errors import StateError as StateError
 from .explain import explain as explain
 from .math.rule import Rule as Rule
 from .math.rule import register_rule as register_rule
+from .optim.optimizer import Optimizer as Optimizer
 from .optim.optimizers import SGD as SGD
 from .optim.optimizers import Adafactor as Adafactor
 from .optim.optimizers import AdamW as AdamW
@@ -16,7 +17,6 @@ from .optim.optimizers import AdamW8bit as AdamW8bit
 from .optim.optimizers import Apollo as Apollo
 from .optim.optimizers import Lion as Lion
 from .optim.optimizers import Muon as Muon
-from .optim.optimizers import Optimizer as Optimizer
 from .optim.optimizers import Sketchy as Sketchy
 from .optim.param_groups import param_groups as param_groups
 from .report import Report as Report

@@ -6,32 +6,16 @@ Nothing here looks at a tensor's values. Both are frozen and hashable, because w
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
-import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 
+from .checks import boolean, nearest, one_of
 from .errors import ConfigError
+from .keywords import KEYWORDS, PROJECT, STORED, AxisChoice, NonFinite, OnRefresh, ProjectionKind, Scores, Selection, completed
 
-Axis = Literal["rows", "columns"]
-AxisChoice = Literal["rows", "columns", "auto"]
-OnRefresh = Literal["reset", "carry", "keep"]
-Selection = Literal["top", "norm", "uniform"]
-ProjectionKind = Literal["grass", "galore", "gaussian"]
-Scores = Literal["exact", "sampled", "estimate"]
-NonFinite = Literal["raise", "skip", "propagate"]
-
-SELECTIONS = ("top", "norm", "uniform")
-PROJECTIONS = ("grass", "galore", "gaussian")
-SCORES = ("exact", "sampled", "estimate")
-AXES = ("rows", "columns", "auto")
-ON_REFRESH = ("reset", "carry", "keep")
-NONFINITE = ("raise", "skip", "propagate")
 COMPILERS = ("inductor", "aot_eager")
-STATE_DTYPES = (None, torch.float32, torch.bfloat16, torch.float64)
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -40,7 +24,7 @@ class SiteConfig:
     """What the optimizer asks of one weight. Hashable: part of the key of what is compiled.
 
     Attributes:
-        rank: number of rows (columns) that move at a time.
+        rank: number of rows (columns) that move at a time; a float is a fraction of the weight's size along the axis.
         axis: ``rows`` are out-features, ``columns`` are in-features, ``auto`` lets the cost model decide.
         on_refresh: what happens to the moments when new rows are chosen.
         decays: whether the decoupled weight decay touches the whole weight on every step.
@@ -55,7 +39,7 @@ class SiteConfig:
         share_index: whether weights that read the same activations choose their columns together.
     """
 
-    rank: int
+    rank: int | float
     axis: AxisChoice
     on_refresh: OnRefresh
     decays: bool
@@ -90,7 +74,7 @@ class SiteConfig:
 class GroupOptions:
     """The keywords of a parameter group that are ours rather than torch's, after validation."""
 
-    rank: int | None
+    rank: int | float | None
     update_proj_gap: int
     axis: AxisChoice
     on_refresh: OnRefresh
@@ -124,135 +108,76 @@ class GroupOptions:
     def site(self, axis: AxisChoice, decays: bool, rule: Any) -> SiteConfig:
         """What these keywords ask of one weight; ``rank`` must not be None."""
         assert self.rank is not None
-        return SiteConfig(
-            rank=self.rank, axis=axis, on_refresh=self.on_refresh, decays=decays, scale=self.scale, rule=rule,
-            stochastic_rounding=self.stochastic_rounding, state_dtype=self.state_dtype, selection=self.selection,
-            scores=self.scores, checked=self.checked, projection=self.projection, share_index=self.share_index,
-        )  # fmt: skip
-
-
-def nearest(word: str, words: Iterable[str]) -> str:
-    """A "did you mean" for messages: `` Did you mean 'x'?`` or the full list when nothing is near."""
-    words = list(words)
-    close = difflib.get_close_matches(str(word), words, n=1)
-    return f" Did you mean {close[0]!r}?" if close else f" Valid: {', '.join(map(repr, words))}."
-
-
-def one_of(what: str, value: object, valid: tuple[str, ...]) -> Any:
-    """Return ``value`` if it is one of ``valid``, else raise `ConfigError` naming the nearest valid one."""
-    if not isinstance(value, str) or value not in valid:
-        raise ConfigError(f"{what}={value!r} is not known.{nearest(str(value), valid)}")
-    return value
-
-
-def positive_int(what: str, value: object) -> int:
-    """Return ``value`` as an int if it is a whole number of at least 1 (``True`` is not a number here)."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < 1:
-        raise ConfigError(f"{what} must be a whole number of at least 1, got {value!r}.")
-    return int(value)
-
-
-def finite(what: str, value: object) -> float:
-    """Return ``value`` as a float if it is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(float(value)):
-        raise ConfigError(f"{what} must be a finite number, got {value!r}.")
-    return float(value)
-
-
-def name_patterns(what: str, value: Any) -> tuple[str, ...]:
-    """Return ``value`` as a tuple if it is a list of name patterns; a string, whose letters would each be one, is none."""
-    patterns = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (None,)
-    if not all(isinstance(pattern, str) for pattern in patterns):
-        raise ConfigError(f"{what} must be a list of name patterns such as ['*lm_head*'], got {value!r}.")
-    return patterns
-
-
-def parse_group(group: Mapping[str, Any]) -> GroupOptions:
-    """Validate our keywords of one parameter group.
-
-    Raises:
-        ConfigError: a value is out of range, unknown, or belongs to a feature that this version does not have.
-    """
-    rank = None if group["rank"] is None else positive_int("rank", group["rank"])
-    selection = one_of("selection", group["selection"], SELECTIONS)
-    on_refresh = one_of("on_refresh", group["on_refresh"], ON_REFRESH)
-    stagger = group["stagger"]
-    if not isinstance(stagger, bool):
-        stagger = positive_int("stagger", stagger)
-    for key in ("step_in_backward", "stochastic_rounding", "share_index"):
-        if not isinstance(group[key], bool):
-            raise ConfigError(f"{key} must be True or False, got {group[key]!r}.")
-    scores = one_of("scores", group["scores"], SCORES)
-    if selection == "uniform":
-        scores = "exact"  # there is nothing to score, and nothing to propose
-    if group["share_index"] and scores == "exact" and selection != "uniform":
-        raise ConfigError(
-            "share_index=True chooses the columns of several weights by the sum of their scores; exact ones would need all of "
-            "their full gradients at once. Use scores='sampled' or 'estimate'."
-        )
-    projection = one_of("projection", group["projection"], PROJECTIONS)
-    if projection != "grass":
-        _check_dense_projection(projection, group)
-    if group["max_grad_norm"] is not None and finite("max_grad_norm", group["max_grad_norm"]) <= 0:
-        raise ConfigError(f"max_grad_norm must be above 0, got {group['max_grad_norm']!r}.")
-    if group["state_dtype"] not in STATE_DTYPES:
-        raise ConfigError(f"state_dtype must be one of {STATE_DTYPES}, got {group['state_dtype']!r}.")
-    if isinstance(group["seed"], bool) or not isinstance(group["seed"], numbers.Integral):
-        raise ConfigError(f"seed must be a whole number, got {group['seed']!r}.")
-    options = GroupOptions(
-        rank=rank,
-        update_proj_gap=positive_int("update_proj_gap", group["update_proj_gap"]),
-        axis=one_of("axis", group["axis"], AXES),
-        on_refresh=on_refresh,
-        scale=finite("scale", group["scale"]),
-        exclude=name_patterns("exclude", group["exclude"]),
-        stochastic_rounding=group["stochastic_rounding"],
-        state_dtype=group["state_dtype"],
-        seed=int(group["seed"]),
-        selection=selection,
-        stagger=1 if isinstance(stagger, bool) else stagger,
-        scores=scores,
-        nonfinite=one_of("nonfinite", group["nonfinite"], NONFINITE),
-        projection=projection,
-        share_index=group["share_index"],
-    )
-    if stagger is True:
-        slots = options.update_proj_gap if options.blind or options.proposes_anytime else STAGGER_SLOTS
-        options = dataclasses.replace(options, stagger=slots)
-    return options
-
-
-def _check_dense_projection(projection: str, group: Mapping[str, Any]) -> None:
-    """Refuse keywords that are about selected rows, of which a dense projection has none.
-
-    Raises:
-        ConfigError: naming the keyword.
-    """
-    for key, only in (("selection", "top"), ("share_index", False), ("scores", "exact")):
-        if group[key] != only:
-            raise ConfigError(
-                f"{key}={group[key]!r} is about which rows are selected; projection={projection!r} selects none. Leave {key} "
-                "out, or use projection='grass'."
-            )
-    if group["on_refresh"] == "carry":
-        raise ConfigError(
-            f"on_refresh='carry' lets rows that stay selected keep their moments; projection={projection!r} selects none. Use "
-            "on_refresh='reset', or 'keep'."
-        )
+        common = {field.name for field in dataclasses.fields(SiteConfig)} & {field.name for field in dataclasses.fields(self)}
+        asked = {name: getattr(self, name) for name in common if name != "axis"}
+        return SiteConfig(**asked, axis=axis, decays=decays, rule=rule, checked=self.checked)
 
 
 STAGGER_SLOTS = 4
 """Parts of an interval over which ``stagger=True`` spreads the refreshes, where each part is a graph to compile."""
 
-DEFAULT_EXCLUDE = ("*lm_head*", "*embed*")
 
-PROJECT: dict[str, Any] = dict(
-    rank=None, update_proj_gap=200, selection="top", axis="auto", on_refresh="reset", scale=1.0,
-    exclude=DEFAULT_EXCLUDE, step_in_backward=True, max_grad_norm=None, stochastic_rounding=False,
-    state_dtype=None, seed=0, stagger=False, scores="exact", nonfinite="raise", projection="grass",
-    share_index=False,
-)  # fmt: skip
-"""The keywords of a grass optimizer that are ours rather than torch's, with their defaults."""
+def parse_group(group: Mapping[str, Any]) -> GroupOptions:
+    """Validate our keywords of one parameter group, which has a value for each (`completed`).
+
+    Raises:
+        ConfigError: a value is out of range, unknown, or belongs to a feature that this version does not have; or two of them
+            contradict each other.
+    """
+    values = {keyword.name: keyword.check(keyword.name, group[keyword.name]) for keyword in STORED}
+    _check_dense_projection(values)
+    _check_scores(values)
+    options = GroupOptions(**{field.name: values[field.name] for field in dataclasses.fields(GroupOptions)})
+    if isinstance(options.stagger, bool):
+        options = dataclasses.replace(options, stagger=_slots(options))
+    return options
+
+
+def _slots(options: GroupOptions) -> int:
+    """In how many parts of the interval refreshes fall: as many as it has steps, where no part is a graph to compile."""
+    if not options.stagger:
+        return 1
+    return options.update_proj_gap if options.blind or options.proposes_anytime else STAGGER_SLOTS
+
+
+def _check_scores(values: Mapping[str, Any]) -> None:
+    """Refuse scores that nothing goes by, and shared columns by scores that cannot be summed.
+
+    Raises:
+        ConfigError: naming the keywords.
+    """
+    if values["scores"] != "exact" and values["selection"] == "uniform":
+        raise ConfigError(
+            f"scores={values['scores']!r} is what selection='top' and 'norm' go by; selection='uniform' looks at none. Leave "
+            "scores out, or name one of these selections."
+        )
+    if values["share_index"] and values["scores"] == "exact" and values["selection"] != "uniform":
+        raise ConfigError(
+            "share_index=True chooses the columns of several weights by the sum of their scores; exact ones would need all of "
+            "their full gradients at once. Use selection='uniform', or scores='sampled' or 'estimate'."
+        )
+
+
+def _check_dense_projection(values: Mapping[str, Any]) -> None:
+    """Refuse keywords that are about selected rows, of which a dense projection has none.
+
+    Raises:
+        ConfigError: naming the keyword.
+    """
+    projection = values["projection"]
+    if projection == "grass":
+        return
+    for key, only in (("selection", "top"), ("share_index", False), ("scores", "exact")):
+        if values[key] != only:
+            raise ConfigError(
+                f"{key}={values[key]!r} is about which rows are selected; projection={projection!r} selects none. Leave {key} "
+                "out, or use projection='grass'."
+            )
+    if values["on_refresh"] == "carry":
+        raise ConfigError(
+            f"on_refresh='carry' lets rows that stay selected keep their moments; projection={projection!r} selects none. Use "
+            "on_refresh='reset', or 'keep'."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,8 +190,8 @@ class BackendOptions:
         strict: raise `GraphError` when a weight that the optimizer wants projected is not.
         mode: as ``torch.compile(mode=...)``.
         inductor: Inductor config patches, handed through; a sorted tuple of items so that it can be hashed.
-        project: for an unmodified script, what to ask of the weights that its own ``torch.optim`` optimizer holds: the keywords
-            `PROJECT` (``rank`` and, beside it, others of a grass optimizer's); None without ``rank``.
+        project: for an unmodified script, what to ask of the weights that its own ``torch.optim`` optimizer holds: ``rank``
+            and, beside it, other `grass_compile.keywords`; None without ``rank``.
     """
 
     compiler: Literal["inductor", "aot_eager"] = "inductor"
@@ -289,7 +214,14 @@ class BackendOptions:
             ConfigError: an unknown key, compiler, mode or pass name; the nearest valid one is named.
         """
         given = dict(options or {})
-        known = [*(field.name for field in dataclasses.fields(cls) if field.name != "project"), *PROJECT]
+        for key, keyword in PROJECT.items():
+            if key in given and not keyword.unmodified:
+                raise ConfigError(
+                    f"options[{key!r}] needs a grass optimizer: with options={{'rank': ...}} the weights move in the step() of "
+                    "your own. Leave it out, or use grass_compile.AdamW."
+                )
+        known = [field.name for field in dataclasses.fields(cls) if field.name != "project"]
+        known += [keyword.name for keyword in KEYWORDS if keyword.unmodified]
         for key in given:
             if key not in known:
                 raise ConfigError(f"options[{key!r}] is not known.{nearest(str(key), known)}")
@@ -300,13 +232,10 @@ class BackendOptions:
         patches = given.get("inductor") or {}
         if not isinstance(patches, Mapping):
             raise ConfigError(f"options['inductor'] must be a dict of Inductor config values, got {patches!r}.")
-        strict = given.get("strict", False)
-        if not isinstance(strict, bool):
-            raise ConfigError(f"options['strict'] must be True or False, got {strict!r}.")
         return cls(
             compiler=one_of("options['compiler']", given.get("compiler", "inductor"), COMPILERS),
             disable_passes=disabled,
-            strict=strict,
+            strict=boolean("options['strict']", given.get("strict", False)),
             mode=one_of("mode", given.get("mode") or mode or "default", MODES),
             inductor=tuple(sorted(patches.items())),
             project=_parse_project({key: given[key] for key in PROJECT if key in given}),
@@ -323,4 +252,4 @@ def _parse_project(given: Mapping[str, Any]) -> GroupOptions | None:
         return None
     if given.get("rank") is None:
         raise ConfigError(f"options {sorted(given)} say how to project weights, but options['rank'] is missing.")
-    return parse_group({**PROJECT, **given})
+    return parse_group(completed(given))

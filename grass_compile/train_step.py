@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _torch
-from .config import positive_int
+from .checks import positive_int
 from .errors import ConfigError, NonFiniteError
 from .optim.base import GrassOptimizer
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import grass_compile
 
+from . import paper
+
 State = dict[str, Tensor]
 Formula = Callable[[Tensor, State, Tensor], tuple[Tensor, State]]
 """``formula(compact [r, n], state, steps [r, 1])`` gives what is subtracted from the rows, and the new state, of which the first
@@ -94,7 +96,7 @@ def check(
     torch.manual_seed(0)
     model = Net().double()
     twin = copy.deepcopy(model)
-    optimizer = grass_compile.Optimizer(
+    optimizer = paper.Optimizer(
         model.named_parameters(), rule, rank=rank, axis=axis, update_proj_gap=gap, on_refresh=on_refresh, selection="norm",
         seed=1, **keywords,
     )  # fmt: skip

@@ -20,6 +20,8 @@ from grass_compile.optim.rules import AdamWRule
 from grass_compile.passes.pipeline import find
 from grass_compile.passes.records import Analysis, Site, WeightInput
 
+from . import paper
+
 KEYWORDS = dict(lr=1e-2, eps=1e-3, weight_decay=0.0, update_proj_gap=3)
 
 
@@ -148,7 +150,7 @@ def pair(
     twin = copy.deepcopy(model)
     asked = {**KEYWORDS, **keywords}
     extra = {key: asked.pop(key) for key in ("exclude", "step_in_backward", "stagger", "seed", "nonfinite") if key in asked}
-    optimizer = grass_compile.AdamW(model.named_parameters(), rank=rank, axis=axis, **asked, **extra)
+    optimizer = paper.AdamW(model.named_parameters(), rank=rank, axis=axis, **asked, **extra)
     report = grass_compile.explain(model, *inputs, optimizer=optimizer)
     projected = {row.name: (row.dim, row.rank) for row in report if row.projected}
     records = {record.name: record for record in optimizer._holder.records.values()}

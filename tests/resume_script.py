@@ -21,8 +21,7 @@ import torch
 import torch._inductor.compile_fx  # what a first compilation imports, before the forks
 from torch import Tensor, nn
 
-import grass_compile
-import grass_compile.backend.region
+from . import paper
 
 STEPS = 90
 KEYWORDS: dict[str, dict[str, Any]] = {
@@ -44,9 +43,9 @@ def build(variant: str) -> tuple[nn.Module, torch.optim.Optimizer, Any, Callable
     optimizer: torch.optim.Optimizer
     if variant == "adopted":
         optimizer = torch.optim.AdamW(model.parameters(), **numbers)
-        options |= KEYWORDS[variant] | {"update_proj_gap": 4}
+        options |= paper.OPTIONS | KEYWORDS[variant] | {"update_proj_gap": 4}
     else:
-        optimizer = grass_compile.AdamW(model.named_parameters(), **numbers, update_proj_gap=4, **KEYWORDS[variant])
+        optimizer = paper.AdamW(model.named_parameters(), **numbers, update_proj_gap=4, **KEYWORDS[variant])
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=STEPS)
     return model, optimizer, scheduler, torch.compile(model, backend="grass", options=options)
 

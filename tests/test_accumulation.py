@@ -11,11 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import grass_compile
 from grass_compile import StateError
 from grass_compile.runtime.gradient import CompactGrad
 
-from . import forms
+from . import forms, paper
 from .harness import Pair, pair
 
 MICRO = 4
@@ -63,7 +62,7 @@ def test_accumulating_equals_one_big_batch(rank: int | str, axis: str, deferred:
         keywords: dict[str, Any] = dict(lr=1e-2, eps=1e-3, rank=rank, axis=axis, update_proj_gap=3, weight_decay=0.1)
         if rank == "blind":
             keywords |= dict(rank=4, selection="uniform", on_refresh="carry", seed=1)
-        optimizer = grass_compile.AdamW(side.named_parameters(), step_in_backward=not deferred, **keywords)
+        optimizer = paper.AdamW(side.named_parameters(), step_in_backward=not deferred, **keywords)
         sides.append((optimizer, torch.compile(side, backend="grass", options={"compiler": "aot_eager"})))
     (optimizer, compiled), (big_optimizer, big_compiled) = sides
     stretch, narrow = (2.0 ** -torch.arange(size).double() for size in (forms.M, forms.N))  # every batch chooses alike
@@ -140,7 +139,7 @@ def test_step_under_accumulate_applies_what_is_there() -> None:
 def test_compact_gradients_add_up_in_fp32_for_bf16_weights() -> None:
     """256 + 1 is 256 in bf16, and the sum of 256 such micro-batches would stay there."""
     model = nn.Linear(2, 2, bias=False).bfloat16()
-    optimizer = grass_compile.AdamW(model.named_parameters(), rank=1, axis="rows")
+    optimizer = paper.AdamW(model.named_parameters(), rank=1, axis="rows")
     compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
     inputs = torch.eye(2, dtype=torch.bfloat16)
     pick = torch.tensor([[1.0, 1.0], [0.0, 0.0]]).bfloat16().t()

@@ -20,6 +20,8 @@ from grass_compile.math.reference import ReferenceAdamW
 from grass_compile.optim import adoption
 from grass_compile.passes import pipeline
 
+from . import paper
+
 Make = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 RANK, GAP, WIDTH = 6, 3, 32
 NUMBERS = dict(lr=1e-2, eps=1e-3, weight_decay=0.1)
@@ -41,7 +43,7 @@ def loss_of(output: Tensor) -> Tensor:
 
 
 def compiled(model: nn.Module, *, compiler: str = "aot_eager", **options: Any) -> Any:
-    options = {"rank": RANK, "axis": "rows", "update_proj_gap": GAP, **options}
+    options = {**paper.OPTIONS, "rank": RANK, "axis": "rows", "update_proj_gap": GAP, **options}
     return torch.compile(model, backend="grass", options={"compiler": compiler, **options})
 
 
@@ -944,7 +946,7 @@ def test_one_unknown_group_leaves_the_others_projected() -> None:
         ({"rank": 6, "update_gap": 3}, r"options\['update_gap'\] is not known\. Did you mean 'update_proj_gap'\?"),
         ({"axis": "rows"}, r"options \['axis'\] say how to project weights, but options\['rank'\] is missing"),
         ({"rank": 6, "axis": "row"}, r"axis='row' is not known\. Did you mean 'rows'\?"),
-        ({"rank": 0}, "rank must be a whole number of at least 1, got 0"),
+        ({"rank": 0}, "rank must be a whole number of at least 1, a fraction of the width between 0 and 1, or None, got 0"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], match: str) -> None:

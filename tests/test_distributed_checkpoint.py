@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 import grass_compile
 from grass_compile import GrassWarning, StateError
 
-from . import forms
+from . import forms, paper
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 NUMBERS = dict(lr=1e-2, weight_decay=0.1)
@@ -56,11 +56,11 @@ NAMES = ["up.weight", "up.bias", "norm.weight", "norm.bias", "down.weight"]
 
 
 def ours(model: nn.Module, **keywords: Any) -> grass_compile.AdamW:
-    return grass_compile.AdamW(model.named_parameters(), **{**NUMBERS, **PROJECT, **keywords})
+    return paper.AdamW(model.named_parameters(), **{**NUMBERS, **PROJECT, **keywords})
 
 
 def reordered(model: nn.Module, **keywords: Any) -> grass_compile.AdamW:
-    return grass_compile.AdamW(list(model.named_parameters())[::-1], **{**NUMBERS, **PROJECT, **keywords})
+    return paper.AdamW(list(model.named_parameters())[::-1], **{**NUMBERS, **PROJECT, **keywords})
 
 
 def two_groups(model: nn.Module, swapped: bool = False) -> grass_compile.AdamW:
@@ -68,7 +68,7 @@ def two_groups(model: nn.Module, swapped: bool = False) -> grass_compile.AdamW:
     matrices = [(name, p) for name, p in model.named_parameters() if p.dim() == 2]
     vectors = [(name, p) for name, p in model.named_parameters() if p.dim() != 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0, "lr": 3e-3}]
-    return grass_compile.AdamW(groups[::-1] if swapped else groups, **{**NUMBERS, **PROJECT})
+    return paper.AdamW(groups[::-1] if swapped else groups, **{**NUMBERS, **PROJECT})
 
 
 def torchs(model: nn.Module) -> torch.optim.AdamW:
@@ -119,7 +119,7 @@ VARIANTS: dict[str, MakeOptimizer] = {
     "auto": lambda model: ours(model, axis="auto"),
     "deferred": lambda model: ours(model, on_refresh="carry", step_in_backward=False),
     "groups": two_groups,
-    "8 bits": lambda model: grass_compile.AdamW8bit(model.named_parameters(), **NUMBERS, **PROJECT, on_refresh="carry"),
+    "8 bits": lambda model: paper.AdamW8bit(model.named_parameters(), **NUMBERS, **PROJECT, on_refresh="carry"),
 }
 
 

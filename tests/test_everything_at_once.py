@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 import grass_compile
 
+from . import paper
+
 STEPS, EPOCH, SAVE_EVERY, GAP = 300, 15, 10, 50
 MICRO_BATCHES, SIZE, LAST_SIZE, LENGTH = 2, 8, 3, 32
 WARM_UP = 2 * EPOCH  # steps after a start in which every shape has been seen twice
@@ -81,7 +83,7 @@ def train(folder: Path) -> None:
     torch.set_num_threads(1)
     compilations = Compilations()
     data, model = text(), llama()
-    optimizer = grass_compile.AdamW(
+    optimizer = paper.AdamW(
         model.named_parameters(), lr=6e-3, weight_decay=0.1, rank=16, update_proj_gap=GAP, axis="auto", on_refresh="carry",
         max_grad_norm=1.0, stochastic_rounding=True, seed=0,
     )  # fmt: skip

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import grass_compile
 from grass_compile.runtime.gradient import CompactGrad
 
+from . import paper
 from .forms import separated
 from .harness import Oracle
 
@@ -86,7 +87,7 @@ def optimizer_for(mode: str, model: nn.Module, axis: str, clip: bool) -> torch.o
         return torch.optim.AdamW(model.parameters(), **KEYWORDS)
     own: dict[str, Any] = {"max_grad_norm": MAX_NORM} if clip and mode == "fused" else {}
     own |= dict(rank=RANK, axis=axis, update_proj_gap=GAP, step_in_backward=mode == "fused")
-    return grass_compile.AdamW(model.named_parameters(), **own, **KEYWORDS)
+    return paper.AdamW(model.named_parameters(), **own, **KEYWORDS)
 
 
 def oracle_for(model: nn.Module, axis: str, mode: str, clip: bool) -> Oracle:
@@ -122,7 +123,7 @@ def test_cell(checkpointing: bool, precision: str, axis: str, mode: str, accumul
     twin = copy.deepcopy(model)
     exact = twin if precision == "full" else copy.deepcopy(model).double()
     optimizer = optimizer_for(mode, model, axis, clip)
-    project = {"rank": RANK, "axis": axis, "update_proj_gap": GAP} if mode == "adopted" else {}
+    project = {**paper.OPTIONS, "rank": RANK, "axis": axis, "update_proj_gap": GAP} if mode == "adopted" else {}
     compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager", **project})
     eager = oracle_for(twin, axis, mode, clip)
     target = eager if precision == "full" else oracle_for(exact, axis, mode, clip)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import grass_compile
 from benchmarks.estimate import estimated_peaks
+
+from . import paper
 
 TOKENS, WIDTH, RANK, LAYERS = 1024, 256, 32, 3
 
@@ -38,7 +39,7 @@ def peaks(axis: str | None, backend: str, steps: int) -> dict[str, int]:
             if isinstance(module, nn.Linear):
                 module.requires_grad_(False)
     else:
-        optimizer = grass_compile.AdamW(model.named_parameters(), rank=RANK, axis=axis)
+        optimizer = paper.AdamW(model.named_parameters(), rank=RANK, axis=axis)
     compiled = torch.compile(model, backend=backend)
     with estimated_peaks() as found:
         for _ in range(steps):

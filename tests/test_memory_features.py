@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import grass_compile
 
+from . import paper
+
 WIDTH, LAYERS, STEPS = 24, 3, 5
 
 
@@ -41,7 +43,7 @@ class Stack(nn.Module):
 
 def train(model: Stack, compiled: Any, **keywords: Any) -> tuple[list[float], grass_compile.AdamW]:
     """Losses of a few steps."""
-    optimizer = grass_compile.AdamW(model.named_parameters(), lr=1e-2, **{"rank": 6, "update_proj_gap": 2, **keywords})
+    optimizer = paper.AdamW(model.named_parameters(), lr=1e-2, **{"rank": 6, "update_proj_gap": 2, **keywords})
     losses = []
     for step in range(STEPS):
         x = torch.randn(4, 5, WIDTH, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
@@ -110,7 +112,7 @@ def test_hugging_face_gradient_checkpointing(whole: bool) -> None:
         model = transformers.LlamaForCausalLM(config)
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        optimizer = grass_compile.AdamW(model.named_parameters(), lr=1e-2, rank=8, update_proj_gap=2)
+        optimizer = paper.AdamW(model.named_parameters(), lr=1e-2, rank=8, update_proj_gap=2)
         if whole:
             compiled: Any = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
         else:

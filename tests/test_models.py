@@ -10,6 +10,7 @@ from torch import nn
 
 import grass_compile
 
+from . import paper
 from .harness import pair
 
 transformers = pytest.importorskip("transformers")
@@ -75,7 +76,7 @@ def test_model_equals_oracle_under_inductor(name: str) -> None:
 
 def test_report_names_the_reasons() -> None:
     model = gpt2()
-    optimizer = grass_compile.AdamW(model.named_parameters(), rank=8)
+    optimizer = paper.AdamW(model.named_parameters(), rank=8)
     report = grass_compile.explain(model, IDS, labels=IDS, optimizer=optimizer)
     assert "tied weights" in report["transformer.wte.weight"].reason
     assert "embedding table" in report["transformer.wpe.weight"].reason
@@ -121,7 +122,7 @@ def test_blocks_of_different_rank_get_their_own_variants() -> None:
         {"params": [(f"layers.1.{n}", p) for n, p in layers[1].named_parameters()], "rank": 8, "axis": "columns"},
         {"params": rest, "rank": None},
     ]
-    optimizer = grass_compile.AdamW(groups, lr=1e-2, update_proj_gap=2)
+    optimizer = paper.AdamW(groups, lr=1e-2, update_proj_gap=2)
     for layer in layers:
         layer.compile(backend="grass", options={"compiler": "aot_eager"})
     for _ in range(3):
@@ -134,7 +135,7 @@ def test_blocks_of_different_rank_get_their_own_variants() -> None:
 
 def test_reasons_survive_training() -> None:
     model = llama()
-    optimizer = grass_compile.AdamW(model.named_parameters(), rank=8)
+    optimizer = paper.AdamW(model.named_parameters(), rank=8)
     compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
     compiled(IDS, labels=IDS).loss.backward()
     optimizer.step()

@@ -19,10 +19,12 @@ from grass_compile.passes.pipeline import PASSES
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "grass_compile"
-LEAVES = ("errors", "config", "report", "_torch", "_inductor")
+LEAVES = ("errors", "checks", "keywords", "config", "report", "_torch", "_inductor")
 MATH_OPERATORS = ("ops.once", "ops.rank_update", "ops.row_update")
 ALLOWED = {
-    "errors": (), "_torch": (), "_inductor": (), "config": ("errors",), "report": ("errors",),
+    "errors": (), "_torch": (), "_inductor": (), "report": ("errors",), "checks": ("errors",),
+    "keywords": ("errors", "checks"),
+    "config": ("errors", "checks", "keywords"),
     "math": (*LEAVES, "math", *MATH_OPERATORS),
     "ops": (*LEAVES, "math", "ops"),
     "passes": (*LEAVES, "math", "ops", "passes"),
@@ -86,8 +88,21 @@ def test_public_names() -> None:
     optimizers = {"Adafactor", "AdamW", "AdamW8bit", "Apollo", "Lion", "Muon", "Optimizer", "Rule", "SGD", "Sketchy"}
     errors = {"ConfigError", "GrassError", "GrassWarning", "GraphError", "NonFiniteError", "StateError"}
     public = {*optimizers, *errors, "Report", "explain", "param_groups", "register_rule", "train_step"}
-    modules = {"backend", "config", "errors", "explain", "math", "ops", "optim", "passes", "report", "runtime"}
-    assert public <= names and names <= public | modules
+    modules = {
+        "backend",
+        "checks",
+        "config",
+        "errors",
+        "explain",
+        "keywords",
+        "math",
+        "ops",
+        "optim",
+        "passes",
+        "report",
+        "runtime",
+    }
+    assert public <= names and names <= public | modules | {"runtime"}
     assert (PACKAGE / "py.typed").exists()
 
 
@@ -114,7 +129,7 @@ def test_logs_and_trace(tmp_path: pathlib.Path) -> None:
     code = """
 import torch, grass_compile
 model = torch.nn.Linear(16, 16)
-optimizer = grass_compile.AdamW(model.named_parameters(), rank=4)
+optimizer = grass_compile.AdamW(model.named_parameters(), rank=4, preset="paper", step_in_backward=True)
 compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
 compiled(torch.randn(3, 16)).sum().backward()
 optimizer.step()

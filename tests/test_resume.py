@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import grass_compile
 from grass_compile import GrassWarning, StateError
 
-from . import forms
+from . import forms, paper
 from .resume_script import KEYWORDS, STEPS
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -80,7 +80,7 @@ class Run:
     def __init__(self, model: nn.Module | None = None, *, dtype: torch.dtype = torch.float32, **keywords: Any) -> None:
         self.model = (Net() if model is None else model).to(dtype)
         keywords = {"lr": 1e-2, "weight_decay": 0.1, "rank": 6, "axis": "rows", "update_proj_gap": 3, **keywords}
-        self.optimizer = grass_compile.AdamW(self.model.named_parameters(), **keywords)
+        self.optimizer = paper.AdamW(self.model.named_parameters(), **keywords)
         self.compiled = torch.compile(self.model, backend="grass", options={"compiler": "aot_eager"})
         self.dtype = dtype
 
@@ -220,7 +220,7 @@ def test_state_holds_tensors_and_plain_values_only() -> None:
 def test_file_is_no_larger_than_model_and_compact_state(axis: str, tmp_path: pathlib.Path) -> None:
     model = nn.Sequential(nn.Linear(512, 1024), nn.Tanh(), nn.Linear(1024, 512))
     rank = 64
-    optimizer = grass_compile.AdamW(model.named_parameters(), rank=rank, axis=axis)
+    optimizer = paper.AdamW(model.named_parameters(), rank=rank, axis=axis)
     compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
     for _ in range(2):
         compiled(torch.randn(8, 512)).square().sum().backward()
@@ -299,7 +299,7 @@ def test_parameters_in_another_order_are_refused() -> None:
     source = Run(model)
     source.train(0, 1)
     backwards = Run(Net())
-    backwards.optimizer = grass_compile.AdamW(list(backwards.model.named_parameters())[::-1], rank=6, axis="rows")
+    backwards.optimizer = paper.AdamW(list(backwards.model.named_parameters())[::-1], rank=6, axis="rows")
     refused(backwards, source.optimizer.state_dict(), r"(up|norm|down)\.(weight|bias): ")
 
 
@@ -374,7 +374,7 @@ def test_saved_groups_that_contradict_each_other_are_refused() -> None:
     model = Net()
     groups = [{"params": list(layer.named_parameters(prefix=name))} for name, layer in model.named_children()]
     run = Run(model)
-    run.optimizer = grass_compile.AdamW(groups, rank=6, axis="rows")
+    run.optimizer = paper.AdamW(groups, rank=6, axis="rows")
     run.train(0, 1)
     state = copy.deepcopy(run.optimizer.state_dict())
     state["param_groups"][1]["step_in_backward"] = False
@@ -449,7 +449,7 @@ def test_state_made_without_parameter_names(names: bool) -> None:
         made = Run(on_refresh="carry")
         keywords = dict(lr=1e-2, rank=6, axis="rows", update_proj_gap=3, on_refresh="carry")
         parameters = made.model.named_parameters() if named else made.model.parameters()
-        made.optimizer = grass_compile.AdamW(parameters, **keywords)
+        made.optimizer = paper.AdamW(parameters, **keywords)
         return made
 
     first, second = run(names), run(not names)

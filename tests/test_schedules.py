@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-import grass_compile
 from grass_compile.math.reference import ReferenceAdamW
 from grass_compile.passes import pipeline
 
-from . import forms
+from . import forms, paper
 
 
 class Compilations:
@@ -39,7 +38,7 @@ class Compilations:
 def test_a_thousand_steps_compile_nothing_again(deferred: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cosine schedule, refreshes, accumulation every third step, betas and decay that change."""
     model = forms.LinearBias()
-    optimizer = grass_compile.AdamW(
+    optimizer = paper.AdamW(
         model.named_parameters(), lr=1e-2, rank=6, update_proj_gap=50, weight_decay=0.1, on_refresh="carry",
         step_in_backward=not deferred, axis="columns",
     )  # fmt: skip
@@ -80,7 +79,7 @@ def test_schedulers_equal_the_oracle(schedule: Any) -> None:
     """The scheduler drives ours; the oracle copies learning rate and first beta."""
     model = forms.LinearBias().double()
     twin = copy.deepcopy(model)
-    optimizer = grass_compile.AdamW(model.named_parameters(), lr=1e-2, eps=1e-3, rank=6, axis="rows", update_proj_gap=3)
+    optimizer = paper.AdamW(model.named_parameters(), lr=1e-2, eps=1e-3, rank=6, axis="rows", update_proj_gap=3)
     oracle = ReferenceAdamW(twin.named_parameters(), projected={"layer.weight": (0, 6)}, eps=1e-3, update_proj_gap=3)
     driver = schedule(optimizer)
     compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
@@ -101,7 +100,7 @@ def test_weight_decay_switched_on_is_compiled_once() -> None:
     """From zero the graph must begin to touch the whole weight; the numbers are right before and after."""
     model = forms.LinearBias().double()
     twin = copy.deepcopy(model)
-    optimizer = grass_compile.AdamW(model.named_parameters(), lr=1e-2, eps=1e-3, rank=6, axis="rows", update_proj_gap=3)
+    optimizer = paper.AdamW(model.named_parameters(), lr=1e-2, eps=1e-3, rank=6, axis="rows", update_proj_gap=3)
     oracle = ReferenceAdamW(twin.named_parameters(), projected={"layer.weight": (0, 6)}, lr=1e-2, eps=1e-3, update_proj_gap=3)
     compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
     for step in range(6):

@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import grass_compile
 from grass_compile import backend
 
-from . import forms
+from . import forms, paper
 
 
 class Tokens(nn.Module):
@@ -57,7 +56,7 @@ def test_sequence_length_compiles_once_more(axis: str, regions: list[backend.Reg
     torch.manual_seed(0)
     model, twin = Tokens(), Tokens()
     twin.load_state_dict(model.state_dict())
-    optimizer = grass_compile.AdamW(model.named_parameters(), lr=1e-2, rank=48, axis="rows" if axis == "rows" else axis)
+    optimizer = paper.AdamW(model.named_parameters(), lr=1e-2, rank=48, axis="rows" if axis == "rows" else axis)
     oracle = torch.optim.AdamW(twin.parameters(), lr=1e-2, weight_decay=0.0)
     compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
     for seed, tokens in enumerate((7, 9, 12, 5, 30, 8)):
@@ -69,7 +68,7 @@ def test_sequence_length_compiles_once_more(axis: str, regions: list[backend.Reg
 
 def test_smaller_last_batch_compiles_once_more(regions: list[backend.Region]) -> None:
     model = Tokens()
-    optimizer = grass_compile.AdamW(model.named_parameters(), lr=1e-2, rank=6, update_proj_gap=3)
+    optimizer = paper.AdamW(model.named_parameters(), lr=1e-2, rank=6, update_proj_gap=3)
     compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
     for seed, rows in enumerate((8, 8, 3, 8, 8, 5, 8, 2)):
         step(compiled, optimizer, batch(6, rows, seed))
@@ -85,7 +84,7 @@ def test_dynamic_shapes_under_inductor(regions: list[backend.Region]) -> None:
     losses: list[list[float]] = [[], []]
     for index, (module, options) in enumerate(((model, {}), (twin, {"compiler": "aot_eager"}))):
         torch._dynamo.reset()
-        optimizer = grass_compile.AdamW(module.named_parameters(), lr=1e-2, rank=6, axis="columns", update_proj_gap=2)
+        optimizer = paper.AdamW(module.named_parameters(), lr=1e-2, rank=6, axis="columns", update_proj_gap=2)
         compiled = torch.compile(module, backend="grass", options=options, dynamic=True)
         for seed, tokens in enumerate((7, 9, 12, 5)):
             losses[index].append(step(compiled, optimizer, batch(tokens, seed=seed).double()))
@@ -95,7 +94,7 @@ def test_dynamic_shapes_under_inductor(regions: list[backend.Region]) -> None:
 def test_requires_grad_toggled_keeps_the_state() -> None:
     """A weight frozen for a while stands still, keeps its moments, and goes on."""
     model = Tokens()
-    optimizer = grass_compile.AdamW(model.named_parameters(), lr=1e-2, rank=6, axis="rows", weight_decay=0.1)
+    optimizer = paper.AdamW(model.named_parameters(), lr=1e-2, rank=6, axis="rows", weight_decay=0.1)
     compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
     step(compiled, optimizer, batch(5))
     model.up.weight.requires_grad_(False)
@@ -116,7 +115,7 @@ def test_evaluation_between_steps_changes_nothing() -> None:
         torch.manual_seed(0)
         torch._dynamo.reset()
         model = Tokens()
-        optimizer = grass_compile.AdamW(model.named_parameters(), lr=1e-2, rank=6, update_proj_gap=2)
+        optimizer = paper.AdamW(model.named_parameters(), lr=1e-2, rank=6, update_proj_gap=2)
         compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
         losses = []
         for seed in range(5):
@@ -140,7 +139,7 @@ def test_adapters_beside_projected_weights() -> None:
     model.base_model.model.down.weight.requires_grad_(True)
     base = model.base_model.model.up.base_layer.weight
     before = base.detach().clone()
-    optimizer = grass_compile.AdamW(
+    optimizer = paper.AdamW(
         [(name, p) for name, p in model.named_parameters() if p.requires_grad], lr=1e-2, rank=6, exclude=("*lora*",)
     )
     compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
@@ -173,7 +172,7 @@ def test_modes_are_handed_through(mode: str, monkeypatch: pytest.MonkeyPatch) ->
         torch.manual_seed(0)
         torch._dynamo.reset()
         model = forms.LinearBias()
-        optimizer = grass_compile.AdamW(model.named_parameters(), lr=1e-2, rank=6, axis="rows", update_proj_gap=2)
+        optimizer = paper.AdamW(model.named_parameters(), lr=1e-2, rank=6, axis="rows", update_proj_gap=2)
         compiled = torch.compile(model, backend="grass", options=options)
         x = forms.batch(torch.float32, 0)
         runs.append([step(compiled, optimizer, x) for _ in range(3)])
@@ -209,7 +208,7 @@ def test_the_default_device_does_not_matter(keywords: dict[str, Any]) -> None:
         batches = torch.randn(8, 4, 16).unbind()
         torch.set_default_device(default)
         try:
-            optimizer = grass_compile.AdamW(model.named_parameters(), rank=4, lr=1e-2, update_proj_gap=2, **keywords)
+            optimizer = paper.AdamW(model.named_parameters(), rank=4, lr=1e-2, update_proj_gap=2, **keywords)
             compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
             for step, x in enumerate(batches):
                 if step == 4:

@@ -25,6 +25,7 @@ from torch._functorch import config as functorch_config
 import grass_compile
 from grass_compile import StateError
 
+from . import paper
 from .forms import separated
 
 TOKENS, IN, HIDDEN, OUT, RANK, GAP = 4, 6, 8, 5, 3, 2
@@ -74,7 +75,7 @@ class Variant:
         return "-".join(("fused" if self.fused else "deferred", self.axis, self.on_refresh, clip))
 
     def optimizer(self, model: nn.Module, lr: float, weight_decay: float) -> grass_compile.AdamW:
-        return grass_compile.AdamW(
+        return paper.AdamW(
             model.named_parameters(), lr=lr, betas=BETAS, eps=EPS, weight_decay=weight_decay, rank=RANK, update_proj_gap=GAP,
             axis=self.axis, on_refresh=self.on_refresh, step_in_backward=self.fused, max_grad_norm=self.max_grad_norm,
         )  # type: ignore[arg-type]  # fmt: skip

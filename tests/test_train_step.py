@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import grass_compile
 from grass_compile import ConfigError, StateError
 
-from . import forms
+from . import forms, paper
 
 OPTIONS = {"compiler": "aot_eager"}
 PROJECT = {"rank": 6, "axis": "rows", "update_proj_gap": 3}
@@ -26,7 +26,7 @@ def made(own: bool, **keywords: Any) -> tuple[nn.Module, Any, dict[str, Any]]:
     torch._dynamo.reset()
     model = forms.LinearBias().double()
     if own:
-        return model, grass_compile.AdamW(model.named_parameters(), lr=1e-2, **PROJECT, **keywords), OPTIONS
+        return model, paper.AdamW(model.named_parameters(), lr=1e-2, **PROJECT, **keywords), OPTIONS
     return model, torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0), {**OPTIONS, **PROJECT}
 
 

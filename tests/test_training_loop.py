@@ -13,14 +13,14 @@ import grass_compile
 from grass_compile import ConfigError, GraphError, GrassWarning, StateError
 from grass_compile.runtime.gradient import CompactGrad
 
-from . import forms
+from . import forms, paper
 from .harness import pair
 
 
 def setup(model: nn.Module | None = None, options: dict[str, Any] | None = None, **keywords: Any) -> tuple[Any, Any, Any]:
     """A model, its optimizer, and the model compiled."""
     model = forms.LinearBias() if model is None else model
-    optimizer = grass_compile.AdamW(model.named_parameters(), **{"rank": 4, "axis": "rows", **keywords})
+    optimizer = paper.AdamW(model.named_parameters(), **{"rank": 4, "axis": "rows", **keywords})
     return model, optimizer, torch.compile(model, backend="grass", options={"compiler": "aot_eager", **(options or {})})
 
 
@@ -212,7 +212,7 @@ def test_optimizer_made_after_the_first_forward_is_found() -> None:
     compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
     with pytest.warns(GrassWarning):
         compiled(x())
-    optimizer = grass_compile.AdamW(model.named_parameters(), rank=4)
+    optimizer = paper.AdamW(model.named_parameters(), rank=4)
     forms.loss_of(compiled(x())).backward()
     optimizer.step()
     assert "index" in optimizer.state[model.layer.weight]
@@ -220,7 +220,7 @@ def test_optimizer_made_after_the_first_forward_is_found() -> None:
 
 def test_forgotten_compile_warns() -> None:
     model = forms.LinearBias()
-    optimizer = grass_compile.AdamW(model.named_parameters(), rank=4)
+    optimizer = paper.AdamW(model.named_parameters(), rank=4)
     forms.loss_of(model(x())).backward()
     with pytest.warns(GrassWarning, match=r'torch\.compile\(model, backend="grass"\)') as caught:
         optimizer.step()
@@ -229,7 +229,7 @@ def test_forgotten_compile_warns() -> None:
 
 def test_optimizer_of_another_model() -> None:
     model, other = forms.LinearBias(), forms.LinearBias()
-    optimizer = grass_compile.AdamW(other.named_parameters(), rank=4)
+    optimizer = paper.AdamW(other.named_parameters(), rank=4)
     with pytest.raises(ConfigError, match="holds none of this model's parameters"):
         grass_compile.explain(model, x(), optimizer=optimizer)
     with pytest.warns(GrassWarning, match="no grass optimizer holds"):
@@ -238,7 +238,7 @@ def test_optimizer_of_another_model() -> None:
 
 def test_replaced_optimizer_must_not_be_used() -> None:
     model, old, compiled = setup()
-    new = grass_compile.AdamW(model.named_parameters(), rank=8)
+    new = paper.AdamW(model.named_parameters(), rank=8)
     forms.loss_of(compiled(x())).backward()
     new.step()
     assert len(new.state[model.layer.weight]["index"]) == 8
@@ -315,7 +315,7 @@ def test_distributed_data_parallel_is_refused(tmp_path: Any) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         model = forms.LinearBias()
-        optimizer = grass_compile.AdamW(model.named_parameters(), rank=4)
+        optimizer = paper.AdamW(model.named_parameters(), rank=4)
         wrapped = nn.parallel.DistributedDataParallel(model)
         compiled = torch.compile(wrapped, backend="grass", options={"compiler": "aot_eager"})
         with pytest.raises(ConfigError, match="DistributedDataParallel, which is not supported yet"):
@@ -333,7 +333,7 @@ def test_fully_shard_is_refused(tmp_path: Any) -> None:
         mesh = torch.distributed.init_device_mesh("cpu", (1,))
         model = fully_shard(forms.LinearBias(), mesh=mesh)
         with pytest.raises(ConfigError, match=r"layer\.weight: it is sharded by fully_shard"):
-            grass_compile.AdamW(model.named_parameters(), rank=4)
+            paper.AdamW(model.named_parameters(), rank=4)
     finally:
         torch.distributed.destroy_process_group()
 
@@ -346,6 +346,6 @@ def test_fsdp1_is_refused(tmp_path: Any) -> None:
         for original in (False, True):
             model = FullyShardedDataParallel(forms.LinearBias(), device_id=torch.device("cpu"), use_orig_params=original)
             with pytest.raises(ConfigError, match=r"FullyShardedDataParallel \(FSDP1\), which is not supported yet"):
-                grass_compile.AdamW(model.named_parameters(), rank=4)
+                paper.AdamW(model.named_parameters(), rank=4)
     finally:
         torch.distributed.destroy_process_group()

@@ -62,7 +62,7 @@ would be as large as what the codes are there to save."""
 
 @functools.cache
 def _compiled_step(options: BackendOptions, config: SiteConfig, dim: int, specs: Any) -> Callable[..., Any]:
-    log.info("compiling a step: rank %d along dimension %d of %s", config.rank, dim, list(specs[1][0]))
+    log.info("compiling a step: rank %d along dimension %d of %s", specs[0][0][dim], dim, list(specs[1][0]))
     gm = step_graph(config, dim, specs)
     patches = {**(RECOMPUTE if config.rule.state_dtypes else {}), **dict(options.inductor)}
     return _torch.compile_kernel(gm, compiler=options.compiler, mode=options.mode, patches=patches, key=source_hash())

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from .. import _torch
-from ..config import PROJECT, nearest, parse_group
+from ..config import parse_group
 from ..errors import ConfigError, GrassWarning, StateError
+from ..keywords import KEYWORDS, PROJECT, STORED, check_names, completed
 from ..math.rule import Rule
 from ..runtime.checkpoint import check_dense, fitting, unprotect
 from ..runtime.compact import is_compact
 from ..runtime.manager import ProjectionManager
 
-COMMON = ("step_in_backward", "max_grad_norm", "nonfinite")
+COMMON = tuple(keyword.name for keyword in KEYWORDS if keyword.whole)
 """Keywords that belong to an optimizer as a whole."""
 
 
@@ -40,7 +41,8 @@ class GrassOptimizer(torch.optim.Optimizer):
             **torch_keywords: defaults of torch's keywords.
         """
         self.rule = rule
-        self._own = _completed(own)
+        check_names(own, type(self).__name__)
+        self._given = _with_seed(own)
         self._holder = ProjectionManager(self, fused=True)
         self._warned = False
         try:
@@ -49,13 +51,13 @@ class GrassOptimizer(torch.optim.Optimizer):
             raise
         except ValueError as error:
             raise ConfigError(f"{type(self).__name__}: {error}") from error
-        self.defaults.update(self._own)
+        self.defaults.update(completed(self._given))
         self._settle()
 
     def _settle(self) -> None:
         """Take from the groups what has to be common to all."""
         group = self.param_groups[0]
-        self._holder.fused = group["step_in_backward"]
+        self._holder.fused = group["step_in_backward"] is True
         self._holder.max_norm = None if group["max_grad_norm"] is None else float(group["max_grad_norm"])
         self._holder.checked = parse_group(group).checked
 
@@ -67,11 +69,11 @@ class GrassOptimizer(torch.optim.Optimizer):
         Raises:
             ConfigError: an unknown or invalid keyword, a parameter that is there already, or one that cannot be trained here.
         """
-        for key, value in self._own.items():
-            param_group.setdefault(key, value)
-        unknown = set(param_group) - {"params", "param_names", "initial_lr", *self._own, *self.defaults}
+        unknown = set(param_group) - {"params", "param_names", "initial_lr", *PROJECT, *self.defaults}
         if unknown:
-            raise ConfigError(f"parameter group has unknown keywords {sorted(unknown)}; valid: {sorted(self._own)}.")
+            raise ConfigError(f"parameter group has unknown keywords {sorted(unknown)}; valid: {sorted(PROJECT)}.")
+        param_group.update(completed(param_group, self._given))
+        param_group.pop("preset", None)
         options = parse_group(param_group)
         if options.state_dtype is not None and self.rule.state_dtypes:
             which = f"state_dtype={options.state_dtype}: the state of {type(self).__name__}"
@@ -180,6 +182,10 @@ class GrassOptimizer(torch.optim.Optimizer):
             )
         return False
 
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        """What torch's fused optimizers write; ours is answered above."""
+
     def accumulate(self) -> contextlib.AbstractContextManager[None]:
         """For every micro-batch but the last: inside, ``backward()`` leaves compact gradients and moves nothing.
 
@@ -270,7 +276,7 @@ class GrassOptimizer(torch.optim.Optimizer):
                 f"{[len(group['params']) for group in mine]}: it belongs to another model. Nothing was changed."
             )
         for group, other in zip(mine, saved, strict=True):
-            merged = {**{key: group[key] for key in self._own}, **other}
+            merged = {**{keyword.name: group[keyword.name] for keyword in STORED}, **other}
             for name, parameter in zip(group.get("param_names") or [], group["params"], strict=False):
                 for key in ("rank", "axis", "projection"):
                     if merged[key] != group[key]:
@@ -289,19 +295,10 @@ class GrassOptimizer(torch.optim.Optimizer):
         return groups
 
 
-def _completed(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Our keywords, completed.
-
-    Raises:
-        ConfigError: an unknown one.
-    """
-    for key in given:
-        if key not in PROJECT:
-            raise ConfigError(f"{key}={given[key]!r}: this optimizer has no such argument.{nearest(key, PROJECT)}")
-    own = {**PROJECT, "rank": 128, **given}
-    if not isinstance(own["exclude"], str):
-        own["exclude"] = tuple(own["exclude"])
-    if given.get("seed") is None:
-        draws = own["stochastic_rounding"] or own["selection"] != "top" or own["projection"] == "gaussian"
-        own["seed"] = int(torch.randint(2**31, (), device="cpu")) if draws else 0
-    return own
+def _with_seed(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Our keywords as they were given, with a seed drawn from torch's default generator if one is needed and none was given."""
+    chosen = completed(given)
+    if chosen["seed"] is None:
+        draws = chosen["stochastic_rounding"] or chosen["selection"] != "top" or chosen["projection"] == "gaussian"
+        return {**given, "seed": int(torch.randint(2**31, (), device="cpu")) if draws else 0}
+    return dict(given)

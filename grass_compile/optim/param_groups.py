@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from .. import _torch
-from ..config import DEFAULT_EXCLUDE, PROJECT, finite, name_patterns, nearest
+from ..checks import finite, name_patterns
 from ..errors import ConfigError
+from ..keywords import DEFAULT_EXCLUDE, ProjectKeywords, check_names, completed
 
 QUERY_KEY = (
     "*q_proj.weight", "*k_proj.weight",  # LLaMA, Mistral, Qwen, OPT
@@ -20,10 +22,6 @@ QUERY_KEY = (
 )  # fmt: skip
 """Name patterns of query and key projections. A fused one (GPT-2's ``c_attn``) has no rate of its own."""
 
-CHOSEN = {"axis": "columns", "selection": "uniform", "on_refresh": "carry", "stagger": True}
-CHOSEN_DENSE = {"on_refresh": "keep"}
-"""Keywords of projected weights that ended lowest in the study of ``docs/choosing.md``; with dense projections."""
-
 
 def param_groups(
     model: nn.Module,
@@ -32,15 +30,13 @@ def param_groups(
     dense_lr: float | Tensor | None = None,
     query_key: Sequence[str] = QUERY_KEY,
     query_key_factor: float = 2.0,
-    exclude: Sequence[str] = DEFAULT_EXCLUDE,
-    **project: Any,
+    **project: Unpack[ProjectKeywords],
 ) -> list[dict[str, Any]]:
     """Parameter groups for any optimizer of this package: linear weights, among them queries and keys, and everything else.
 
-    ``grass_compile.Muon(grass_compile.param_groups(model, lr=6e-3, dense_lr=1e-3), rank=512)`` projects the linear weights onto
-    columns that are drawn blindly, each weight at a step of its own, with moments carried over; moves query and key projections
-    at twice the rate of the others; and trains the rest densely. What is chosen so, and by how much it is better, is in
-    ``docs/choosing.md``. The groups are plain dicts and may be changed.
+    ``grass_compile.Muon(grass_compile.param_groups(model, lr=6e-3, dense_lr=1e-3), rank=512)`` projects the
+    linear weights, moves query and key projections at twice the rate of the others, and trains the rest densely. By how much
+    that is better is in ``docs/choosing.md``. The groups are plain dicts and may be changed.
 
     A matrix that no matmul with activations reads stays dense in its group; `grass_compile.explain` names it.
 
@@ -50,9 +46,8 @@ def param_groups(
         dense_lr: learning rate of the rest (embeddings, the head, norms, biases); None: ``lr``.
         query_key: name patterns (``fnmatch``) of the weights that have a rate of their own.
         query_key_factor: this rate, as a multiple of ``lr``.
-        exclude: name patterns of weights that stay dense.
-        **project: keywords of `AdamW` from ``rank`` on, for the projected weights, in addition to those chosen or in place of
-            them.
+        **project: ``exclude``, ``rank``, ``preset`` and the rest of `grass_compile.keywords`, for the projected weights;
+            what is left out is as the optimizer says.
 
     Returns:
         up to three groups of named parameters, those that are empty left out: linear weights, query and key projections, and,
@@ -64,12 +59,12 @@ def param_groups(
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"param_groups needs a torch.nn.Module, got {type(model).__name__}.")
-    for key in project:
-        if key not in PROJECT:
-            raise ConfigError(f"param_groups: {key}={project[key]!r} is not a keyword of a group.{nearest(key, PROJECT)}")
+    check_names(project, "param_groups")
+    completed(project)  # refuses a preset that is not known
     if finite("param_groups: query_key_factor", query_key_factor) <= 0:
         raise ConfigError(f"param_groups: query_key_factor must be above 0, got {query_key_factor!r}.")
-    query_key, exclude = name_patterns("query_key", query_key), name_patterns("exclude", exclude)
+    query_key = name_patterns("query_key", query_key)
+    exclude = name_patterns("exclude", project.get("exclude", DEFAULT_EXCLUDE))
 
     # An embedding is a matrix too, and so is a head that is tied to one.
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
@@ -87,8 +82,7 @@ def param_groups(
             f"param_groups: {type(model).__name__} has no linear weight that could be projected: none of its parameters is a "
             f"matrix, or all that are belong to embeddings or match exclude={exclude!r}."
         )
-    chosen = CHOSEN if project.get("projection", "grass") == "grass" else CHOSEN_DENSE
-    keywords = {**chosen, "exclude": exclude, **project}
+    keywords = {**project, "exclude": exclude}
     groups: list[dict[str, Any]] = [
         {"params": linear, "lr": lr, **keywords},
         {"params": queries, "lr": lr * query_key_factor, **keywords},

@@ -13,7 +13,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx
 
-from ..config import Axis, SiteConfig
+from ..config import SiteConfig
+from ..keywords import Axis
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import AXES
+from ..checks import rank_along
 from ..errors import StateError
+from ..keywords import AXES
 from ..math.projection import SELECTORS
 from .compact import Assigned, initial_state
 from .parameter import ProjectedParameter
@@ -44,8 +45,9 @@ def fitting(record: ProjectedParameter, entry: Mapping[str, Any]) -> tuple[Assig
     if dim not in (0, 1) or axis not in ("rows", "columns") or type(updates) is not int or updates < 0:
         raise refuse(f"has dim={dim!r}, axis={axis!r} and updates={updates!r}, which makes no sense")
     shape, selector = tuple(parameter.shape), tensors[record.selector]
-    rank = _rank_of(options.projection, selector, min(wanted or 0, shape[dim]))
-    if len(shape) != 2 or wanted is None or rank != min(wanted, shape[dim]):
+    needed = 0 if wanted is None else rank_along(wanted, shape[dim])
+    rank = _rank_of(options.projection, selector, needed)
+    if len(shape) != 2 or wanted is None or rank != needed:
         raise refuse(f"has rank {rank}, which does not fit a weight of shape {shape} with rank {wanted}")
     if options.axis not in ("auto", axis):
         raise refuse(f"is along {axis}, this optimizer wants axis={options.axis!r}")
@@ -56,8 +58,8 @@ def fitting(record: ProjectedParameter, entry: Mapping[str, Any]) -> tuple[Assig
     fresh = initial_state(parameter, assigned, *how)
     for name, value in tensors.items():
         if value.shape != fresh[name].shape:
-            found, needed = tuple(value.shape), tuple(fresh[name].shape)
-            raise refuse(f"has a {name} of shape {found}, where a weight of shape {shape} with rank {wanted} needs {needed}")
+            found, kept = tuple(value.shape), tuple(fresh[name].shape)
+            raise refuse(f"has a {name} of shape {found}, where a weight of shape {shape} with rank {wanted} needs {kept}")
         if value.dtype != fresh[name].dtype:
             raise refuse(f"has a {name} of {value.dtype}, where {fresh[name].dtype} is kept (model dtype, or state_dtype=)")
     if damage := _damage(options.projection, selector, rank, shape[dim]):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import Axis
+from ..keywords import Axis
 from ..math.projection import SELECTORS
 from ..math.rule import Rule
 

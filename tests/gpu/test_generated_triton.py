@@ -18,12 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import grass_compile
 from grass_compile import kernels, ops
-from grass_compile.config import Axis, BackendOptions, SiteConfig
+from grass_compile.config import BackendOptions, SiteConfig
+from grass_compile.keywords import Axis
 from grass_compile.math.layout import SHARED_HYPER
 from grass_compile.optim.rules import AdamWRule
 
+from .. import paper
 from .described import Generated, generate
 from .parsed import parse
 
@@ -58,7 +59,7 @@ class GatedMLP(nn.Module):
 def train(axis: Axis, scores: str = "exact") -> None:
     """Two steps in bf16; runs in a child process, where nothing of what is generated is launched."""
     model = nn.Sequential(*(GatedMLP() for _ in range(LAYERS))).to(torch.bfloat16)
-    optimizer = grass_compile.AdamW(model.named_parameters(), rank=RANK, axis=axis, scores=scores)
+    optimizer = paper.AdamW(model.named_parameters(), rank=RANK, axis=axis, scores=scores)
     compiled = torch.compile(model, backend="grass", options={"strict": True})
     x = torch.zeros(TOKENS, WIDTH, dtype=torch.bfloat16, requires_grad=True)
     for _ in range(2):
@@ -213,7 +214,7 @@ def step_alone(name: str, axis: Axis, features: str) -> None:
     """An optimizer's step of one weight whose rows have so many features; the model itself is not compiled."""
     shape = (WIDTH, int(features)) if axis == "rows" else (int(features), WIDTH)
     model = nn.Linear(*shape[::-1], bias=False).to(torch.bfloat16)
-    optimizer = getattr(grass_compile, name)(model.named_parameters(), rank=RANK, axis=axis)
+    optimizer = getattr(paper, name)(model.named_parameters(), rank=RANK, axis=axis)
     compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
     compiled(torch.zeros(8, shape[1], dtype=torch.bfloat16)).float().square().mean().backward()
     weight, state, rule = model.weight, optimizer.state[model.weight], optimizer.rule

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import fx, nn
 
-import grass_compile
 from grass_compile import ops
 from grass_compile.config import SiteConfig
 from grass_compile.math.layout import SHARED_HYPER
@@ -18,7 +17,7 @@ from grass_compile.passes.fx_utils import op_counts, outputs, placeholders
 from grass_compile.passes.joint.rewrite import OF_SELECTOR
 from grass_compile.passes.kernel import step_graph
 
-from .. import forms
+from .. import forms, paper
 from ..harness import products
 from . import test_rewrite
 
@@ -85,7 +84,7 @@ def test_columns_save_only_the_projected_activation(projection: str, graphs: lis
 def test_a_basis_for_the_backward_is_made_there(projection: str, graphs: list[Any]) -> None:
     """Under autocast, where that of ``galore`` has to be cast; and right before it is read, not all at once."""
     model = Deep()
-    optimizer = grass_compile.AdamW(model.named_parameters(), rank=4, axis="rows", projection=projection)
+    optimizer = paper.AdamW(model.named_parameters(), rank=4, axis="rows", projection=projection)
     compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
     for step in range(2):
         with torch.autocast("cpu", torch.bfloat16):
@@ -110,7 +109,7 @@ def test_without_rewrite_the_numbers_are_the_same(name: str, projection: str, ax
     twin = copy.deepcopy(model)
     for each, disabled in ((model, ()), (twin, ("rewrite",))):
         keywords = dict(rank=forms.RANK, axis=axis, projection=projection, seed=1, eps=1e-3, lr=1e-2, update_proj_gap=2)
-        optimizer = grass_compile.AdamW(each.named_parameters(), **keywords)  # type: ignore[arg-type]
+        optimizer = paper.AdamW(each.named_parameters(), **keywords)  # type: ignore[arg-type]
         options = {"compiler": "aot_eager", "disable_passes": disabled}
         compiled = torch.compile(each, backend="grass", options=options)
         for step in range(3):

@@ -13,6 +13,8 @@ from grass_compile import ops
 from grass_compile.passes import pipeline
 from tests.harness import Attention, batch
 
+from .. import paper
+
 aten = torch.ops.aten
 
 RANK = 4
@@ -60,7 +62,7 @@ def backwards(monkeypatch: pytest.MonkeyPatch) -> list[fx.GraphModule]:
 
 def train(model: nn.Module, steps: int = 5, disable: tuple[str, ...] = (), micro: int = 1, **own: Any) -> grass_compile.AdamW:
     keywords: dict[str, Any] = dict(rank=RANK, axis="rows", update_proj_gap=3, seed=5, lr=1e-2)
-    optimizer = grass_compile.AdamW(model.named_parameters(), **{**keywords, **own})
+    optimizer = paper.AdamW(model.named_parameters(), **{**keywords, **own})
     compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager", "disable_passes": disable})
     for step in range(steps):
         for part in range(micro - 1):
@@ -151,7 +153,7 @@ def test_with_inductor() -> None:
     eager.load_state_dict(compiled.state_dict())
     train(eager, disable=("batch_matmuls",))
     torch._dynamo.reset()
-    optimizer = grass_compile.AdamW(compiled.named_parameters(), rank=RANK, axis="rows", update_proj_gap=3, seed=5, lr=1e-2)
+    optimizer = paper.AdamW(compiled.named_parameters(), rank=RANK, axis="rows", update_proj_gap=3, seed=5, lr=1e-2)
     run = torch.compile(compiled, backend="grass")
     for step in range(5):
         run(batch(step)).square().sum().backward()

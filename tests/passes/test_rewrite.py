@@ -20,7 +20,7 @@ from grass_compile.passes.backward.verify import verify
 from grass_compile.passes.fx_utils import PROVENANCE, op_counts, outputs
 from grass_compile.passes.kernel import step_graph
 
-from .. import forms
+from .. import forms, paper
 from ..harness import products
 
 aten = torch.ops.aten
@@ -59,7 +59,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[fx.GraphModule, fx.Gra
 
 def train(model: nn.Module, steps: int = 2, options: dict[str, Any] | None = None, **keywords: Any) -> grass_compile.AdamW:
     """A few steps through the compiled path, op by op."""
-    optimizer = grass_compile.AdamW(model.named_parameters(), **{"rank": forms.RANK, **keywords})
+    optimizer = paper.AdamW(model.named_parameters(), **{"rank": forms.RANK, **keywords})
     compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager", **(options or {})})
     for step in range(steps):
         forms.loss_of(compiled(forms.batch(torch.float32, step))).backward()
@@ -311,7 +311,7 @@ def test_the_step_by_itself_writes_in_place(dim: int, weight_decay: float) -> No
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_a_deferred_backward_returns_the_compact_gradient(axis: str, accumulate: int, graphs: list[Any]) -> None:
     """Of a refresh, the first backward chooses rows, which writes index and moments; every other writes nothing at all."""
-    optimizer = grass_compile.AdamW((model := forms.Linear()).named_parameters(), rank=4, axis=axis, step_in_backward=False)
+    optimizer = paper.AdamW((model := forms.Linear()).named_parameters(), rank=4, axis=axis, step_in_backward=False)
     compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
     for step in range(2):
         for _ in range(accumulate):

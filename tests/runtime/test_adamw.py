@@ -12,7 +12,7 @@ from torch import nn
 import grass_compile
 from grass_compile.optim.rules import AdamWRule
 
-from .. import forms
+from .. import forms, paper
 from ..harness import pair
 
 
@@ -40,7 +40,7 @@ def test_full_rank_equals_torch_adamw(axis: str, compiler: str) -> None:
     model = mlp().double()
     twin = copy.deepcopy(model)
     keywords: dict[str, Any] = dict(lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
-    optimizer = grass_compile.AdamW(model.named_parameters(), rank=40, axis=axis, update_proj_gap=1000, **keywords)
+    optimizer = paper.AdamW(model.named_parameters(), rank=40, axis=axis, update_proj_gap=1000, **keywords)
     reference = torch.optim.AdamW(twin.parameters(), **keywords)
     compiled = torch.compile(model, backend="grass", options={"compiler": compiler})
     steps(compiled, optimizer, 20, dtype=torch.float64)
@@ -99,7 +99,7 @@ def test_groups_override_keywords() -> None:
         {"params": list(model[0].named_parameters()), "rank": 3, "axis": "columns", "lr": 1e-3},
         {"params": list(model[2].named_parameters()) + list(model[3].named_parameters()), "rank": 5, "axis": "rows"},
     ]
-    optimizer = grass_compile.AdamW(groups, lr=1e-2)
+    optimizer = paper.AdamW(groups, lr=1e-2)
     compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
     loss(compiled(torch.randn(7, 24))).backward()
     optimizer.step()
@@ -111,7 +111,7 @@ def test_groups_override_keywords() -> None:
 def test_dense_rest_is_torch_adamw() -> None:
     model = mlp()
     twin = copy.deepcopy(model)
-    optimizer = grass_compile.AdamW(model.named_parameters(), lr=1e-2, rank=None)
+    optimizer = paper.AdamW(model.named_parameters(), lr=1e-2, rank=None)
     reference = torch.optim.AdamW(twin.parameters(), lr=1e-2, weight_decay=0.0)
     compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
     steps(compiled, optimizer, 3)
@@ -126,7 +126,7 @@ def test_state_dict_resumes_bit_for_bit(tmp_path: Any) -> None:
         torch._dynamo.reset()
         torch.manual_seed(0)
         model = mlp()
-        optimizer = grass_compile.AdamW(model.named_parameters(), lr=1e-2, rank=6, update_proj_gap=3, on_refresh="carry")
+        optimizer = paper.AdamW(model.named_parameters(), lr=1e-2, rank=6, update_proj_gap=3, on_refresh="carry")
         return model, optimizer, torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
 
     whole, first, second = fresh(), fresh(), fresh()
@@ -144,12 +144,12 @@ def test_state_dict_resumes_bit_for_bit(tmp_path: Any) -> None:
 
 def test_state_of_another_rank_is_refused_and_changes_nothing() -> None:
     model = mlp()
-    optimizer = grass_compile.AdamW(model.named_parameters(), rank=6)
+    optimizer = paper.AdamW(model.named_parameters(), rank=6)
     compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
     loss(compiled(torch.randn(7, 24))).backward()
     optimizer.step()
     saved = copy.deepcopy(optimizer.state_dict())
-    other = grass_compile.AdamW(mlp().named_parameters(), rank=5)
+    other = paper.AdamW(mlp().named_parameters(), rank=5)
     with pytest.raises(grass_compile.StateError, match=r"0\.weight: the loaded state was made with rank=6, .* with rank=5"):
         other.load_state_dict(saved)
     assert not other.state

@@ -16,6 +16,7 @@ from grass_compile import ConfigError, StateError
 from grass_compile.optim.rules import AdamW8bitRule
 from grass_compile.optim.rules.adamw8bit import positive_codes, positive_values, signed_codes, signed_values
 
+from .. import paper
 from ..compact import Net, State, backward, check
 
 AXES = ("rows", "columns")
@@ -169,7 +170,7 @@ def test_full_rank_follows_torchs_adamw(axis: str) -> None:
     """20 steps: the distance from ``torch.optim.AdamW`` is a small part of the way."""
     model = Net()
     start, twin = copy.deepcopy(model), copy.deepcopy(model)
-    optimizer = grass_compile.AdamW8bit(model.named_parameters(), lr=1e-2, weight_decay=0.1, rank=24, axis=axis)
+    optimizer = paper.AdamW8bit(model.named_parameters(), lr=1e-2, weight_decay=0.1, rank=24, axis=axis)
     train(model, optimizer, compiled(model), range(20))
     train(twin, torch.optim.AdamW(twin.parameters(), lr=1e-2, weight_decay=0.1), twin, range(20))
     for name in ("a.weight", "b.weight"):
@@ -227,7 +228,7 @@ def test_regression_ends_where_adamw_ends() -> None:
 
     exact, weights = run(lambda model: torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0))
     ours, mine = run(
-        lambda model: grass_compile.AdamW8bit(model.named_parameters(), lr=2e-3, rank=192, axis="rows", update_proj_gap=500), True
+        lambda model: paper.AdamW8bit(model.named_parameters(), lr=2e-3, rank=192, axis="rows", update_proj_gap=500), True
     )
     assert abs(ours - exact) < 0.05 * exact, (ours, exact)
     _, theirs = run(lambda model: BlockwiseAdamW(model.parameters(), lr=2e-3, weight_decay=0.0))
@@ -236,7 +237,7 @@ def test_regression_ends_where_adamw_ends() -> None:
 
 def make(model: nn.Module, **keywords: Any) -> grass_compile.AdamW8bit:
     keywords = {"rank": 6, "axis": "rows", "update_proj_gap": 3, "on_refresh": "carry", "lr": 1e-2, **keywords}
-    return grass_compile.AdamW8bit(model.named_parameters(), **keywords)
+    return paper.AdamW8bit(model.named_parameters(), **keywords)
 
 
 @pytest.mark.parametrize("axis", AXES)
@@ -267,7 +268,7 @@ def test_dense_state_of_the_rule_keeps_its_dtypes() -> None:
     for _ in range(2):
         torch.manual_seed(0)
         model = Net().to(torch.bfloat16)
-        runs.append((model, grass_compile.Optimizer(model.named_parameters(), "adamw8bit", rank=6, axis="rows", lr=1e-2)))
+        runs.append((model, paper.Optimizer(model.named_parameters(), "adamw8bit", rank=6, axis="rows", lr=1e-2)))
     (model, optimizer), (resumed, again) = runs
     forward = compiled(model)
     train(model, optimizer, forward, range(3))
@@ -283,7 +284,7 @@ def test_dense_state_of_the_rule_keeps_its_dtypes() -> None:
 
 def test_bytes_of_the_state() -> None:
     model = nn.Linear(1000, 64, bias=False)
-    optimizer = grass_compile.AdamW8bit(model.named_parameters(), rank=16, axis="rows")
+    optimizer = paper.AdamW8bit(model.named_parameters(), rank=16, axis="rows")
     compiled(model)(torch.randn(3, 1000)).sum().backward()
     state = optimizer.state[model.weight]
     names = optimizer.rule.state_names
@@ -305,7 +306,7 @@ def test_refusals() -> None:
     model = Net()
     with pytest.raises(ConfigError, match=r"state_dtype=torch\.bfloat16: the state of AdamW8bit is quantised by its rule"):
         make(model, state_dtype=torch.bfloat16)
-    train(model, full := grass_compile.AdamW(model.named_parameters(), rank=6, axis="rows"), compiled(model), range(2))
+    train(model, full := paper.AdamW(model.named_parameters(), rank=6, axis="rows"), compiled(model), range(2))
     other = Net()
     with pytest.raises(StateError, match="lacks"):
         make(other, on_refresh="reset").load_state_dict(full.state_dict())

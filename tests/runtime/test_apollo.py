@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import grass_compile
 from grass_compile import ConfigError
 from grass_compile.math.noise import gaussian
 from grass_compile.optim.rules import ApolloRule
 
+from .. import paper
 from ..compact import State, backward, check
 
 AXES = ("rows", "columns")
@@ -70,7 +70,7 @@ def test_full_rank_equals_the_authors_package() -> None:
     package = pytest.importorskip("apollo_torch")
     model = nn.Sequential(nn.Linear(24, 24, bias=False), nn.Tanh(), nn.Linear(24, 24, bias=False)).double()
     twin = copy.deepcopy(model)
-    optimizer = grass_compile.Apollo(model.named_parameters(), lr=1e-2, directions=4, rank=24, axis="rows", update_proj_gap=100)
+    optimizer = paper.Apollo(model.named_parameters(), lr=1e-2, directions=4, rank=24, axis="rows", update_proj_gap=100)
     group = dict(params=list(twin.parameters()), rank=4, update_proj_gap=1000, scale=1.0, proj="random", proj_type="right")
     reference = package.APOLLOAdamW([{**group, "scale_type": "channel"}], lr=1e-2)
     projector = sys.modules["apollo_torch.random_projector"].GradientProjector
@@ -111,4 +111,4 @@ def test_a_row_moves_as_far_as_the_paper_says() -> None:
 
 def test_refusal() -> None:
     with pytest.raises(ConfigError, match="directions must be a whole number of at least 1, got 0"):
-        grass_compile.Apollo(nn.Linear(4, 4).named_parameters(), directions=0)
+        paper.Apollo(nn.Linear(4, 4).named_parameters(), directions=0)

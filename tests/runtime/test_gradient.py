@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import grass_compile
 from grass_compile import StateError
 from grass_compile.runtime.gradient import CompactGrad
 
-from .. import forms
+from .. import forms, paper
 from ..harness import Pair, pair
 
 ROWS, COLUMNS = 7, 5
@@ -408,7 +407,7 @@ def test_scaler_skips_a_step_with_infinities_and_nothing_is_lost(on_refresh: str
 def test_scaler_sees_an_overflow_of_the_scaled_loss() -> None:
     """The gradient that overflows chooses rows; the step that follows chooses them anew."""
     model = forms.LinearBias()
-    optimizer = grass_compile.AdamW(model.named_parameters(), rank=4, step_in_backward=False)
+    optimizer = paper.AdamW(model.named_parameters(), rank=4, step_in_backward=False)
     compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
     scale = torch.amp.GradScaler("cpu", init_scale=2.0**125, growth_interval=1000, backoff_factor=2.0**-100)
     before = model.layer.weight.detach().clone()

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import grass_compile
 from grass_compile import ConfigError
 from grass_compile.optim.rules import MuonRule
 from grass_compile.optim.rules.muon import orthogonalize
 
+from .. import paper
 from ..compact import Net, State, backward, check
 
 AXES = ("rows", "columns")
@@ -80,7 +80,7 @@ def test_full_rank_equals_torch(axis: str, nesterov: bool) -> None:
     model = Net().double()
     twin = copy.deepcopy(model)
     decay = dict(lr=1e-2, weight_decay=0.1)
-    optimizer = grass_compile.Muon(
+    optimizer = paper.Muon(
         model.named_parameters(), **decay, momentum=0.9, nesterov=nesterov, rank=24, axis=axis, update_proj_gap=100
     )
     weights, biases = [twin.a.weight, twin.b.weight], [twin.a.bias]
@@ -106,7 +106,7 @@ def test_the_update_is_as_long_as_promised(axis: str) -> None:
     """A root mean square of about ``0.2 lr`` on the columns that move, and none elsewhere."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 48, bias=False))
-    optimizer = grass_compile.Muon(model.named_parameters(), lr=1e-2, rank=16, axis=axis, selection="uniform")
+    optimizer = paper.Muon(model.named_parameters(), lr=1e-2, rank=16, axis=axis, selection="uniform")
     before, forward = model[0].weight.detach().clone(), compiled(model)
     forward(torch.randn(200, 64)).square().mean().backward()
     optimizer.step()
@@ -121,7 +121,7 @@ def test_momentum_changes_without_a_recompilation() -> None:
     torch.manual_seed(0)
     model = Net().double()
     twin = copy.deepcopy(model)
-    optimizer = grass_compile.Muon(model.named_parameters(), momentum=0.5, rank=24, axis="rows", update_proj_gap=100)
+    optimizer = paper.Muon(model.named_parameters(), momentum=0.5, rank=24, axis="rows", update_proj_gap=100)
     weights = [twin.a.weight, twin.b.weight]
     muon = torch.optim.Muon(weights, momentum=0.5, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     rest, forward = torch.optim.AdamW([twin.a.bias], lr=1e-3, weight_decay=0.0), compiled(model)
@@ -141,7 +141,7 @@ def test_training_and_resuming() -> None:
 
     def make(net: nn.Module) -> tuple[Any, Any]:
         keywords: dict[str, Any] = dict(rank=8, axis="columns", update_proj_gap=5, on_refresh="carry", selection="uniform")
-        return grass_compile.Muon(net.named_parameters(), lr=2e-2, **keywords), compiled(net)
+        return paper.Muon(net.named_parameters(), lr=2e-2, **keywords), compiled(net)
 
     def train(optimizer: Any, forward: Any, steps: range) -> list[float]:
         losses = []
@@ -165,7 +165,7 @@ def test_training_and_resuming() -> None:
 def test_zero_gradients_do_nothing() -> None:
     model = nn.Linear(12, 8, bias=False)
     before = model.weight.detach().clone()
-    optimizer = grass_compile.Muon(model.named_parameters(), rank=4, axis="rows")
+    optimizer = paper.Muon(model.named_parameters(), rank=4, axis="rows")
     forward = compiled(model)
     for _ in range(2):
         (forward(torch.ones(3, 12)) * 0.0).sum().backward()
@@ -177,9 +177,9 @@ def test_zero_gradients_do_nothing() -> None:
 def test_refusals() -> None:
     parameters = dict(nn.Linear(4, 4).named_parameters()).items()
     with pytest.raises(ConfigError, match="ns_steps must be a whole number of at least 1, got 0"):
-        grass_compile.Muon(parameters, ns_steps=0)
+        paper.Muon(parameters, ns_steps=0)
     with pytest.raises(ConfigError, match=r"Muon: momentum must be in \[0, 1\), got 1.0"):
-        grass_compile.Muon(parameters, momentum=1.0)
+        paper.Muon(parameters, momentum=1.0)
     group = {"params": list(parameters), "momentum": -0.5}
     with pytest.raises(ConfigError, match=r"Muon: momentum must be in \[0, 1\), got -0.5"):
-        grass_compile.Muon([group])
+        paper.Muon([group])

@@ -19,6 +19,8 @@ from grass_compile.math.selection import SAMPLED
 from grass_compile.runtime import manager as holder
 from grass_compile.runtime import nonfinite
 
+from .. import paper
+
 NAN, INF = float("nan"), float("inf")
 PROJECT: dict[str, Any] = dict(rank=6, axis="rows", update_proj_gap=3)
 BOTH = {"a": NAN, "b": NAN}
@@ -103,7 +105,7 @@ class Run:
     ) -> None:
         self.mode, self.dtype, self.model = mode, dtype, net(dtype)
         asked = {"lr": 1e-2, **PROJECT, "step_in_backward": mode != "deferred", **keywords}
-        self.optimizer = (make or grass_compile.AdamW)(self.model.named_parameters(), **asked)
+        self.optimizer = (make or paper.AdamW)(self.model.named_parameters(), **asked)
         self.compiled = compiled(self.model, compiler)
 
     def backward(self, seed: int, spoilt: dict[str, float] | None = None) -> None:
@@ -267,12 +269,12 @@ def test_a_skipped_step_does_not_move_the_schedule() -> None:
 
 
 RULES: dict[str, Any] = {
-    "AdamW": grass_compile.AdamW,
-    "SGD": lambda params, **keywords: grass_compile.SGD(params, momentum=0.9, **keywords),
-    "Adafactor": grass_compile.Adafactor,
-    "Lion": grass_compile.Lion,
-    "Muon": grass_compile.Muon,
-    "SONew": lambda params, **keywords: grass_compile.Optimizer(params, "sonew", **keywords),
+    "AdamW": paper.AdamW,
+    "SGD": lambda params, **keywords: paper.SGD(params, momentum=0.9, **keywords),
+    "Adafactor": paper.Adafactor,
+    "Lion": paper.Lion,
+    "Muon": paper.Muon,
+    "SONew": lambda params, **keywords: paper.Optimizer(params, "sonew", **keywords),
 }
 
 
@@ -447,7 +449,7 @@ def test_error_is_two_others_and_says_what_to_do() -> None:
 def test_a_long_list_is_cut() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(10)))
-    optimizer = grass_compile.AdamW(model.named_parameters(), rank=2)
+    optimizer = paper.AdamW(model.named_parameters(), rank=2)
     compiled(model)(torch.full((3, 8), NAN)).sum().backward()
     with pytest.raises(NonFiniteError, match="and 2 more"):
         optimizer.step()
@@ -495,7 +497,7 @@ def test_resume(mode: str) -> None:
 
 def test_train_step_goes_on_after_the_error() -> None:
     model = net()
-    optimizer = grass_compile.AdamW(model.named_parameters(), step_in_backward=False, **PROJECT)
+    optimizer = paper.AdamW(model.named_parameters(), step_in_backward=False, **PROJECT)
     step = grass_compile.train_step(optimizer, options={"compiler": "aot_eager"})(model)
     step(batch(0, torch.float64), factors())
     before = snapshot(model, optimizer)
@@ -515,14 +517,14 @@ def test_train_step_goes_on_after_the_error() -> None:
 )
 def test_unknown_answers_are_refused(keywords: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        grass_compile.AdamW(net().named_parameters(), **keywords)
+        paper.AdamW(net().named_parameters(), **keywords)
 
 
 def test_it_belongs_to_the_optimizer_as_a_whole() -> None:
     model = net()
     groups = [{"params": list(model.a.parameters())}, {"params": list(model.b.parameters()), "nonfinite": "skip"}]
     with pytest.raises(ConfigError, match="nonfinite differs between parameter groups"):
-        grass_compile.AdamW(groups)
+        paper.AdamW(groups)
 
 
 # ------------------------------------------------------------------------------------------------------------------ late
@@ -597,7 +599,7 @@ def test_dense_parameters_that_cannot_be_held_back_are_named(late: list[Arrival]
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_reports_one_step_later() -> None:
     model = net(torch.float32, bias=False).cuda()
-    optimizer = grass_compile.AdamW(model.named_parameters(), **{**PROJECT, "update_proj_gap": 100})
+    optimizer = paper.AdamW(model.named_parameters(), **{**PROJECT, "update_proj_gap": 100})
     forward = compiled(model)
     for seed, spoilt, named in [(0, "a", "a"), (1, "", ""), (2, "b", ""), (3, "", "b"), (4, "", "")]:
         before = snapshot(model, optimizer)
@@ -615,7 +617,7 @@ def test_a_gpu_is_not_waited_for() -> None:
     """Neither by a regular step nor by a blind refresh, though the learning rate changes at every step."""
     model = net(torch.float32, bias=False).cuda()
     keywords = dict(PROJECT, selection="uniform", on_refresh="carry", stagger=True)
-    optimizer = grass_compile.AdamW(model.named_parameters(), **keywords)
+    optimizer = paper.AdamW(model.named_parameters(), **keywords)
     forward = compiled(model)
     inputs, weights = [batch(seed, torch.float32).cuda() for seed in range(12)], factors().cuda()
     try:
@@ -636,7 +638,7 @@ def adopted(
     make: Callable[..., torch.optim.Optimizer], **options: Any
 ) -> tuple[Net, torch.optim.Optimizer, Callable[..., Tensor]]:
     model = net(bias=False)
-    options = {"rank": 6, "axis": "rows", "update_proj_gap": 3, **options}
+    options = {**paper.OPTIONS, "rank": 6, "axis": "rows", "update_proj_gap": 3, **options}
     return model, make(model.parameters(), lr=1e-2), compiled(model, **options)
 
 

@@ -19,7 +19,7 @@ from grass_compile import ops
 from grass_compile.errors import ConfigError, StateError
 from grass_compile.math import noise, projection
 
-from .. import forms
+from .. import forms, paper
 
 RANK, GAP, SEED = 6, 3, 4
 KEYWORDS: dict[str, Any] = dict(lr=1e-2, eps=1e-3, rank=RANK, update_proj_gap=GAP, seed=SEED, scale=0.25)
@@ -175,7 +175,7 @@ def test_training_equals_the_formula(kind: str, axis: str, on_refresh: str, loop
     model, keywords = layers(), LOOPS[loop]
     twin = copy.deepcopy(model)
     shared = {"axis": axis, "on_refresh": on_refresh}
-    optimizer = grass_compile.AdamW(model.named_parameters(), projection=kind, **KEYWORDS, **shared, **keywords)
+    optimizer = paper.AdamW(model.named_parameters(), projection=kind, **KEYWORDS, **shared, **keywords)
     rest = {key: value for key, value in keywords.items() if key != "step_in_backward"}
     formula, call = Formula(twin, kind, **shared, **rest), compiled(model)  # type: ignore[arg-type]
     train_both(model, call, optimizer, twin, formula, 3 * GAP)
@@ -187,7 +187,7 @@ def test_accumulation_equals_the_formula(kind: str, fused: bool) -> None:
     """The first of the micro-batches gives the basis; the gradients of all are projected onto it."""
     model = layers()
     twin = copy.deepcopy(model)
-    optimizer = grass_compile.AdamW(model.named_parameters(), projection=kind, step_in_backward=fused, **KEYWORDS)
+    optimizer = paper.AdamW(model.named_parameters(), projection=kind, step_in_backward=fused, **KEYWORDS)
     formula, call = Formula(twin, kind), compiled(model)
     for step in range(2 * GAP + 1):
         count = 1 + step % 3
@@ -208,7 +208,7 @@ def test_several_forwards_equal_the_formula(kind: str, dropped: bool) -> None:
     """The backward that runs first gives the basis; if what it left is dropped, the next one does."""
     model = layers()
     twin = copy.deepcopy(model)
-    optimizer = grass_compile.AdamW(model.named_parameters(), projection=kind, **KEYWORDS)
+    optimizer = paper.AdamW(model.named_parameters(), projection=kind, **KEYWORDS)
     formula, call = Formula(twin, kind), compiled(model)
     for step in range(2 * GAP):
         first, second = loss_of(call(batch(10 * step))), loss_of(call(batch(10 * step + 1)))
@@ -247,7 +247,7 @@ def test_blocks_of_any_batch_under_activation_checkpointing(kind: str, axis: str
     torch.manual_seed(0)
     model = nn.Sequential(*(Block() for _ in range(3))).double()
     twin = copy.deepcopy(model)
-    optimizer = grass_compile.AdamW(model.named_parameters(), projection=kind, axis=axis, **KEYWORDS)  # type: ignore[arg-type]
+    optimizer = paper.AdamW(model.named_parameters(), projection=kind, axis=axis, **KEYWORDS)  # type: ignore[arg-type]
     for block in model:
         block.compile(backend="grass", options=EAGER)
     formula = Formula(twin, kind, axis)
@@ -278,7 +278,7 @@ def test_galore_equals_galore_torch(dtype: torch.dtype, monkeypatch: pytest.Monk
     model = layers(dtype)
     twin = copy.deepcopy(model)
     keywords = {**KEYWORDS, "eps": 1e-30}
-    optimizer = grass_compile.AdamW(model.named_parameters(), projection="galore", on_refresh="keep", **keywords)
+    optimizer = paper.AdamW(model.named_parameters(), projection="galore", on_refresh="keep", **keywords)
     low_rank = {"rank": RANK, "update_proj_gap": GAP, "scale": KEYWORDS["scale"], "proj_type": "std"}
     linear = {"params": [weight for weight in twin.parameters() if weight.dim() == 2], **low_rank}
     rest = {"params": [weight for weight in twin.parameters() if weight.dim() == 1]}
@@ -304,7 +304,7 @@ def test_forms_of_a_layer_equal_the_formula(kind: str, name: str) -> None:
     torch.manual_seed(0)
     model = forms.FORMS[name]().double()
     twin = copy.deepcopy(model)
-    optimizer = grass_compile.AdamW(model.named_parameters(), projection=kind, **KEYWORDS)
+    optimizer = paper.AdamW(model.named_parameters(), projection=kind, **KEYWORDS)
     formula, call = Formula(twin, kind), compiled(model)
     for step in range(GAP + 2):
         forms.loss_of(call(forms.batch(torch.float64, step))).backward()
@@ -324,7 +324,7 @@ def test_full_rank_galore_is_sgd(axis: str, momentum: float) -> None:
     twin = copy.deepcopy(model)
     shared = dict(lr=0.1, momentum=momentum, weight_decay=0.1)
     groups = [{"params": [weight], "rank": max(weight.shape)} for weight in model.parameters()]
-    optimizer = grass_compile.SGD(groups, projection="galore", axis=axis, **shared)
+    optimizer = paper.SGD(groups, projection="galore", axis=axis, **shared)
     reference, call = torch.optim.SGD(twin.parameters(), **shared), compiled(model)  # type: ignore[arg-type]
     for step in range(5):
         for optim, run in ((optimizer, call), (reference, twin)):
@@ -340,7 +340,7 @@ def test_a_rule_that_reads_the_weight_sees_its_projection(axis: str) -> None:
     """Adafactor on ``P^T W`` (of columns ``(W P)^T``), with torch's as the reference, and its change projected back."""
     torch.manual_seed(0)
     model = nn.Linear(24, 12, bias=False).double()
-    optimizer = grass_compile.Adafactor(model.named_parameters(), lr=0.1, rank=4, projection="galore", axis=axis)  # type: ignore[arg-type]
+    optimizer = paper.Adafactor(model.named_parameters(), lr=0.1, rank=4, projection="galore", axis=axis)  # type: ignore[arg-type]
     before, x = model.weight.detach().clone(), torch.randn(7, 24, dtype=torch.float64)
     loss_of(compiled(model)(x)).backward()
     basis = optimizer.state[model.weight]["basis"]
@@ -364,7 +364,7 @@ def test_inductor_equals_eager(kind: str) -> None:
     weights = []
     for compiler in ("inductor", "aot_eager"):
         model = layers(torch.float32)
-        optimizer = grass_compile.AdamW(model.named_parameters(), projection=kind, weight_decay=0.1, **KEYWORDS)
+        optimizer = paper.AdamW(model.named_parameters(), projection=kind, weight_decay=0.1, **KEYWORDS)
         call = compiled(model, compiler=compiler)
         for step in range(GAP + 2):
             loss_of(call(batch(step, torch.float32))).backward()
@@ -426,7 +426,7 @@ def test_a_gaussian_sgd_step_is_unbiased() -> None:
     for seed in range(150):
         with torch.no_grad():
             model.weight.copy_(start.weight)
-        optimizer = grass_compile.SGD(model.named_parameters(), lr=1.0, rank=3, projection="gaussian", seed=seed)
+        optimizer = paper.SGD(model.named_parameters(), lr=1.0, rank=3, projection="gaussian", seed=seed)
         loss_of(call(x)).backward()
         optimizer.step()
         moved.append((model.weight - start.weight).detach())
@@ -472,7 +472,7 @@ def test_a_gradient_that_is_not_finite_is_seen(bad: float) -> None:
     model, untouched = layers(), layers()
     results = []
     for each, poisoned in ((model, True), (untouched, False)):
-        optimizer = grass_compile.AdamW(each.named_parameters(), projection="galore", step_in_backward=False, **KEYWORDS)
+        optimizer = paper.AdamW(each.named_parameters(), projection="galore", step_in_backward=False, **KEYWORDS)
         call = compiled(each)
         if poisoned:
             (loss_of(call(batch(0))) * bad).backward()
@@ -496,7 +496,7 @@ def test_steps_that_are_skipped_equal_the_formula(kind: str, on_refresh: str, lo
     model, keywords = layers(), LOOPS[loop]
     twin = copy.deepcopy(model)
     shared = {"on_refresh": on_refresh, "nonfinite": "skip"}
-    optimizer = grass_compile.AdamW(model.named_parameters(), projection=kind, **KEYWORDS, **shared, **keywords)
+    optimizer = paper.AdamW(model.named_parameters(), projection=kind, **KEYWORDS, **shared, **keywords)
     rest = {key: value for key, value in keywords.items() if key != "step_in_backward"}
     formula, call = Formula(twin, kind, on_refresh=on_refresh, **rest), compiled(model)
     for step, bad in enumerate([True, False, True, False, True, False, False, False]):
@@ -567,7 +567,7 @@ def test_bf16_training_follows_fp32(kind: str, stochastic: bool) -> None:
     wide, losses = copy.deepcopy(model).float(), []
     for each, dtype in ((model, torch.bfloat16), (wide, torch.float32)):
         how = {"stochastic_rounding": stochastic} if dtype == torch.bfloat16 else {}
-        optimizer = grass_compile.AdamW(each.named_parameters(), projection=kind, **{**KEYWORDS, "scale": 1.0}, **how)
+        optimizer = paper.AdamW(each.named_parameters(), projection=kind, **{**KEYWORDS, "scale": 1.0}, **how)
         call, run = compiled(each), []
         for step in range(12):
             loss = loss_of(call(batch(step % 2, dtype)).float())
@@ -586,7 +586,7 @@ def test_bf16_training_follows_fp32(kind: str, stochastic: bool) -> None:
 
 
 def trained(model: nn.Module, steps: int, kind: str, **keywords: Any) -> tuple[Any, Callable[[int], None]]:
-    optimizer = grass_compile.AdamW(model.named_parameters(), projection=kind, **{**KEYWORDS, "seed": 11, **keywords})
+    optimizer = paper.AdamW(model.named_parameters(), projection=kind, **{**KEYWORDS, "seed": 11, **keywords})
     call = compiled(model)
 
     def train(step: int) -> None:
@@ -668,7 +668,7 @@ def test_a_waiting_gradient_stands_for_the_projected_one(kind: str) -> None:
     """What reads it gets ``P P^T G``; what scales it is exact; what would need its elements is refused."""
     model = layers()
     twin = copy.deepcopy(model)
-    optimizer = grass_compile.AdamW(model.named_parameters(), projection=kind, step_in_backward=False, **KEYWORDS)
+    optimizer = paper.AdamW(model.named_parameters(), projection=kind, step_in_backward=False, **KEYWORDS)
     loss_of(compiled(model)(batch(0))).backward()
     loss_of(twin(batch(0))).backward()
     gradient: Any = model.tall.weight.grad
@@ -722,7 +722,7 @@ def test_unmodified_scripts(kind: str) -> None:
     """The first step's gradients, full as they are, are projected by the optimizer that turns out to hold the weights."""
     model = layers()
     twin = copy.deepcopy(model)
-    own = {"rank": RANK, "projection": kind, "update_proj_gap": GAP, "scale": KEYWORDS["scale"], "seed": SEED}
+    own = {**paper.OPTIONS, "rank": RANK, "projection": kind, "update_proj_gap": GAP, "scale": KEYWORDS["scale"], "seed": SEED}
     optimizer = torch.optim.AdamW(model.parameters(), lr=KEYWORDS["lr"], eps=KEYWORDS["eps"], weight_decay=0.0)
     linear = [number for number, weight in enumerate(twin.parameters()) if weight.dim() == 2]
     numbers = {number: position for position, number in enumerate(linear)}  # in the order in which they are taken over
@@ -744,7 +744,7 @@ def test_autocast_around_the_step_changes_nothing(kind: str, script: bool, monke
         if script:
             optimizer: Any = torch.optim.SGD(model.parameters(), **shared)  # type: ignore[arg-type]
         else:
-            optimizer = grass_compile.SGD(model.named_parameters(), step_in_backward=False, **shared, **own)  # type: ignore[arg-type]
+            optimizer = paper.SGD(model.named_parameters(), step_in_backward=False, **shared, **own)  # type: ignore[arg-type]
         call = compiled(model, **(own if script else {}))
         for step in range(4):
             loss_of(call(batch(step, torch.float32))).backward()
@@ -763,7 +763,7 @@ def test_autocast_around_the_step_changes_nothing(kind: str, script: bool, monke
 def test_unmodified_scripts_resume(kind: str) -> None:
     """Through torch's own ``load_state_dict``, which casts what it finds; the first step after it is dense once more."""
     model = layers(torch.bfloat16)
-    own = {"rank": RANK, "projection": kind, "update_proj_gap": GAP, "seed": SEED}
+    own = {**paper.OPTIONS, "rank": RANK, "projection": kind, "update_proj_gap": GAP, "seed": SEED}
 
     def script(model: nn.Module) -> tuple[torch.optim.Optimizer, Callable[[int], None]]:
         optimizer, call = torch.optim.AdamW(model.parameters(), lr=1e-2), compiled(model, **own)
@@ -808,18 +808,18 @@ def test_unmodified_scripts_resume(kind: str) -> None:
 )
 def test_keywords_about_rows_are_refused(kind: str, keywords: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        grass_compile.AdamW(layers().parameters(), projection=kind, **{**KEYWORDS, **keywords})
+        paper.AdamW(layers().parameters(), projection=kind, **{**KEYWORDS, **keywords})
 
 
 def test_an_unknown_projection_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"projection='galor' is not known. Did you mean 'galore'"):
-        grass_compile.AdamW(layers().parameters(), projection="galor")
+        paper.AdamW(layers().parameters(), projection="galor")
 
 
 @pytest.mark.parametrize("kind", ["grass", *DENSE])
 def test_the_report_says_which_projection(kind: str) -> None:
     model = layers(torch.float32)
-    optimizer = grass_compile.AdamW(model.named_parameters(), projection=kind, **KEYWORDS)
+    optimizer = paper.AdamW(model.named_parameters(), projection=kind, **KEYWORDS)
     report = grass_compile.explain(model, batch(0, torch.float32), optimizer=optimizer)
     assert [row.projection for row in report] == [kind, None, kind, kind]
     if kind == "grass":
@@ -841,7 +841,7 @@ def test_groups_may_differ() -> None:
         {"params": [("square", model.square.weight)], "projection": "gaussian"},
         {"params": [("bias", model.wide.bias)]},
     ]
-    optimizer = grass_compile.AdamW(groups, **KEYWORDS)
+    optimizer = paper.AdamW(groups, **KEYWORDS)
     call = compiled(model)
     losses = []
     for _ in range(2 * GAP + 1):

@@ -9,13 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import grass_compile
 from grass_compile import ops
 from grass_compile.math.noise import rounding_noise
 from grass_compile.math.rounding import round_stochastically
 from grass_compile.math.update import seed_of
 
-from .. import forms
+from .. import forms, paper
 
 MOST = 2**16 - 1
 
@@ -201,7 +200,15 @@ def test_inductor_steps_bit_for_bit_as_eager(axis: str) -> None:
         torch.manual_seed(0)
         model = nn.Linear(24, 16, bias=False).bfloat16()
         optimizer = torch.optim.SGD(model.parameters(), lr=2.0**-13)
-        options = {"compiler": compiler, "rank": 4, "axis": axis, "update_proj_gap": 3, "stochastic_rounding": True, "seed": 5}
+        options = {
+            **paper.OPTIONS,
+            "compiler": compiler,
+            "rank": 4,
+            "axis": axis,
+            "update_proj_gap": 3,
+            "stochastic_rounding": True,
+            "seed": 5,
+        }
         compiled = torch.compile(model, backend="grass", options=options)
         for step in range(5):
             generator = torch.Generator().manual_seed(step)
@@ -226,7 +233,7 @@ def trained(steps: int, *, model: nn.Module | None = None, gradient: float | Non
         if gradient is not None:
             nn.init.ones_(model.w)
     keywords = {"rank": 8, "axis": "rows", "lr": 1e-3, "stochastic_rounding": True, **keywords}
-    optimizer = grass_compile.AdamW(model.named_parameters(), **keywords)
+    optimizer = paper.AdamW(model.named_parameters(), **keywords)
     compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
     constant = torch.ones(1, forms.N, dtype=next(model.parameters()).dtype)
     for step in range(steps):
@@ -300,7 +307,7 @@ def test_seed_is_drawn_from_torch_and_kept_in_the_groups() -> None:
         """The seed, and whether making the optimizer drew a random number."""
         torch.manual_seed(start)
         before = torch.get_rng_state()
-        optimizer = grass_compile.AdamW(layer.named_parameters(), **keywords)
+        optimizer = paper.AdamW(layer.named_parameters(), **keywords)
         return optimizer.state_dict()["param_groups"][0]["seed"], not torch.equal(torch.get_rng_state(), before)
 
     assert seed(0, stochastic_rounding=True) == seed(0, stochastic_rounding=True) != seed(1, stochastic_rounding=True)
@@ -321,10 +328,10 @@ def test_resumed_run_goes_on_with_the_saved_seed() -> None:
             optimizer.zero_grad()
 
     model = forms.Linear().bfloat16()
-    optimizer = grass_compile.AdamW(model.named_parameters(), seed=1, **keywords)
+    optimizer = paper.AdamW(model.named_parameters(), seed=1, **keywords)
     steps(model, optimizer, 0, 4)
     again = copy.deepcopy(model)
-    resumed = grass_compile.AdamW(again.named_parameters(), seed=2, **keywords)
+    resumed = paper.AdamW(again.named_parameters(), seed=2, **keywords)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     steps(model, optimizer, 4, 8)
     steps(again, resumed, 4, 8)

@@ -18,6 +18,8 @@ from grass_compile import ConfigError, GraphError
 from grass_compile.optim.rules import AdafactorRule, Layout, sonew
 from tests.compact import Net
 
+from .. import paper
+
 AXES = ("rows", "columns")
 
 
@@ -65,12 +67,12 @@ class EagerLion(torch.optim.Optimizer):
 
 Make = Callable[..., torch.optim.Optimizer]
 PAIRS: dict[str, tuple[Make, Make, dict[str, Any]]] = {
-    "SGD": (grass_compile.SGD, torch.optim.SGD, dict(lr=0.05, weight_decay=0.1)),
-    "SGD momentum": (grass_compile.SGD, torch.optim.SGD, dict(lr=0.05, momentum=0.9, dampening=0.3, weight_decay=0.1)),
-    "SGD nesterov": (grass_compile.SGD, torch.optim.SGD, dict(lr=0.05, momentum=0.9, nesterov=True)),
-    "Adafactor": (grass_compile.Adafactor, torch.optim.Adafactor, dict(lr=0.05, eps=(1e-12, 1e-3), weight_decay=0.1)),
-    "Lion": (grass_compile.Lion, EagerLion, dict(lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1)),
-    "AdamW": (grass_compile.AdamW, torch.optim.AdamW, dict(lr=1e-2, eps=1e-3, weight_decay=0.1)),
+    "SGD": (paper.SGD, torch.optim.SGD, dict(lr=0.05, weight_decay=0.1)),
+    "SGD momentum": (paper.SGD, torch.optim.SGD, dict(lr=0.05, momentum=0.9, dampening=0.3, weight_decay=0.1)),
+    "SGD nesterov": (paper.SGD, torch.optim.SGD, dict(lr=0.05, momentum=0.9, nesterov=True)),
+    "Adafactor": (paper.Adafactor, torch.optim.Adafactor, dict(lr=0.05, eps=(1e-12, 1e-3), weight_decay=0.1)),
+    "Lion": (paper.Lion, EagerLion, dict(lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1)),
+    "AdamW": (paper.AdamW, torch.optim.AdamW, dict(lr=1e-2, eps=1e-3, weight_decay=0.1)),
 }
 
 
@@ -109,7 +111,7 @@ def test_full_rank_under_inductor(name: str, axis: str) -> None:
 @pytest.mark.parametrize("axis", AXES)
 def test_adafactor_keeps_vectors(axis: str) -> None:
     model = Net()
-    optimizer = grass_compile.Adafactor(model.named_parameters(), rank=4, axis=axis)
+    optimizer = paper.Adafactor(model.named_parameters(), rank=4, axis=axis)
     train(model, optimizer, compiled(model), range(2))
     state, (m, n) = optimizer.state[model.a.weight], model.a.weight.shape
     assert state["row_var"].shape == (4,) and state["col_var"].shape == ((n,) if axis == "rows" else (m,))
@@ -193,7 +195,7 @@ def test_a_rule_of_ones_own(named: bool) -> None:
     if named:
         grass_compile.register_rule("rmsprop", RMSprop())
     rule = "rmsprop" if named else RMSprop()
-    optimizer = grass_compile.Optimizer(model.named_parameters(), rule, alpha=0.9, rank=24, axis="rows", update_proj_gap=100)
+    optimizer = paper.Optimizer(model.named_parameters(), rule, alpha=0.9, rank=24, axis="rows", update_proj_gap=100)
     train(model, optimizer, compiled(model), range(8))
     train(twin, torch.optim.RMSprop(twin.parameters(), lr=1e-2, alpha=0.9), twin, range(8))
     assert difference(model, twin) < 1e-9
@@ -205,13 +207,13 @@ def test_state_dict_of_a_rule_resumes() -> None:
     runs = []
     for stop in (9, 4):
         model = copy.deepcopy(start)
-        optimizer = grass_compile.Optimizer(model.named_parameters(), "adafactor", rank=4, axis="rows", update_proj_gap=3)
+        optimizer = paper.Optimizer(model.named_parameters(), "adafactor", rank=4, axis="rows", update_proj_gap=3)
         torch._dynamo.reset()
         train(model, optimizer, compiled(model), range(stop))
         runs.append((model, optimizer))
     model, optimizer = runs[1]
     resumed = copy.deepcopy(model)
-    again = grass_compile.Optimizer(resumed.named_parameters(), "adafactor", rank=4, axis="rows", update_proj_gap=3)
+    again = paper.Optimizer(resumed.named_parameters(), "adafactor", rank=4, axis="rows", update_proj_gap=3)
     again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     torch._dynamo.reset()
     train(resumed, again, compiled(resumed), range(4, 9))
@@ -254,7 +256,7 @@ def test_a_broken_rule_is_named(how: str, message: str) -> None:
     rule = type("Broken", (Broken,), {"how": how, "update": Broken.update})()
     model = Net()
     before = copy.deepcopy(model)
-    optimizer = grass_compile.Optimizer(model.named_parameters(), rule, rank=4, axis="rows")
+    optimizer = paper.Optimizer(model.named_parameters(), rule, rank=4, axis="rows")
     with pytest.raises(GraphError, match=message) as caught:
         train(model, optimizer, compiled(model), range(1))
     if how == "untraceable":
@@ -267,14 +269,14 @@ def test_a_broken_rule_is_named(how: str, message: str) -> None:
 def test_unknown_rule_and_keyword() -> None:
     parameters = dict(Net().named_parameters())
     with pytest.raises(ConfigError, match=r"rule='lyon' is not known\. Did you mean 'lion'"):
-        grass_compile.Optimizer(parameters.items(), "lyon")
+        paper.Optimizer(parameters.items(), "lyon")
     with pytest.raises(ConfigError, match=r"rule must be a grass_compile\.Rule or the name of one, got int"):
-        grass_compile.Optimizer(parameters.items(), 3)  # type: ignore[arg-type]
+        paper.Optimizer(parameters.items(), 3)  # type: ignore[arg-type]
     taken = type("Taken", (RMSprop,), {"state_names": ("square_avg", "weight")})()
     with pytest.raises(ConfigError, match="Taken: the state name 'weight' is taken; choose another one"):
-        grass_compile.Optimizer(parameters.items(), taken)
-    with pytest.raises(ConfigError, match=r"rnk=4: this optimizer has no such argument. Did you mean 'rank'"):
-        grass_compile.Lion(parameters.items(), rnk=4)
+        paper.Optimizer(parameters.items(), taken)
+    with pytest.raises(ConfigError, match=r"Lion: rnk=4 is not one of its keywords. Did you mean 'rank'"):
+        paper.Lion(parameters.items(), rnk=4)
     for keywords, message in (
         ({"lr": -1.0}, "Lion: lr must not be negative"),
         ({"lr": float("nan")}, "Lion: lr must be a finite number"),
@@ -282,9 +284,9 @@ def test_unknown_rule_and_keyword() -> None:
         ({"betas": (0.9, 1.0)}, r"Lion: betas must be in \[0, 1\)"),
     ):
         with pytest.raises(ConfigError, match=message):
-            grass_compile.Lion(parameters.items(), **keywords)  # type: ignore[arg-type]
+            paper.Lion(parameters.items(), **keywords)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="SGD: Nesterov momentum requires a momentum"):
-        grass_compile.SGD(parameters.items(), nesterov=True)
+        paper.SGD(parameters.items(), nesterov=True)
 
 
 def test_layouts_are_what_the_rules_say() -> None:
@@ -364,7 +366,7 @@ def test_sonew_equals_its_formula_on_a_quadratic(axis: str) -> None:
     model = nn.Linear(24, 24, bias=False).double()
     twin = copy.deepcopy(model)
     keywords = dict(lr=1e-2, betas=(0.9, 0.99), eps=1e-2, gamma=0.0)
-    optimizer = grass_compile.Optimizer(model.named_parameters(), "sonew", rank=24, axis=axis, update_proj_gap=100, **keywords)
+    optimizer = paper.Optimizer(model.named_parameters(), "sonew", rank=24, axis=axis, update_proj_gap=100, **keywords)
     forward, reference = compiled(model), EagerSONew(twin.parameters(), 1e-2, 0 if axis == "rows" else 1)
     for step in range(12):
         train(model, optimizer, forward, range(step, step + 1))

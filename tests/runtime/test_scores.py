@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import grass_compile
 from grass_compile.errors import ConfigError
 from grass_compile.math.noise import rounding_noise
 from grass_compile.math.reference import CompactState, ReferenceAdamW
@@ -19,6 +18,8 @@ from grass_compile.math.update import seed_of
 from grass_compile.ops import scores
 from grass_compile.passes import pipeline
 from tests.harness import KEYWORDS
+
+from .. import paper
 
 RANK, GAP = 4, 3
 
@@ -99,7 +100,7 @@ def run(how: str, axis: str, micro: int = 1, compiler: str = "aot_eager", steps:
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 9, bias=False))
     twin = copy.deepcopy(model)
-    optimizer = grass_compile.AdamW(
+    optimizer = paper.AdamW(
         model.named_parameters(), rank=RANK, axis=axis, scores=how, seed=5, **{**KEYWORDS, "update_proj_gap": GAP, **keywords}
     )
     own = {key: keywords[key] for key in ("on_refresh", "weight_decay", "selection") if key in keywords}
@@ -165,7 +166,7 @@ def test_an_estimate_is_part_of_every_step(axis: str, gap: int, monkeypatch: pyt
     torch.manual_seed(0)
     model = Block()
     keywords: dict[str, Any] = dict(selection="norm", scores="estimate", update_proj_gap=gap, stagger=True, seed=0)
-    optimizer = grass_compile.AdamW(model.named_parameters(), rank=4, axis=axis, **keywords)
+    optimizer = paper.AdamW(model.named_parameters(), rank=4, axis=axis, **keywords)
     compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
     weights = [model.up.weight, model.down.weight]
     index: list[list[int]] = [[], []]
@@ -205,7 +206,7 @@ def chosen_and_trained(how: str, axis: str, again: bool = False, **keywords: Any
     torch.manual_seed(0)
     model = Block(again)
     own: dict[str, Any] = dict(rank=RANK, axis=axis, scores=how, update_proj_gap=2, seed=1, on_refresh="carry", lr=1e-2)
-    optimizer = grass_compile.AdamW(model.named_parameters(), **{**own, **keywords})
+    optimizer = paper.AdamW(model.named_parameters(), **{**own, **keywords})
     compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
     rows = []
     for step in range(6):
@@ -238,7 +239,7 @@ def test_unmodified_script(how: str) -> None:
     torch.manual_seed(0)
     model = Block()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
-    options = {"compiler": "aot_eager", "rank": RANK, "axis": "columns", "scores": how, "update_proj_gap": 2}
+    options = {**paper.OPTIONS, "compiler": "aot_eager", "rank": RANK, "axis": "columns", "scores": how, "update_proj_gap": 2}
     compiled = torch.compile(model, backend="grass", options=options)
     seen = set()
     for step in range(8):
@@ -256,7 +257,7 @@ def test_unmodified_script(how: str) -> None:
 
 def test_unknown_scores() -> None:
     with pytest.raises(ConfigError, match="Did you mean 'estimate'"):
-        grass_compile.AdamW(nn.Linear(8, 8).parameters(), rank=2, scores="estimated")
+        paper.AdamW(nn.Linear(8, 8).parameters(), rank=2, scores="estimated")
 
 
 class ThreeReaders(nn.Module):
@@ -285,7 +286,7 @@ def test_staggered_weights_that_read_the_same_activations(disable: tuple[str, ..
         torch.manual_seed(0)
         model = ThreeReaders(apart)
         keywords: dict[str, Any] = dict(selection="norm", scores=scores, axis=axis, update_proj_gap=6, stagger=True, seed=3)
-        optimizer = grass_compile.AdamW(model.named_parameters(), rank=4, lr=1e-2, **keywords)
+        optimizer = paper.AdamW(model.named_parameters(), rank=4, lr=1e-2, **keywords)
         compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager", "disable_passes": disable})
         for step in range(20):
             compiled(torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(step))).square().sum().backward()

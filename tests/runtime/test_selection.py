@@ -17,7 +17,7 @@ import grass_compile
 from grass_compile import ops
 from grass_compile.math import selection
 
-from .. import forms
+from .. import forms, paper
 from ..harness import pair
 
 SELECTIONS = ("top", *selection.SAMPLED)
@@ -177,7 +177,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 def test_staggering_compiles_each_pattern_once(counts: dict[str, int]) -> None:
     """And traces nothing again, also where the step counts of weights meet and part."""
     model = TwoLayers()
-    optimizer = grass_compile.AdamW(model.named_parameters(), rank=8, axis="rows", stagger=2, update_proj_gap=4)
+    optimizer = paper.AdamW(model.named_parameters(), rank=8, axis="rows", stagger=2, update_proj_gap=4)
     compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
     for step in range(17):
         loss_of(compiled(batch(step).float())).backward()
@@ -190,7 +190,7 @@ def test_staggering_compiles_each_pattern_once(counts: dict[str, int]) -> None:
 def test_drawing_blindly_needs_one_graph(keywords: dict[str, Any], counts: dict[str, int]) -> None:
     """A refresh is a regular step: what it takes depends on no gradient."""
     model = TwoLayers()
-    optimizer = grass_compile.AdamW(
+    optimizer = paper.AdamW(
         model.named_parameters(), rank=8, axis="columns", selection="uniform", stagger=True, update_proj_gap=3, **keywords
     )
     compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
@@ -215,7 +215,7 @@ def test_backward_that_breaks_off_after_a_blind_draw_does_no_harm(on_refresh: st
     for breaks in (False, True):
         torch.manual_seed(0)
         model = TwoLayers()
-        optimizer = grass_compile.AdamW(
+        optimizer = paper.AdamW(
             model.named_parameters(), rank=8, axis="rows", selection="uniform", on_refresh=on_refresh, update_proj_gap=2, seed=1
         )
         compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
@@ -238,7 +238,7 @@ def test_resumed_run_draws_the_same_rows(deferred: bool) -> None:
     def make() -> tuple[nn.Module, grass_compile.AdamW, Any]:
         torch.manual_seed(0)
         model = TwoLayers()
-        optimizer = grass_compile.AdamW(
+        optimizer = paper.AdamW(
             model.named_parameters(), rank=8, axis="columns", selection="norm", on_refresh="carry", update_proj_gap=2,
             step_in_backward=not deferred,
         )  # fmt: skip
@@ -268,7 +268,7 @@ def test_resumed_run_draws_the_same_rows(deferred: bool) -> None:
 
 def test_a_seed_is_drawn_unless_given() -> None:
     def seed(**keywords: Any) -> int:
-        return int(grass_compile.AdamW(forms.Linear().named_parameters(), rank=4, **keywords).param_groups[0]["seed"])
+        return int(paper.AdamW(forms.Linear().named_parameters(), rank=4, **keywords).param_groups[0]["seed"])
 
     torch.manual_seed(0)
     assert seed(selection="norm") != seed(selection="norm") and seed(selection="norm", seed=5) == 5 and seed() == 0
@@ -291,7 +291,15 @@ def test_adopted_optimizer_draws_too() -> None:
     torch.manual_seed(0)
     model = TwoLayers()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    options = {"compiler": "aot_eager", "rank": 8, "axis": "rows", "selection": "uniform", "seed": 4, "update_proj_gap": 2}
+    options = {
+        **paper.OPTIONS,
+        "compiler": "aot_eager",
+        "rank": 8,
+        "axis": "rows",
+        "selection": "uniform",
+        "seed": 4,
+        "update_proj_gap": 2,
+    }
     compiled = torch.compile(model, backend="grass", options=options)
     indices = []
     for step in range(5):

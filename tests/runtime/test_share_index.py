@@ -16,6 +16,8 @@ from grass_compile.passes import pipeline
 from grass_compile.passes.fx_utils import outputs
 from tests.harness import Attention, batch
 
+from .. import paper
+
 RANK, GAP = 4, 3
 SHARED = ("q.weight", "k.weight", "v.weight")
 
@@ -27,7 +29,7 @@ class Run:
         own = dict(rank=RANK, axis="columns", scores="sampled", update_proj_gap=GAP, share_index=True, seed=5, lr=1e-2)
         first, *others = self.model.named_parameters()
         groups: list[Any] = [{"params": others}, {"params": [first], **(queries or {})}]
-        self.optimizer = grass_compile.AdamW(self.model.named_parameters() if queries is None else groups, **{**own, **keywords})
+        self.optimizer = paper.AdamW(self.model.named_parameters() if queries is None else groups, **{**own, **keywords})
         self.compiled = torch.compile(self.model, backend="grass", options={"compiler": compiler})
 
     def train(self, begin: int, end: int, micro: int = 1) -> None:
@@ -286,7 +288,7 @@ def test_llama_shares_q_k_v_and_gate_up() -> None:
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, use_cache=False
     )
     model = transformers.LlamaForCausalLM(config)
-    optimizer = grass_compile.AdamW(
+    optimizer = paper.AdamW(
         model.named_parameters(), rank=8, axis="columns", scores="estimate", share_index=True, update_proj_gap=2
     )
     compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import grass_compile
 from grass_compile import ConfigError
 from grass_compile.optim.rules import SketchyRule
-from grass_compile.optim.rules.sketchy import leading
+from grass_compile.optim.rules.contrib.sketchy import leading
 
+from .. import paper
 from ..compact import Net, State, backward, check
 
 AXES = ("rows", "columns")
@@ -101,7 +101,7 @@ def test_the_sketch_brackets_the_covariance() -> None:
 def test_zero_gradients_do_nothing() -> None:
     model = nn.Linear(12, 8, bias=False)
     before = model.weight.detach().clone()
-    optimizer = grass_compile.Sketchy(model.named_parameters(), rank=4, axis="rows", size=2)
+    optimizer = paper.Sketchy(model.named_parameters(), rank=4, axis="rows", size=2)
     forward = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
     for _ in range(2):
         (forward(torch.ones(3, 12)) * 0.0).sum().backward()
@@ -114,7 +114,7 @@ def test_training_and_resuming() -> None:
     model = Net()
 
     def make(net: nn.Module) -> tuple[Any, Any]:
-        optimizer = grass_compile.Sketchy(
+        optimizer = paper.Sketchy(
             net.named_parameters(), lr=2e-2, rank=8, axis="columns", size=4, update_proj_gap=5, on_refresh="carry"
         )
         return optimizer, torch.compile(net, backend="grass", options={"compiler": "aot_eager"})
@@ -140,4 +140,4 @@ def test_training_and_resuming() -> None:
 
 def test_refusal() -> None:
     with pytest.raises(ConfigError, match="size must be a whole number of at least 1, got 0"):
-        grass_compile.Sketchy(nn.Linear(4, 4).named_parameters(), size=0)
+        paper.Sketchy(nn.Linear(4, 4).named_parameters(), size=0)

@@ -5,11 +5,10 @@ from .adafactor import AdafactorRule
 from .adam import AdamRule
 from .adamw import AdamWRule
 from .adamw8bit import AdamW8bitRule
-from .apollo import ApolloRule
+from .contrib import ApolloRule, SketchyRule
 from .lion import LionRule
 from .muon import MuonRule
 from .sgd import SGDRule
-from .sketchy import SketchyRule
 from .sonew import SONewRule
 
 __all__ = [

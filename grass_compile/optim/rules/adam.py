@@ -17,5 +17,5 @@ class AdamRule(AdamWRule):
     coupled_decay: ClassVar[bool] = True
 
     def hyper(self, group: Mapping[str, Any]) -> tuple[float, ...]:
-        """As of AdamW, and the weight decay."""
+        """As for AdamW, and the weight decay."""
         return (*super().hyper(group), float(group["weight_decay"]))

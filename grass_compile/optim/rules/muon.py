@@ -24,16 +24,20 @@ class MuonRule(Rule):
     Attributes:
         nesterov: whether the momentum looks ahead by one gradient.
         ns_steps: how many Newton-Schulz iterations.
+        coefficients: of the Newton-Schulz polynomial.
+        eps: the least norm that the momentum is divided by.
         dtype: of the iterations.
     """
 
     nesterov: bool = True
     ns_steps: int = 5
+    coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315)
+    eps: float = 1e-7
     dtype: torch.dtype = torch.bfloat16
 
     state_names: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
     hyper_names: ClassVar[tuple[str, ...]] = ("lr", "momentum", "one_minus_momentum")
-    defaults: ClassVar[Mapping[str, Any]] = {"lr": 1e-3, "momentum": 0.95, "weight_decay": 0.0}
+    defaults: ClassVar[Mapping[str, Any]] = {"lr": 1e-3, "momentum": 0.95, "weight_decay": 0.1}
 
     @property
     def elementwise(self) -> bool:
@@ -52,20 +56,25 @@ class MuonRule(Rule):
         momentum, rest = hyper["momentum"], hyper["one_minus_momentum"]
         buffer = momentum * state["momentum_buffer"] + rest * compact_grad
         ahead = momentum * buffer + rest * compact_grad if self.nesterov else buffer
-        update = orthogonalize(ahead.to(self.dtype), self.ns_steps).to(compact_grad.dtype)
+        update = orthogonalize(ahead.to(self.dtype), self.ns_steps, self.coefficients, self.eps).to(compact_grad.dtype)
         return 0.2 * math.sqrt(max(compact_grad.shape)) * hyper["lr"] * update, {"momentum_buffer": buffer}
 
 
-def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
+def orthogonalize(
+    matrix: Tensor, steps: int, coefficients: tuple[float, float, float] = MuonRule.coefficients, eps: float = MuonRule.eps
+) -> Tensor:
     """``U V^T`` of ``matrix = U S V^T``, nearly: the singular values end between about 0.7 and 1.2, but for the smallest.
 
     Args:
         matrix: ``[r, n]``.
-        steps: of the quintic Newton-Schulz iteration with the coefficients of Jordan et al.; five do.
+        steps: of the quintic Newton-Schulz iteration; five do.
+        coefficients: its polynomial, by default that of Jordan et al.
+        eps: the least norm that the matrix is divided by.
     """
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.t()
-    wide = wide / wide.norm().clamp(min=1e-7)
+    wide = wide / wide.norm().clamp(min=eps)
+    a, b, c = coefficients
     for _ in range(steps):
         gram = wide @ wide.t()
-        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), wide, beta=3.4445)
+        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
     return wide if matrix.shape[0] <= matrix.shape[1] else wide.t()

@@ -25,7 +25,8 @@ from typing import Any
 
 import sympy
 
-from ...config import Axis
+from ...checks import rank_along
+from ...keywords import Axis
 from ..fx_utils import shape_of
 from ..records import Choice, Product, Site
 
@@ -37,6 +38,8 @@ m, n, b, r, s, e, k, c = sympy.symbols("m n b r s e k c", positive=True)
 FLOPS: dict[Axis, sympy.Expr] = {"rows": 2 * b * r * n, "columns": 2 * b * r * m}
 STATE_BYTES: dict[Axis, sympy.Expr] = {"rows": 2 * s * r * n, "columns": 2 * s * r * m}
 ACTIVATION_BYTES: dict[Axis, sympy.Expr] = {"rows": e * b * n / k, "columns": e * b * r / c}
+
+AXES: tuple[Axis, ...] = ("rows", "columns")
 
 UNDECIDED = Choice("rows", "not decided yet")
 
@@ -60,7 +63,7 @@ def choose_axes(sites: tuple[Site, ...], selectable: Callable[[Any, int], bool])
 def _settle(site: Site, sharers: int, selectable: Callable[[Any, int], bool]) -> Site:
     asked = site.weight.config.axis
     possible: list[Axis] = [
-        axis for axis in ("rows", "columns") if selectable(site.gradient, site.out_dim if axis == "rows" else 1 - site.out_dim)
+        axis for axis in AXES if selectable(site.gradient, site.out_dim if axis == "rows" else 1 - site.out_dim)
     ]
     if asked != "auto":
         choice = Choice(asked, "asked for")
@@ -71,17 +74,14 @@ def _settle(site: Site, sharers: int, selectable: Callable[[Any, int], bool]) ->
     else:
         choice = cheaper(site, sharers)
     decided = dataclasses.replace(site, choice=choice)
-    return dataclasses.replace(decided, rank=min(site.weight.config.rank, site.shape[decided.dim]))
+    return dataclasses.replace(decided, rank=rank_along(site.weight.config.rank, site.shape[decided.dim]))
 
 
 def cheaper(site: Site, sharers: int) -> Choice:
     """The axis with the smaller total, with its reasons."""
-    values = numbers(site, sharers)
-    symbols = {symbol: value for symbol, value in values.items() if symbol is not b}
-    formulas: dict[Axis, sympy.Expr] = {axis: total_bytes(axis).subs(symbols) for axis in ("rows", "columns")}
-    costs = {axis: float(formula.subs(b, values[b])) for axis, formula in formulas.items()}
+    costs = {axis: float(total_bytes(axis).subs(numbers(site, sharers, axis))) for axis in AXES}
     axis: Axis = "rows" if costs["rows"] < costs["columns"] else "columns"
-    parts = ", ".join(f"{name} {costs[name] / 1e6:.2f} MB" for name in ("rows", "columns"))
+    parts = ", ".join(f"{name} {costs[name] / 1e6:.2f} MB" for name in AXES)
     return Choice(axis, f"cost per step: {parts} (b={token_count(site)})")
 
 
@@ -91,15 +91,18 @@ def smaller_side(site: Site) -> Choice:
     return Choice("rows" if dim == site.out_dim else "columns", "the shorter side, as GaLore takes it")
 
 
-def numbers(site: Site, sharers: int) -> dict[sympy.Symbol, Any]:
-    """The values of the model's symbols at a site; a symbolic ``b`` enters with its hint and puts no guard."""
+def numbers(site: Site, sharers: int, axis: Axis) -> dict[sympy.Symbol, Any]:
+    """The values of the model's symbols at a site, for a step along ``axis``; a symbolic ``b`` enters with its hint.
+
+    Reading the hint puts no guard.
+    """
     out_features, in_features = site.shape[site.out_dim], site.shape[1 - site.out_dim]
     weight_bytes = activation(site.products[0]).node.meta["val"].element_size()
     return {
         m: out_features,
         n: in_features,
         b: hint(token_count(site)),
-        r: min(site.weight.config.rank, max(site.shape)),
+        r: rank_along(site.weight.config.rank, out_features if axis == "rows" else in_features),
         s: max(4, weight_bytes),
         e: weight_bytes,
         k: sharers,

@@ -93,8 +93,8 @@ def _site(weight: WeightInput, node: fx.Node, slot: Any, in_backward: set[fx.Nod
         if product.left.is_grad_out == product.right.is_grad_out:
             raise Refused("both factors of its gradient depend on the backward pass (a gradient of a gradient)")
     out_dim = 0 if products_of(gradient)[0].left.is_grad_out else 1
-    undecided = costs.UNDECIDED
-    return Site(weight, slot, gradient, frozenset(walk.chain), shape, out_dim, undecided, weight.config.rank)
+    undecided = costs.UNDECIDED  # and the rank with it, which may be a fraction of the size along the axis
+    return Site(weight, slot, gradient, frozenset(walk.chain), shape, out_dim, undecided, 0)
 
 
 def _drop_shared(found: dict[int, Site], reasons: dict[int, str]) -> dict[int, Site]:

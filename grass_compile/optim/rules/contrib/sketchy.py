@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...math.rule import Layout
-from .adamw import AdamWRule
+from ....math.rule import Layout
+from ..adamw import AdamWRule
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...math.noise import gaussian
-from ...math.rule import Layout
-from .adamw import AdamWRule
+from ....math.noise import gaussian
+from ....math.rule import Layout
+from ..adamw import AdamWRule
 
 
 @dataclasses.dataclass(frozen=True)
