@@ -67,7 +67,7 @@ def _grass(
             update_proj_gap=settings.update_proj_gap,
             axis=axis,
             on_refresh="reset",  # so that `refreshed` can tell a refresh by the restarted count
-            **keywords,
+            **{"selection": "top", "stagger": False, "step_in_backward": True, **keywords},
         )
         return optimizer
 

@@ -85,9 +85,13 @@ def optimizer_of(run: Run, model: Any) -> tuple[Optimizer, str]:
     own = {key: tuple(value) if isinstance(value, list) else value for key, value in run.keywords.items()}
     ours = run.method[0].isupper()
     project = {key: own.pop(key) for key in run.keywords if key in PROJECT} if ours else {}
+    if "projection" in project:
+        project["stagger"] = False
     groups = grass_compile.param_groups(model, lr=run.lr, dense_lr=run.dense_lr, query_key_factor=run.queries, **project)
     if ours:
-        return getattr(grass_compile, run.method)(groups, lr=run.lr, rank=rank, seed=run.seed, **own), "grass"
+        return getattr(grass_compile, run.method)(
+            groups, lr=run.lr, rank=rank, seed=run.seed, step_in_backward=True, **{"weight_decay": 0.0, **own}
+        ), "grass"
     *groups, plain = [{"params": [p for _, p in group["params"]], "lr": group["lr"]} for group in groups]
     if run.method == "dense":
         return torch.optim.AdamW([*groups, plain], lr=run.lr, weight_decay=0.0, fused=True), "inductor"

@@ -36,7 +36,8 @@ class Trained:
         if scores is None:
             self.optimizer: torch.optim.Optimizer = METHODS["dense"].prepare(self.model, settings)
         else:
-            keywords: dict[str, Any] = dict(lr=settings.lr, rank=settings.rank, axis=axis, on_refresh="carry")
+            keywords: dict[str, Any] = dict(lr=settings.lr, weight_decay=0.0, rank=settings.rank, axis=axis, on_refresh="carry")
+            keywords |= dict(selection="top", stagger=False, step_in_backward=True)
             keywords |= dict(scores="estimate", share_index=True) if scores == "shared" else dict(scores=scores)
             self.optimizer = grass_compile.AdamW(named, update_proj_gap=2, **keywords)
         self.model.compile(backend="inductor" if scores is None else "grass")

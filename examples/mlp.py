@@ -16,7 +16,7 @@ def main() -> None:
     points = torch.randn(4096, 64, device=device)
     labels = (points @ torch.randn(64, 10, device=device)).argmax(1)
 
-    optimizer = grass_compile.AdamW(model.named_parameters(), lr=2e-3, rank=32, update_proj_gap=20)
+    optimizer = grass_compile.AdamW(model.named_parameters(), lr=2e-3, rank=0.25, update_proj_gap=20)
     compiled = torch.compile(model, backend="grass")
 
     for step in range(201):

@@ -18,6 +18,7 @@ from ..math.rule import Rule
 from ..runtime.checkpoint import check_dense, fitting, unprotect
 from ..runtime.compact import is_compact
 from ..runtime.manager import ProjectionManager
+from .live import ParamGroup, check_flags
 
 COMMON = tuple(keyword.name for keyword in KEYWORDS if keyword.whole)
 """Keywords that belong to an optimizer as a whole."""
@@ -72,7 +73,7 @@ class GrassOptimizer(torch.optim.Optimizer):
         unknown = set(param_group) - {"params", "param_names", "initial_lr", *PROJECT, *self.defaults}
         if unknown:
             raise ConfigError(f"parameter group has unknown keywords {sorted(unknown)}; valid: {sorted(PROJECT)}.")
-        param_group.update(completed(param_group, self._given))
+        param_group = {**param_group, **completed(param_group, self._given)}
         param_group.pop("preset", None)
         options = parse_group(param_group)
         if options.state_dtype is not None and self.rule.state_dtypes:
@@ -83,13 +84,33 @@ class GrassOptimizer(torch.optim.Optimizer):
         tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in given]
         names = [entry[0] if isinstance(entry, tuple) else f"parameter {i}" for i, entry in enumerate(given)]
         self._check_parameters(tensors, names)
+        check_flags(param_group, self.defaults)
         for key in COMMON:
             if self.param_groups and self.param_groups[0][key] != param_group[key]:
                 raise ConfigError(f"{key} differs between parameter groups; it belongs to the optimizer as a whole.")
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        group = self.param_groups[-1] = ParamGroup(self.param_groups[-1], self)
         for parameter, name in zip(group["params"], group.get("param_names") or [""] * len(tensors), strict=True):
             self._holder.add(parameter, name, group, options, self.rule)
+
+    def _change(self, group: ParamGroup, values: Mapping[str, Any]) -> None:
+        """Have keywords of ours, assigned to ``group``, hold from now on; those of the optimizer as a whole in every group.
+
+        Raises:
+            ConfigError: a value is invalid; nothing was changed.
+            StateError: a forward that was made with the old value waits for its backward; nothing was changed.
+        """
+        whole = {key: value for key, value in values.items() if key in COMMON}
+        changes = {id(other): {**whole, **(values if other is group else {})} for other in self.param_groups}
+        wanted = [(other, parse_group({**other, **changes[id(other)]})) for other in self.param_groups if changes[id(other)]]
+        records = [(self._holder.records[parameter], options) for other, options in wanted for parameter in other["params"]]
+        for record, options in records:
+            record.check_change(options)
+        for other, _ in wanted:
+            dict.update(other, changes[id(other)])
+        for record, options in records:
+            record.change(options)
+        self._settle()
 
     def _check_parameters(self, tensors: Sequence[Any], names: Sequence[str]) -> None:
         seen: set[int] = {id(parameter) for group in self.param_groups for parameter in group["params"]}
@@ -253,6 +274,7 @@ class GrassOptimizer(torch.optim.Optimizer):
             else:
                 check_dense(record, entry)
         super().load_state_dict({**state_dict, "param_groups": groups})
+        self.param_groups = [ParamGroup(group, self) for group in self.param_groups]
         for group in self.param_groups:
             options = parse_group(group)
             for parameter in group["params"]:

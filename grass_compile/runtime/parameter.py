@@ -193,6 +193,27 @@ class ProjectedParameter:
         """Whether a compact gradient is on its way; one of a backward that has broken off is not."""
         return self.flight is not None and self.flight == _torch.graph_task()
 
+    def check_change(self, options: GroupOptions) -> None:
+        """Refuse a change that a forward which waits for its backward could not follow.
+
+        Raises:
+            StateError: naming the parameter.
+        """
+        for key in ("scale", "checked"):
+            if self.outstanding and getattr(options, key) != getattr(self.options, key):
+                key = "nonfinite" if key == "checked" else key
+                raise StateError(
+                    f"{self.name}: {key} cannot change between a forward and its backward. Change it after opt.step(), before "
+                    "the next forward. Nothing was changed."
+                )
+
+    def change(self, options: GroupOptions) -> None:
+        """Go by other options from the next step on; they ask for the same state."""
+        self.options = options
+        self._configs.clear()
+        if self.assigned is not None and is_compact(self.optimizer_state()):
+            self.state["step"] = self.state["step"].to(self.parameter.device if self.config().counted else "cpu")
+
     def forget(self) -> None:
         """Forget what follows from the options; they have changed."""
         self._configs.clear()
