@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from functorch.compile import min_cut_rematerialization_partition  # type: ignore[import-untyped]
@@ -70,12 +70,6 @@ class Captured:
                 stack.enter_context(compile_context(self.compile))
             yield
 
-    @property
-    def is_dynamic(self) -> bool:
-        """Whether an input has a symbolic size."""
-        tensors = [value for value in self.example_inputs if isinstance(value, Tensor)]
-        return any(not isinstance(size, int) for tensor in tensors for size in tensor.shape)
-
 
 def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[Captured, tuple[Any, ...]]:
     """Copy a Dynamo graph; Dynamo reads the original again after the backend returns.
@@ -115,6 +109,7 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
     for old, new in mapping.items():
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source
+        new.meta.pop("grapharg", None)  # it holds a weak reference to the real tensor, which `swap_tensors` does not bear
     copied = fx.GraphModule(gm, graph)
     copied.meta.update(gm.meta)
     for attribute in ("_param_name_to_source", "_source_to_user_stacks"):
@@ -175,71 +170,38 @@ class Partitioner(CustomPartitionerFn):
         return {"function": None, "key": self.key}
 
 
-@dataclasses.dataclass
-class LazyGraph:
-    """The forward or the backward of one graph, compiled for each ``key`` when it first runs with it.
+@dataclasses.dataclass(frozen=True)
+class CompileContexts:
+    """The contexts in which AOTAutograd calls a compiler, kept to compile under them later."""
 
-    Attributes:
-        finish: makes a runnable copy of the graph for a key.
-        expected: the keys that are needed first. With dynamic shapes all of them are compiled at once, while Dynamo still
-            collects guards.
-        key: what runs next; set by whoever starts it.
-        values: for each key, the fake values that the compiled graph returns, with the strides that the compiler chose.
-    """
+    tracing: Any
+    compile: Any
 
-    finish: Callable[[fx.GraphModule, Any], fx.GraphModule]
-    expected: tuple[Any, ...]
-    key: Any = None
-    values: dict[Any, list[Any]] = dataclasses.field(default_factory=dict)
+    @classmethod
+    def current(cls) -> CompileContexts:
+        """Those that are in force now."""
+        return cls(copy.copy(TracingContext.try_get()), CompileContext.try_get())
 
-    def __post_init__(self) -> None:
-        self._boxed_call = True
-        self._contexts: tuple[Any, Any] = (None, None)
-        self._gm: fx.GraphModule | None = None
-        self._compile: Callable[[fx.GraphModule], Compiled] | None = None
-        self._compiled: dict[Any, Compiled] = {}
-
-    def accept(self, gm: fx.GraphModule, compile: Callable[[fx.GraphModule], Compiled]) -> LazyGraph:
-        """Take what AOTAutograd hands to a compiler: the graph, and how it would have been compiled."""
-        self._gm, self._compile = gm, compile
-        self._contexts = copy.copy(TracingContext.try_get()), CompileContext.try_get()
-        if any(isinstance(node.meta.get("val"), torch.SymInt) for node in gm.graph.find_nodes(op="placeholder")):
-            for key in self.expected:
-                self._prepare(key)
-        return self
-
-    def outputs(self) -> list[Any]:
-        """What the unfinished graph returns, as nodes."""
-        assert self._gm is not None
-        return _returned(self._gm)
-
-    def __call__(self, args: Any) -> Any:
-        if self.key not in self._compiled:
-            tracing_context, context = self._contexts
-            with tracing(tracing_context), compile_context(context), torch._C._DisableAutocast(), torch.no_grad():
-                self._prepare(self.key)
-        return self._compiled[self.key](args)
-
-    def _prepare(self, key: Any) -> None:
-        assert self._gm is not None and self._compile is not None
-        gm = self.finish(self._gm, key)
-        values = [node.meta["val"] if isinstance(node, fx.Node) else None for node in _returned(gm)]
-        with _kept_buffers(self._gm, gm), TracingContext.report_output_strides() as strides:
-            self._compiled[key] = self._compile(gm)
-        for number, stride in enumerate(strides or []):
-            value = values[number]
-            if stride is not None and isinstance(value, Tensor) and tuple(value.stride()) != tuple(stride):
-                values[number] = value.as_strided(value.size(), stride)
-        self.values[key] = values
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """Inside, they are in force again, and neither autograd nor autocast is."""
+        with tracing(self.tracing), compile_context(self.compile), torch._C._DisableAutocast(), torch.no_grad():
+            yield
 
 
-def _returned(gm: fx.GraphModule) -> list[Any]:
-    values: Any = next(iter(gm.graph.find_nodes(op="output"))).args[0]
-    return list(values)
+def reported_strides() -> contextlib.AbstractContextManager[list[Any] | None]:
+    """Inside, a compiler puts the strides of its outputs into the list that is returned."""
+    reported: contextlib.AbstractContextManager[list[Any] | None] = TracingContext.report_output_strides()
+    return reported
+
+
+def has_symbolic_inputs(gm: fx.GraphModule) -> bool:
+    """Whether a graph of AOTAutograd takes sizes as inputs."""
+    return any(isinstance(node.meta.get("val"), torch.SymInt) for node in gm.graph.find_nodes(op="placeholder"))
 
 
 @contextlib.contextmanager
-def _kept_buffers(original: fx.GraphModule, finished: fx.GraphModule) -> Iterator[None]:
+def kept_buffers(original: fx.GraphModule, finished: fx.GraphModule) -> Iterator[None]:
     """Inside, the compiler may not reuse the memory of inputs that are others than in the original graph: AOTAutograd's
     finding that nobody else holds them was about those."""
     context: Any = TracingContext.try_get()
@@ -258,17 +220,14 @@ def _kept_buffers(original: fx.GraphModule, finished: fx.GraphModule) -> Iterato
         context.fw_metadata = metadata
 
 
-@dataclasses.dataclass(frozen=True)
-class CompiledPair:
-    """Both halves of one graph."""
+class Halves(Protocol):
+    """What compiles the two halves of a joint graph; see `grass_compile.backend.lazy.CompiledPair`."""
 
-    forward: LazyGraph
-    backward: LazyGraph
+    @property
+    def forward(self) -> Any: ...
 
-    def saved(self, key: Any) -> dict[str, Any]:
-        """Fake values of what the forward returns for ``key``, by the names that they have as inputs of the backward."""
-        pairs = zip(self.forward.outputs(), self.forward.values.get(key, ()), strict=False)
-        return {node.name: value for node, value in pairs if node is not None}
+    @property
+    def backward(self) -> Any: ...
 
 
 def compile_graph(
@@ -281,7 +240,7 @@ def compile_graph(
     patches: Mapping[str, Any],
     partition: Partition | None,
     key: str,
-    pair: CompiledPair | None = None,
+    pair: Halves | None = None,
 ) -> Compiled:
     """Compile a graph under the contexts that Dynamo had when it called the backend.
 
@@ -328,7 +287,7 @@ def _inner(gm: fx.GraphModule, **kwargs: Any) -> Compiled:
     return cast(Compiled, compiled)
 
 
-def _compile_eager(gm: fx.GraphModule, inputs: Sequence[Any], partition: Partition | None, pair: CompiledPair | None) -> Compiled:
+def _compile_eager(gm: fx.GraphModule, inputs: Sequence[Any], partition: Partition | None, pair: Halves | None) -> Compiled:
     def run(gm: fx.GraphModule) -> Compiled:
         return boxed_nop(gm, [])
 
@@ -434,6 +393,11 @@ def strip_dynamo_prefix(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
+def run_as_is(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    """What a ``__torch_function__`` does with a function that it has no answer for: results keep their own class."""
+    return torch._C._disabled_torch_function_impl(func, types, args, kwargs)
+
+
 # ---------------------------------------------------------------------------------------------------------- autograd
 
 
@@ -464,12 +428,37 @@ def graph_task() -> int:
     return int(torch._C._current_graph_task_id())
 
 
-def will_run(tensor: Tensor) -> bool:
-    """Whether the backward that is running will bring a gradient to a leaf.
+def will_run(node: Any) -> bool:
+    """Whether the backward that is running will bring a gradient to the accumulator of a leaf, or hand that gradient out.
 
     It does not for ``torch.autograd.grad`` and ``backward(inputs=...)`` with other inputs.
     """
-    return bool(torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(tensor).node))
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # torch.autograd.grad asks for it
+        return True
+
+
+def will_accumulate(node: Any) -> bool:
+    """The same without ``torch.autograd.grad``, which hands the gradient out."""
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:
+        return False
+
+
+def accumulator(leaf: Tensor) -> Any:
+    """The autograd node that accumulates gradients into a leaf; made if no graph holds it."""
+    return _view_of(leaf).grad_fn.next_functions[0][0]
+
+
+def _view_of(leaf: Tensor) -> Any:
+    """A view of a leaf that autograd knows of, in whatever mode this is called."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            return _view_of(leaf)
+    with torch.enable_grad():
+        return leaf.view_as(leaf)
 
 
 def mark_written(tensors: Sequence[Tensor]) -> None:
@@ -479,8 +468,51 @@ def mark_written(tensors: Sequence[Tensor]) -> None:
 
 
 def has_hooks(parameter: Tensor) -> bool:
-    """Whether user code waits for the full gradient of a parameter."""
-    return bool(parameter._backward_hooks) or bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
+    """Whether user code waits for the full gradient of a parameter: by a hook on it, or on the node that accumulates its
+    gradient.
+
+    Hooks of a node cannot be seen, but whoever has registered one has to hold the node's Python object to keep them alive.
+    """
+    if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+        return True
+    if not parameter.requires_grad or not parameter.is_leaf:
+        return False
+    return _references(parameter) > _UNSHARED
+
+
+def _references(leaf: Tensor) -> int:
+    """How many hold the Python object of the node that accumulates a leaf's gradient, a graph of our own kept alive meanwhile."""
+    view = _view_of(leaf)
+    return sys.getrefcount(view.grad_fn.next_functions[0][0])
+
+
+_UNSHARED = _references(torch.zeros((), device="cpu", requires_grad=True))
+
+
+@contextlib.contextmanager
+def kept_in_place(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Inside, hooks on saved tensors (offloading, compression, checkpoints) never see ``tensors``: the backward gets these very
+    tensors, and may write them, rather than copies."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is None:
+        yield
+        return
+    pack, unpack = hooks
+    addresses = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+    def pack_unless_ours(tensor: Tensor) -> Any:
+        return _InPlace(tensor) if tensor.untyped_storage().data_ptr() in addresses else pack(tensor)
+
+    def unpack_unless_ours(packed: Any) -> Tensor:
+        return packed.tensor if isinstance(packed, _InPlace) else unpack(packed)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack_unless_ours, unpack_unless_ours):
+        yield
+
+
+@dataclasses.dataclass(frozen=True)
+class _InPlace:
+    tensor: Tensor
 
 
 # ------------------------------------------------------------------------------------------------------- distributed

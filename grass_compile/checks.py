@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import math
 import numbers
 from collections.abc import Iterable
@@ -53,6 +54,14 @@ def boolean(what: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise ConfigError(f"{what} must be True or False, got {value!r}.")
     return value
+
+
+def matching(name: str, patterns: Iterable[str]) -> str | None:
+    """The first pattern (``fnmatch``) that fits a parameter's name, or None; a leading dot lets ``*.head.weight`` fit
+    ``head.weight``."""
+    plain = name.replace("_orig_mod.", "")
+    fits = (p for p in patterns if fnmatch.fnmatchcase(plain, p) or fnmatch.fnmatchcase(f".{plain}", p))
+    return next(fits, None)
 
 
 def name_patterns(what: str, value: Any) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from .errors import ConfigError, GrassError
 from .optim.base import GrassOptimizer
 from .passes.records import Projection
 from .report import Report, Row
-from .runtime import parameter as registry
+from .runtime import registry
 from .runtime.compact import Assigned, initial_state
 
 

@@ -153,7 +153,7 @@ def pair(
     optimizer = paper.AdamW(model.named_parameters(), rank=rank, axis=axis, **asked, **extra)
     report = grass_compile.explain(model, *inputs, optimizer=optimizer)
     projected = {row.name: (row.dim, row.rank) for row in report if row.projected}
-    records = {record.name: record for record in optimizer._holder.records.values()}
+    records = {record.name: record for record in optimizer._manager.records.values()}
 
     def noise(name: str, updates: int) -> Tensor:
         record, drawn = records[name], torch.empty(max(records[name].parameter.shape), dtype=torch.float64)

@@ -63,7 +63,8 @@ would be as large as what the codes are there to save."""
 @functools.cache
 def _compiled_step(options: BackendOptions, config: SiteConfig, dim: int, specs: Any) -> Callable[..., Any]:
     log.info("compiling a step: rank %d along dimension %d of %s", specs[0][0][dim], dim, list(specs[1][0]))
-    gm = step_graph(config, dim, specs)
+    with _torch.without_autocast():  # whoever calls this first must not decide in which dtype a rule's products are
+        gm = step_graph(config, dim, specs)
     patches = {**(RECOMPUTE if config.rule.state_dtypes else {}), **dict(options.inductor)}
     return _torch.compile_kernel(gm, compiler=options.compiler, mode=options.mode, patches=patches, key=source_hash())
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,17 +18,29 @@ from torch import Tensor, fx
 from .. import _torch
 from ..config import BackendOptions
 from ..errors import ConfigError, GraphError, GrassError, GrassWarning
-from ..math.layout import SHARED_HYPER, graph_state
 from ..optim import adoption
 from ..optim.rules import AdamWRule
 from ..passes import pipeline
 from ..passes.pipeline import PASSES, Plan, PlanMismatch
-from ..passes.records import Analysis, Projection, WeightInput
-from ..runtime import parameter as registry
+from ..passes.records import Analysis, WeightInput
+from ..runtime import registry
 from ..runtime.call import Call, expected, in_graph
-from ..runtime.compact import Assigned, initial_state, leaf_like
+from ..runtime.compact import Assigned
+from ..runtime.delivery import leaf_of, twin_of
 from ..runtime.parameter import ProjectedParameter, refusal
 from . import kernels
+from .lazy import CompiledPair, LazyGraph, Run
+from .plan import (
+    clipped_inside,
+    fake_inputs,
+    is_static,
+    make_plan,
+    norm_leaf,
+    numbers_of,
+    others,
+    parameters_of,
+    settled,
+)
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +83,7 @@ class Variant:
     """A compiled function, and its halves, which are told at each call what they have to do."""
 
     call: Callable[..., Any]
-    pair: _torch.CompiledPair | None
+    pair: CompiledPair | None
 
 
 class Region:
@@ -88,6 +101,7 @@ class Region:
         self.trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in real)
         self._analyses: dict[tuple[WeightInput, ...], tuple[tuple[WeightInput, ...], Analysis]] = {}
         self._variants: dict[Plan | None, Variant] = {}
+        self._lock = threading.RLock()
         self._warned = False
         if compile_now:
             self._compile_first(real)
@@ -98,9 +112,8 @@ class Region:
             if not self.trains:
                 self.variant(None)
                 return
-            weights, records = self.ask(parameters)
-            by_position = dict(zip((position for position, _ in self.captured.parameters), parameters, strict=True))
-            plan = self.plan(weights, records, self._clipped(by_position, records))
+            positions = [position for position, _ in self.captured.parameters]
+            plan, records = self.plan(dict(zip(positions, parameters, strict=True)))
             self.variant(plan, [records[p.position] for p in plan.projections] if plan is not None else ())
         except GrassError as error:
             log.debug("compilation failed and is repeated at the call, to raise outside of Dynamo: %s", error)
@@ -110,29 +123,28 @@ class Region:
     def __call__(self, *args: Any) -> Any:
         if not self.trains:
             return self.variant(None).call(*args)
-        weights, records = self.ask([args[position] for position, _ in self.captured.parameters])
-        plan = self.plan(weights, records, self._clipped(args, records))
+        parameters = parameters_of(self.captured, args)
+        plan, records = self.plan(parameters)
         if plan is None:
             return self.variant(None).call(*args)
         held = [records[projection.position] for projection in plan.projections]
         refresh = tuple(record.due for record in held)
-        state = [tensor for record, new in zip(held, refresh, strict=True) for tensor in record.inputs(new)]
-        numbers = _numbers(plan, held)
-        inputs = (
-            *args,
-            *state,
-            *(record.leaf for record in held),
-            *(tensor for tensor, _, _ in numbers),
-            *_norm_leaf(plan, held),
-        )
-        since = _torch.sequence_number()
         variant = self.variant(plan, held)
         assert variant.pair is not None
-        variant.pair.forward.key = in_graph(held, refresh)
-        results = variant.call(*inputs)
+        state = [tensor for record, new in zip(held, refresh, strict=True) for tensor in record.inputs(new)]
+        numbers = numbers_of(plan, held)
+        given = _without_gradients(args, plan)
+        hyper = [tensor for tensor, _, _ in numbers]
+        written = (*(given[projection.position] for projection in plan.projections), *state, *hyper)
+        since = _torch.sequence_number()
+        with variant.pair.forward.running(in_graph(held, refresh)), _torch.kept_in_place(written):
+            results = variant.call(*given, *state, *map(leaf_of, held), *hyper, *norm_leaf(plan, held))
         node = _torch.backward_node(results if isinstance(results, (list, tuple)) else (results,), since)
         if node is not None:
-            call = Call(held, refresh, variant.pair.backward, plan.clipped is not None, numbers)
+            backward = variant.pair.backward
+            call = Call(
+                held, refresh, functools.partial(_start, backward), plan.clipped is not None, numbers, others(parameters, plan)
+            )
             node.register_prehook(call.before_backward)
             node.register_hook(call.after_backward)
         return results
@@ -199,58 +211,19 @@ class Region:
 
     # ---------------------------------------------------------------------------------------------------- the plans
 
-    def _clipped(
-        self, args: Sequence[Any] | Mapping[int, Any], records: Mapping[int, ProjectedParameter]
-    ) -> tuple[int, ...] | None:
-        """Positions of the parameters whose gradients can be clipped inside this graph, along with those of all others that
-        their optimizer trains; None if it clips nothing, or trains any that this graph does not."""
-        holder = next((record.holder for record in records.values()), None)
-        if holder is None or holder.max_norm is None or not holder.fused:
-            return None
-        mine = {id(args[at]): at for at, _ in self.captured.parameters if args[at].requires_grad}
-        trained = [parameter for parameter in holder.records if parameter.requires_grad]
-        covers = all(id(parameter) in mine for parameter in trained) and all(r.holder is holder for r in records.values())
-        return tuple(sorted(mine[id(parameter)] for parameter in trained)) if covers else None
-
-    def plan(
-        self,
-        weights: tuple[WeightInput, ...],
-        records: Mapping[int, ProjectedParameter],
-        clipped: tuple[int, ...] | None = None,
-    ) -> Plan | None:
-        """The plan for a call, or None if nothing is projected. Assigns compact state to weights that have none.
-
-        Args:
-            weights: what the optimizers want.
-            records: by position.
-            clipped: see `Plan`.
+    def plan(self, parameters: Mapping[int, Tensor]) -> tuple[Plan | None, dict[int, ProjectedParameter]]:
+        """What to do with the parameters of a call, by position; None if nothing is projected. With the records of the weights
+        that could be.
 
         Raises:
             GraphError: ``strict``, and a weight that should be projected is not.
+            ConfigError: see `ask`.
         """
+        weights, records = self.ask(list(parameters.values()))
         if not weights:
-            return None
+            return None, records
         weights, analysis = self.analyse(weights)
-        if self.options.strict:
-            _check_strict(analysis)
-        if not analysis.projections:
-            return None
-        for projection in analysis.projections:
-            assigned = Assigned(projection.axis, projection.dim, projection.rank, projection.why)
-            records[projection.position].assign(assigned, functools.partial(kernels.run, self.options))
-        held = [records[projection.position] for projection in analysis.projections]
-        leaders = _leaders(analysis.projections, held)  # first: when a weight refreshes depends on whom it follows
-        if clipped is not None:
-            clipped = tuple(position for position in clipped if position not in {p.position for p in analysis.projections})
-        return Plan(
-            weights=weights,
-            projections=analysis.projections,
-            hyper=_numbered([record.hyper_key(record.renewed) for record in held]),
-            kernels=tuple(kernels.named(self.options, p.config, p.dim) for p in analysis.projections),
-            leaders=leaders,
-            disabled=self.options.disable_passes,
-            clipped=clipped,
-        )
+        return make_plan(self.options, weights, analysis, records, clipped_inside(parameters, records)), records
 
     def analyse(self, weights: tuple[WeightInput, ...]) -> tuple[tuple[WeightInput, ...], Analysis]:
         """Which of ``weights`` can be projected in this graph; traced once per set of requests.
@@ -259,10 +232,10 @@ class Region:
             The requests as they stand once every axis is settled (which is how the optimizers ask from now on), and the
             analysis of these.
         """
-        if weights not in self._analyses:
-            found = self._trace(weights)
-            settled = tuple(_settled(weight, found) for weight in weights)
-            self._analyses[weights] = self._analyses[settled] = settled, _renamed(found, settled)
+        with self._lock:
+            if weights not in self._analyses:
+                asked, analysis = settled(weights, self._trace(weights))
+                self._analyses[weights] = self._analyses[asked] = asked, analysis
         return self._analyses[weights]
 
     def _trace(self, weights: tuple[WeightInput, ...]) -> Analysis:
@@ -282,8 +255,9 @@ class Region:
 
     def variant(self, plan: Plan | None, held: Sequence[ProjectedParameter] = ()) -> Variant:
         """The compiled variant for ``plan``; None stands for the graph as any compiler would have it."""
-        if plan not in self._variants:
-            self._variants[plan] = self._compile_plain() if plan is None else self._compile_plan(plan, held)
+        with self._lock:
+            if plan not in self._variants:
+                self._variants[plan] = self._compile_plain() if plan is None else self._compile_plan(plan, held)
         return self._variants[plan]
 
     def _compile_plain(self) -> Variant:
@@ -293,9 +267,9 @@ class Region:
     def _compile_plan(self, plan: Plan, held: Sequence[ProjectedParameter]) -> Variant:
         log.info("compiling: %d weights projected", len(plan.projections))
         names = plan.input_names
-        static = [not name.startswith(("grass_hyper_", "grass_due_")) for name in names]
-        gm = _torch.with_inputs(self.captured, names, static)
-        inputs = (*self.captured.example_inputs, *_fake_state(_torch.fake_mode(self.captured), self.captured, plan))
+        gm = _torch.with_inputs(self.captured, names, [is_static(name) for name in names])
+        examples = self.captured.example_inputs
+        inputs = (*examples, *fake_inputs(_torch.fake_mode(self.captured), examples, plan))
         partition = functools.partial(pipeline.transform, plan=plan, partition=_torch.min_cut_rematerialization_partition)
         pair = self._pair(plan, held)
         try:
@@ -305,20 +279,18 @@ class Region:
                 f"the graph of {plan.projections[0].name} changed between two traces: {found.analysis}; please report this."
             ) from found
 
-    def _pair(self, plan: Plan, held: Sequence[ProjectedParameter]) -> _torch.CompiledPair:
+    def _pair(self, plan: Plan, held: Sequence[ProjectedParameter]) -> CompiledPair:
         """The halves of a plan; the next call needs what is due now, those that follow a regular step."""
         due, never = in_graph(held, [record.due for record in held]), in_graph(held, [False] * len(held))
         refreshes = (due, never) if due != never else (never,)
-        forward = _torch.LazyGraph(lambda gm, key: pipeline.finish_forward(gm, plan, key), refreshes)
-        backward = _torch.LazyGraph(
-            lambda gm, key: pipeline.finish_backward(gm, plan, key, pair.saved(key[0])),
-            tuple(expected(held, refresh, plan.clipped is not None) for refresh in refreshes),
-        )
-        pair = _torch.CompiledPair(forward, backward)
+        forward = LazyGraph(lambda gm, key: pipeline.finish_forward(gm, plan, key), refreshes)
+        keys = dict.fromkeys(key for refresh in refreshes for key in expected(held, refresh, plan.clipped is not None))
+        backward = LazyGraph(lambda gm, key: pipeline.finish_backward(gm, plan, key, pair.saved(key[0])), tuple(keys))
+        pair = CompiledPair(forward, backward)
         return pair
 
     def _compile(
-        self, gm: fx.GraphModule, inputs: Sequence[Any], partition: Any, pair: _torch.CompiledPair | None = None
+        self, gm: fx.GraphModule, inputs: Sequence[Any], partition: Any, pair: CompiledPair | None = None
     ) -> Callable[..., Any]:
         return _torch.compile_graph(
             self.captured,
@@ -333,92 +305,18 @@ class Region:
         )
 
 
-def _settled(weight: WeightInput, analysis: Analysis) -> WeightInput:
-    """The request for a weight once its axis is known."""
-    for projection in analysis.projections:
-        if projection.position == weight.position:
-            return dataclasses.replace(weight, config=dataclasses.replace(weight.config, axis=projection.axis))
-    return weight
+def _without_gradients(args: Sequence[Any], plan: Plan) -> list[Any]:
+    """The inputs of a call, in which projected weights have no place in the autograd graph: their gradients come by their leaves
+    (`grass_compile.runtime.delivery`). So do those of dense parameters that are clipped along with them."""
+    given = list(args)
+    for projection in plan.projections:
+        given[projection.position] = given[projection.position].detach()
+    for position in plan.clipped or ():
+        record = registry.lookup(given[position])
+        assert record is not None
+        given[position] = twin_of(record)
+    return given
 
 
-def _renamed(analysis: Analysis, weights: tuple[WeightInput, ...]) -> Analysis:
-    """The same analysis with the configurations of ``weights``."""
-    configs = {weight.position: weight.config for weight in weights}
-    projections = tuple(dataclasses.replace(p, config=configs[p.position]) for p in analysis.projections)
-    return dataclasses.replace(analysis, projections=projections)
-
-
-def _leaders(projections: Sequence[Projection], records: Sequence[ProjectedParameter]) -> tuple[int, ...]:
-    """For each projection the position of the weight whose columns it takes: with ``share_index``, the first of those that read
-    the same activations and have been trained alike. Brings the others' columns into line."""
-    first: dict[Any, tuple[int, ProjectedParameter]] = {}
-    leaders = []
-    for projection, record in zip(projections, records, strict=True):
-        leader = projection.position
-        if record.options.share_index and projection.reads is not None:
-            key = projection.reads, projection.rank, id(record.holder), record.options, record.state["updates"]
-            position, lead = first.get(key, (leader, record))
-            if record.follow(lead):
-                first[key], leader = (position, lead), position
-        leaders.append(leader)
-    return tuple(leaders)
-
-
-def _numbered(keys: Sequence[Any]) -> tuple[int, ...]:
-    """Equal keys get equal numbers, in the order of first appearance."""
-    numbers: dict[Any, int] = {}
-    return tuple(numbers.setdefault(key, len(numbers)) for key in keys)
-
-
-def _numbers(plan: Plan, records: Sequence[ProjectedParameter]) -> list[tuple[Tensor, ProjectedParameter, bool]]:
-    """One tensor of hyper-parameters per distinct group, in the order of the plan's numbers; with a record that it is of."""
-    found: dict[int, tuple[Tensor, ProjectedParameter, bool]] = {}
-    for slot, record in zip(plan.hyper, records, strict=True):
-        if slot not in found:
-            assert record.holder is not None
-            found[slot] = record.holder.hyper(record, record.renewed), record, record.renewed
-    return list(found.values())
-
-
-def _norm_leaf(plan: Plan, records: Sequence[ProjectedParameter]) -> list[Tensor]:
-    holder = records[0].holder
-    return [] if plan.clipped is None or holder is None else [holder.norm_leaf(records[0].parameter)]
-
-
-def _fake_state(mode: Any, captured: _torch.Captured, plan: Plan) -> list[Tensor]:
-    """Fake tensors of static shape for the inputs that `Plan.input_names` names."""
-    state: list[Tensor] = []
-    leaves: list[Tensor] = []
-    hyper: dict[int, Tensor] = {}
-    with mode:
-        for projection, slot in zip(plan.projections, plan.hyper, strict=True):
-            weight = captured.example_inputs[projection.position]
-            assigned = Assigned(projection.axis, projection.dim, projection.rank)
-            config = projection.config
-            how = config.on_refresh, config.rule, config.state_dtype, config.checked, config.projection
-            made = initial_state(weight, assigned, *how)
-            if config.projection == "grass":
-                made["proposed"] = made["index"]
-            made["due"] = torch.empty((), dtype=torch.bool, device="cpu")
-            made["noise"] = torch.empty(weight.shape[projection.dim], dtype=_state_dtype(weight), device=weight.device)
-            state += [made[name] for name in graph_state(config)]
-            leaves.append(leaf_like(weight, assigned).requires_grad_())
-            if slot not in hyper:
-                count = len(config.rule.hyper_names) + len(SHARED_HYPER)
-                hyper[slot] = torch.empty(count, dtype=_state_dtype(weight), device=weight.device)
-        norm = (
-            [] if plan.clipped is None else [torch.zeros((), dtype=leaves[0].dtype, device=leaves[0].device, requires_grad=True)]
-        )
-    return [*state, *leaves, *hyper.values(), *norm]
-
-
-def _state_dtype(weight: Tensor) -> torch.dtype:
-    return torch.promote_types(weight.dtype, torch.float32)
-
-
-def _check_strict(analysis: Analysis) -> None:
-    """Raise if a weight stays dense for another reason than that the user excluded it."""
-    dense = [refusal for refusal in analysis.refusals if "exclude=" not in refusal.reason]
-    if dense:
-        lines = "\n".join(f"  {refusal.weight.name}: {refusal.reason}" for refusal in dense)
-        raise GraphError(f"strict: {len(dense)} weights stay dense. Exclude them by name or drop options['strict'].\n{lines}")
+def _start(backward: LazyGraph, key: Any, broke_off: Callable[[Any], None]) -> None:
+    backward.will_run(Run(key, _torch.graph_task(), broke_off))

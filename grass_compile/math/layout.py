@@ -26,9 +26,11 @@ backward is not for the weights."""
 def step_state(config: SiteConfig) -> tuple[str, ...]:
     """The state tensors of one weight that a step reads, in their order; it writes all but the first.
 
+    ``square_sum`` is where it leaves the squared norm of the compact gradient; that is no part of an optimizer's state.
+
     ``step`` is among them only where the step counts it (`SiteConfig.counted`); otherwise it comes with ``hyper``.
     """
-    return (SELECTORS[config.projection], *(("nonfinite",) if config.checked else ()), *settled_state(config))
+    return (SELECTORS[config.projection], "square_sum", *(("nonfinite",) if config.checked else ()), *settled_state(config))
 
 
 def settled_state(config: SiteConfig) -> tuple[str, ...]:

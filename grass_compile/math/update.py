@@ -1,4 +1,4 @@
-"""One optimizer step on one weight, as pure functions over tensors. Traced, never run as they stand.
+"""One optimizer step on one weight, as pure functions over tensors; `run_eagerly` alone writes.
 
 Grass (arXiv 2406.17660), Algorithm 1, for a selection with unit row scale: ``C = G[idx]``,
 ``(state, update) = rule(C, state)``, ``W[idx] -= scale * update``. With a dense projection ``P`` (see `projection`),
@@ -19,7 +19,6 @@ from ..errors import GraphError
 from ..ops.once import once
 from ..ops.rank_update import rank_update
 from ..ops.row_update import row_update
-from .finite import is_finite
 from .layout import SHARED_HYPER
 from .noise import rounding_noise
 from .projection import basis_of
@@ -36,6 +35,16 @@ def apply_all(
 ) -> tuple[Tensor, ...]:
     """`apply` with the tensors in the order of a graph's inputs."""
     return apply(config, dim, compact_grad, weight, hyper, selector, state)
+
+
+def run_eagerly(
+    config: SiteConfig, dim: int, compact_grad: Tensor, weight: Tensor, hyper: Tensor, selector: Tensor, *state: Tensor
+) -> None:
+    """The step in place and not compiled, for a weight that no region has been compiled for yet (after a resume, say)."""
+    new_weight, *new_state = apply(config, dim, compact_grad, weight, hyper, selector, state)
+    weight.copy_(new_weight)
+    for old, new in zip(state, new_state, strict=True):
+        old.copy_(new)
 
 
 def kept(compact_grad: Tensor) -> tuple[Tensor]:
@@ -61,56 +70,75 @@ def apply(
 
     Where gradients are checked and this one is not finite, all of it comes out as it went in, but for the count of such steps.
     """
-    rule, projection, rank = config.rule, config.projection, compact_grad.shape[dim]
+    rule, wide = config.rule, torch.promote_types(weight.dtype, torch.float32)
     numbers = dict(zip((*rule.hyper_names, *SHARED_HYPER), hyper.unbind(), strict=True))
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    written: list[Tensor] = []
-    step = numbers["step"]
     compact_grad = compact_grad.to(wide)
-    ok = None
-    if config.checked:
-        skipped, *state = state
-        ok = once(is_finite(compact_grad))
-        written += [skipped + ok.logical_not()]
-    if config.counted:
-        counted, *state = state
-        written += [_unless_skipped(ok, counted + 1, counted)]
-        step = (counted + 1).to(hyper.dtype)
-        step = step.unsqueeze(1 - dim) if step.dim() else step
+    ok, step, counts, state = _counted(config, dim, compact_grad, hyper, state)
+    weight_rows = None
+    if rule.reads_weight or (config.decays and rule.coupled_decay):
+        weight_rows = select(config.projection, dim, compact_grad.shape[dim], weight, selector).to(wide)
     if config.decays and rule.coupled_decay:
-        compact_grad = compact_grad + numbers["weight_decay"] * select(projection, dim, rank, weight, selector).to(wide)
+        compact_grad = compact_grad + numbers["weight_decay"] * weight_rows
     given = dict(zip(rule.state_names, state, strict=True))
     named = {name: _seen(rule, dim, name, tensor, wide) for name, tensor in given.items()}
     named["step"] = _rows_first(rule, dim, step)
-    if rule.reads_weight:
-        named["weight"] = _rows_first(rule, dim, select(projection, dim, rank, weight, selector).to(wide))
+    if rule.reads_weight and weight_rows is not None:
+        named["weight"] = _rows_first(rule, dim, weight_rows)
     update, new = run_rule(rule, _rows_first(rule, dim, compact_grad), named, numbers)
     update = _rows_first(rule, dim, update)
-    new = {name: _stored(rule, dim, name, tensor, given[name]) for name, tensor in new.items()}
     if config.scale != 1.0:
         update = update * config.scale
     noise = None
     if config.stochastic_rounding and torch.bfloat16 in (weight.dtype, *(tensor.dtype for tensor in state)):
         noise = rounding_noise(compact_grad.shape, numbers["seed"])
-    if config.decays and not rule.coupled_decay:
-        decayed = weight.to(wide) * _unless_skipped(ok, numbers["decay"], 1.0)
+    moments = []
+    for name, old in given.items():
+        moment = _stored(rule, dim, name, new[name], old)
+        rounds = noise is not None and old.dtype == torch.bfloat16 and rule.layout(name) == "full"
+        moment = round_stochastically(moment, noise) if rounds and noise is not None else moment.to(old.dtype)
+        moments.append(_unless_skipped(ok, moment, old))
+    step_by = _unless_skipped(ok, -update, -0.0)  # adding -0.0 changes no bit, of zeros either
+    return (_moved(config, dim, weight, numbers, selector, step_by, noise, ok), *counts, *moments)
+
+
+def _counted(
+    config: SiteConfig, dim: int, compact_grad: Tensor, hyper: Tensor, state: Sequence[Tensor]
+) -> tuple[Tensor | None, Tensor, list[Tensor], list[Tensor]]:
+    """Whether the step is taken (None: it always is), its number, the new counts, and the rest of the state."""
+    _, *state = state
+    total = (compact_grad * compact_grad).sum()
+    counts, ok, step = [total.reshape(1)], None, hyper[len(config.rule.hyper_names) + SHARED_HYPER.index("step")]
+    if config.checked:
+        skipped, *state = state
+        ok = once(total.isfinite())
+        counts.append(skipped + ok.logical_not())
+    if config.counted:
+        counted, *state = state
+        counts.append(_unless_skipped(ok, counted + 1, counted))
+        step = (counted + 1).to(hyper.dtype)
+        step = step.unsqueeze(1 - dim) if step.dim() else step
+    return ok, step, counts, state
+
+
+def _moved(
+    config: SiteConfig, dim: int, weight: Tensor, numbers: Mapping[str, Tensor], selector: Tensor, step_by: Tensor,
+    noise: Tensor | None, ok: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The weight after its decay and an update of its rows."""
+    rounds = noise is not None and weight.dtype == torch.bfloat16
+    if config.decays and not config.rule.coupled_decay:
+        decayed = weight.to(step_by.dtype) * _unless_skipped(ok, numbers["decay"], 1.0)
         if config.stochastic_rounding and weight.dtype == torch.bfloat16:
             weight = round_stochastically(decayed, rounding_noise(weight.shape, numbers["seed"] + 1.0))
         else:
             weight = decayed.to(weight.dtype)
-    moments = []
-    for old, name in zip(state, rule.state_names, strict=True):
-        rounding = noise if old.dtype == torch.bfloat16 and rule.layout(name) == "full" else None
-        moment = new[name].to(old.dtype) if rounding is None else round_stochastically(new[name], rounding)
-        moments.append(_unless_skipped(ok, moment, old))
-    rounds = noise is not None and weight.dtype == torch.bfloat16
-    step_by = _unless_skipped(ok, -update, -0.0)  # adding -0.0 changes no bit, of zeros either
-    if projection == "grass":
+    moved: Tensor
+    if config.projection == "grass":
         moved = row_update(weight, dim, selector, step_by, noise if rounds else None)
     else:
-        basis = basis_of(projection, selector, weight.shape[dim], rank, weight.dtype)
+        basis = basis_of(config.projection, selector, weight.shape[dim], step_by.shape[dim], weight.dtype)
         moved = rank_update(weight, dim, basis, step_by, numbers["seed"] if rounds else None)
-    return (moved, *written, *moments)
+    return moved
 
 
 def _unless_skipped(ok: Tensor | None, new: Tensor, old: Tensor | float) -> Tensor:

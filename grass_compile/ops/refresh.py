@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _torch
 from ..math.refresh import refresh as choose_anew
+from .journal import writing
 from .library import library
 
 library.define(
@@ -23,7 +24,7 @@ def _refresh_(
     gradient: Tensor, index: Tensor, noise: Tensor | None, state: Sequence[Tensor], dim: int, rank: int, *how: Any
 ) -> Tensor:
     compact, chosen, rest = choose_anew(gradient, index, noise, state, dim, rank, *how)
-    with _torch.unversioned((index, *state)):
+    with writing(index, "refreshed"), _torch.unversioned((index, *state)):
         index.copy_(chosen)
         for old, new in zip(state, rest, strict=True):
             old.copy_(new)

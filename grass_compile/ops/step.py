@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .journal import writing
 from .library import library
 
 library.define("step_(Tensor gradient, Tensor(a!) weight, Tensor hyper, Tensor selector, Tensor(b!)[] state, str kernel) -> ()")
@@ -17,7 +18,8 @@ kernels: dict[str, Callable[..., None]] = {}
 
 
 def _step_(gradient: Tensor, weight: Tensor, hyper: Tensor, selector: Tensor, state: Sequence[Tensor], kernel: str) -> None:
-    kernels[kernel](gradient, weight, hyper, selector, *state)
+    with writing(weight, "stepped"):
+        kernels[kernel](gradient, weight, hyper, selector, *state)
 
 
 library.impl("step_", _step_, "CompositeExplicitAutograd")

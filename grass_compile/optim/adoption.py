@@ -16,18 +16,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import _torch
 from ..config import GroupOptions
 from ..errors import GrassWarning, StateError
-from ..math.finite import is_finite
-from ..math.projection import selected
 from ..math.rule import Rule
-from ..runtime import parameter as registry
+from ..runtime import registry
 from ..runtime.checkpoint import fitting, protect, unprotect
 from ..runtime.compact import Assigned, is_compact
+from ..runtime.delivery import reduce
 from ..runtime.gradient import CompactGrad
 from ..runtime.manager import ProjectionManager
 from ..runtime.parameter import Kernel
@@ -46,13 +45,34 @@ class Wish:
 
 
 _wishes: WeakIdKeyDictionary = WeakIdKeyDictionary()
-_holders: weakref.WeakKeyDictionary[torch.optim.Optimizer, ProjectionManager] = weakref.WeakKeyDictionary()
+_managers: weakref.WeakKeyDictionary[torch.optim.Optimizer, ProjectionManager] = weakref.WeakKeyDictionary()
 _warned: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+_finder: list[Any] = []
+"""The handle of the hook that looks for the optimizers that hold what is wished for, as long as anything is."""
 
 
 def wish(parameter: Tensor, wished: Wish) -> None:
-    """Note that a region could project ``parameter``."""
+    """Note that a region could project ``parameter``. From the first wish on, every optimizer's ``step()`` is looked at, until
+    all wishes have come true; an optimizer that one comes true for has hooks of its own from then on."""
     _wishes[parameter] = wished
+    if not _finder:
+        _finder.append(register_optimizer_step_pre_hook(_find))
+
+
+@_torch.outside_dynamo
+def _find(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Hook an optimizer that holds a parameter that is wished for; once it does, this hook has nothing more to do with it."""
+    if isinstance(optimizer, GrassOptimizer) or optimizer in _hooked:
+        return
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if any(parameter in _wishes for parameter in parameters):
+        _hooked.add(optimizer)
+        optimizer.register_step_post_hook(after_step)
+        optimizer.register_step_pre_hook(before_step)
+    return
+
+
+_hooked: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 
 # ------------------------------------------------------------------------------------------------------ which optimizers
@@ -96,10 +116,8 @@ def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any
     """Take weights over, run the compact steps, and hide their gradients from the optimizer's own code.
 
     Raises:
-        StateError: a projected weight has a full gradient as well, or a loaded state does not fit it.
+        StateError: a loaded state does not fit its weight, or two optimizers hold one.
     """
-    if isinstance(optimizer, GrassOptimizer):
-        return None
     changed = None
     closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
     if closure is not None and type(optimizer) in RULES:  # it runs the backward, so it has to run before we look
@@ -107,15 +125,15 @@ def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any
             loss = closure()
         changed = (args[0], lambda: loss), {key: value for key, value in kwargs.items() if key != "closure"}
     _take_over(optimizer)
-    holder = _holders.get(optimizer)
-    if holder is not None:
-        holder.check()
-        waiting = holder.pending()
+    manager = _managers.get(optimizer)
+    if manager is not None:
+        manager.check()
+        waiting = manager.pending()
         if _unscaled(optimizer, waiting):
-            holder.apply(waiting)
+            manager.apply(waiting)
         for parameter in waiting:
             parameter.grad = None
-        holder.hidden = dict(waiting)
+        manager.hidden = dict(waiting)
     return changed
 
 
@@ -126,12 +144,12 @@ def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None
     Raises:
         NonFiniteError: as ``nonfinite="raise"`` says, after all else is done.
     """
-    holder = _holders.get(optimizer)
-    if holder is not None:
-        for parameter, gradient in holder.hidden.items():
+    manager = _managers.get(optimizer)
+    if manager is not None:
+        for parameter, gradient in manager.hidden.items():
             parameter.grad = gradient
-        holder.hidden = {}
-        holder.close()
+        manager.hidden = {}
+        manager.close()
 
 
 def _unscaled(optimizer: torch.optim.Optimizer, waiting: Mapping[Tensor, CompactGrad]) -> bool:
@@ -144,13 +162,13 @@ def _unscaled(optimizer: torch.optim.Optimizer, waiting: Mapping[Tensor, Compact
 
 
 def _take_over(optimizer: torch.optim.Optimizer) -> None:
-    holder = _holders.get(optimizer)
+    manager = _managers.get(optimizer)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             record = registry.lookup(parameter)
-            if record is not None and record.holder is not holder and record.pending is not None:
+            if record is not None and record.owner is not manager and record.pending is not None:
                 raise StateError(
-                    f"{record.name}: another optimizer has projected it and holds its compact state. Delete that optimizer "
+                    f"{record.label}: another optimizer has projected it and holds its compact state. Delete that optimizer "
                     "before another one takes over."
                 )
             wished = _wishes.get(parameter)
@@ -160,37 +178,32 @@ def _take_over(optimizer: torch.optim.Optimizer) -> None:
             if isinstance(rule, str):
                 _warn(optimizer, rule)
                 continue
-            if holder is None:
-                holder = _holders[optimizer] = ProjectionManager(optimizer, fused=False)
+            if manager is None:
+                manager = _managers[optimizer] = ProjectionManager(optimizer, False)
                 optimizer.register_state_dict_post_hook(protect)
                 optimizer.register_load_state_dict_post_hook(_loaded)
-            _adopt(holder, parameter, group, wished, rule)
+            _adopt(manager, parameter, group, wished, rule)
             del _wishes[parameter]
+    if not _wishes and _finder:
+        _finder.pop().remove()
 
 
-def _adopt(holder: ProjectionManager, parameter: Tensor, group: dict[str, Any], wished: Wish, rule: Rule) -> None:
+def _adopt(manager: ProjectionManager, parameter: Tensor, group: dict[str, Any], wished: Wish, rule: Rule) -> None:
     """Project one weight from this step on; its full gradient chooses the rows where a loaded state does not."""
-    assert holder.optimizer is not None and parameter.grad is not None
-    loaded = holder.optimizer.state.get(parameter, {})
+    assert manager.optimizer is not None and parameter.grad is not None
+    loaded = manager.optimizer.state.get(parameter, {})
     if loaded and not is_compact(loaded):
         if any(isinstance(value, Tensor) and value.dim() > 0 and bool(value.count_nonzero()) for value in loaded.values()):
             return  # trained dense so far: its full moments are not thrown away
-        loaded.clear()
-    holder.add(parameter, wished.name, group, wished.options, rule)
-    record = holder.records[parameter]
+        loaded = {}
+    manager.add(parameter, wished.name, group, wished.options, rule)
+    record = manager.records[parameter]
     assigned = wished.assigned
     if loaded:
         assigned, state = fitting(record, unprotect(loaded))
         record.resume(assigned, state)
     record.assign(assigned, wished.kernel)
-    gradient, dim = parameter.grad, assigned.dim
-    rows = record.select(gradient) if record.due else record.state[record.selector].clone()
-    compact = selected(wished.options.projection, dim, assigned.rank, gradient, rows)
-    compact = compact.to(torch.promote_types(compact.dtype, torch.float32))
-    if record.due and record.options.checked:
-        compact = torch.where(is_finite(gradient), compact, torch.nan)
-    how = dim, parameter, wished.name, record.due, None, wished.options.projection
-    parameter.grad = CompactGrad(compact, rows, *how)
+    reduce(record)
 
 
 def _loaded(optimizer: torch.optim.Optimizer) -> None:
@@ -199,11 +212,11 @@ def _loaded(optimizer: torch.optim.Optimizer) -> None:
     Raises:
         StateError: a loaded state does not fit its weight.
     """
-    holder = _holders.get(optimizer)
-    if holder is None:
+    manager = _managers.get(optimizer)
+    if manager is None:
         return
     groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
-    for parameter, record in holder.records.items():
+    for parameter, record in manager.records.items():
         record.group = groups[parameter]
         record.forget()
         entry = optimizer.state.get(parameter, {})
@@ -212,7 +225,7 @@ def _loaded(optimizer: torch.optim.Optimizer) -> None:
         elif record.assigned is not None and record.kernel is not None:
             optimizer.state.pop(parameter, None)
             record.assign(record.assigned, record.kernel)
-    holder.forget_numbers()
+    manager.forget_numbers()
 
 
 def _warn(optimizer: torch.optim.Optimizer, what: str) -> None:
@@ -224,7 +237,3 @@ def _warn(optimizer: torch.optim.Optimizer, what: str) -> None:
             GrassWarning,
             stacklevel=_torch.stacklevel_of_caller(),
         )
-
-
-register_optimizer_step_pre_hook(before_step)
-register_optimizer_step_post_hook(after_step)

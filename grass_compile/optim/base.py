@@ -18,6 +18,7 @@ from ..math.rule import Rule
 from ..runtime.checkpoint import check_dense, fitting, unprotect
 from ..runtime.compact import is_compact
 from ..runtime.manager import ProjectionManager
+from ..runtime.watch import Fusion
 from .live import ParamGroup, check_flags
 
 COMMON = tuple(keyword.name for keyword in KEYWORDS if keyword.whole)
@@ -25,11 +26,11 @@ COMMON = tuple(keyword.name for keyword in KEYWORDS if keyword.whole)
 
 
 class GrassOptimizer(torch.optim.Optimizer):
-    """What every grass optimizer shares: a holder for the backend. The dense rest is stepped by the class that comes next, most
-    often torch's own.
+    """What every grass optimizer shares: a manager for the projected weights. The dense rest is stepped by the class that comes
+    next, most often torch's own.
 
-    A parameter is *projected* once a compiled backward has found its gradient; from then on it moves there and its ``.grad``
-    stays None, or its ``.grad`` is a `CompactGrad` and it moves in `step`.
+    A parameter is *projected* once a compiled backward has found its gradient. From then on its ``.grad`` is a `CompactGrad` and
+    it moves in `step`, or it moves inside the backward and its ``.grad`` is a `MovedGrad`, a stand-in.
     """
 
     def __init__(self, params: Any, rule: Rule, own: Mapping[str, Any], **torch_keywords: Any) -> None:
@@ -44,7 +45,7 @@ class GrassOptimizer(torch.optim.Optimizer):
         self.rule = rule
         check_names(own, type(self).__name__)
         self._given = _with_seed(own)
-        self._holder = ProjectionManager(self, fused=True)
+        self._manager = ProjectionManager(self, False)
         self._warned = False
         try:
             super().__init__(params, **torch_keywords)
@@ -58,9 +59,32 @@ class GrassOptimizer(torch.optim.Optimizer):
     def _settle(self) -> None:
         """Take from the groups what has to be common to all."""
         group = self.param_groups[0]
-        self._holder.fused = group["step_in_backward"] is True
-        self._holder.max_norm = None if group["max_grad_norm"] is None else float(group["max_grad_norm"])
-        self._holder.checked = parse_group(group).checked
+        if self._manager.watch.mode != group["step_in_backward"]:
+            self._manager.watch.set_mode(group["step_in_backward"])
+        self._manager.max_norm = None if group["max_grad_norm"] is None else float(group["max_grad_norm"])
+        self._manager.checked = parse_group(group).checked
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy of the optimizer, or a pickle of it, is made from."""
+        own = {key: value for key, value in self.__dict__.items() if key in ("rule", "_given", "_momentum")}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become a copy: it manages the parameters in its groups, and goes on from the compact state that it was given."""
+        super().__setstate__(state)
+        if "rule" not in state:  # torch calls this in `load_state_dict` too
+            return
+        self._warned = False
+        self._manager = ProjectionManager(self, False)
+        self.param_groups = [ParamGroup(group, self) for group in self.param_groups]
+        for group in self.param_groups:
+            options, names = parse_group(group), group.get("param_names") or [""] * len(group["params"])
+            for parameter, name in zip(group["params"], names, strict=True):
+                self._manager.add(parameter, name, group, options, self.rule)
+        self._settle()
+        for parameter, record in self._manager.records.items():
+            if is_compact(entry := self.state.get(parameter, {})):
+                record.resume(*fitting(record, entry))
 
     # ------------------------------------------------------------------------------------------------------- groups
 
@@ -91,7 +115,7 @@ class GrassOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1] = ParamGroup(self.param_groups[-1], self)
         for parameter, name in zip(group["params"], group.get("param_names") or [""] * len(tensors), strict=True):
-            self._holder.add(parameter, name, group, options, self.rule)
+            self._manager.add(parameter, name, group, options, self.rule)
 
     def _change(self, group: ParamGroup, values: Mapping[str, Any]) -> None:
         """Have keywords of ours, assigned to ``group``, hold from now on; those of the optimizer as a whole in every group.
@@ -103,7 +127,7 @@ class GrassOptimizer(torch.optim.Optimizer):
         whole = {key: value for key, value in values.items() if key in COMMON}
         changes = {id(other): {**whole, **(values if other is group else {})} for other in self.param_groups}
         wanted = [(other, parse_group({**other, **changes[id(other)]})) for other in self.param_groups if changes[id(other)]]
-        records = [(self._holder.records[parameter], options) for other, options in wanted for parameter in other["params"]]
+        records = [(self._manager.records[parameter], options) for other, options in wanted for parameter in other["params"]]
         for record, options in records:
             record.check_change(options)
         for other, _ in wanted:
@@ -141,21 +165,22 @@ class GrassOptimizer(torch.optim.Optimizer):
             closure: as in torch; it runs forward and backward, in which projected weights may move.
 
         Raises:
-            StateError: a projected weight has a full gradient as well, from outside its compiled region.
+            StateError: a hyper-parameter was written after a backward that has already moved weights by it.
             NonFiniteError: as ``nonfinite="raise"`` says, after all else is done.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        holder = self._holder
-        holder.check()
+        manager = self._manager
+        manager.check()
         self._warn_uncompiled()
-        if holder.max_norm is not None and not holder.clipped:
-            holder.clip(holder.max_norm)
-        waiting = holder.pending()
-        holder.apply(waiting)
-        hidden = {**waiting, **holder.withhold()}
+        manager.warn_of_nothing()
+        if manager.max_norm is not None and not manager.clipped:
+            manager.clip(manager.max_norm)
+        waiting = manager.pending()
+        manager.apply(waiting)
+        hidden = {**waiting, **manager.stand_ins(), **manager.withhold()}
         try:
             for parameter in hidden:
                 parameter.grad = None
@@ -163,24 +188,39 @@ class GrassOptimizer(torch.optim.Optimizer):
         finally:
             for parameter, gradient in hidden.items():
                 parameter.grad = gradient
-        holder.close()
+        manager.close()
         return loss
 
     def _dense_step(self) -> None:
-        """Move what is not projected."""
-        super().step()
+        """Move what is not projected, without running the hooks around a step once more."""
+        step = super().step
+        if getattr(step, "hooked", False):  # torch hooks the ``step`` of a class when the first plain optimizer of it is made
+            step.__func__.__wrapped__(self)  # type: ignore[attr-defined]
+        else:
+            step()
+
+    @_torch.outside_dynamo
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, as in torch. Before `step`, after a backward that has moved weights, it leaves it at that: these
+        stay as they are, with a `GrassWarning`, and training goes on.
+
+        Args:
+            set_to_none: as in torch.
+        """
+        self._manager.leave_off()
+        super().zero_grad(set_to_none)
 
     def _warn_uncompiled(self) -> None:
         """Say once that nothing is compiled."""
-        if self._warned or any(record.assigned for record in self._holder.records.values()):
+        if self._warned or any(record.assigned for record in self._manager.records.values()):
             return
         dense = [
             record.name
-            for parameter, record in self._holder.records.items()
+            for parameter, record in self._manager.records.items()
             if parameter.grad is not None and record.options.rank is not None and parameter.dim() == 2
         ]
         initialises = all(float(group["lr"]) == 0 for group in self.param_groups)  # torch.distributed.checkpoint does
-        if dense and not initialises and not any(self.state.get(parameter) for parameter in self._holder.records):
+        if dense and not initialises and not any(self.state.get(parameter) for parameter in self._manager.records):
             self._warned = True
             warnings.warn(
                 f"{len(dense)} weights, {dense[0] or 'unnamed'} the first, got full gradients: no compiled "
@@ -196,7 +236,8 @@ class GrassOptimizer(torch.optim.Optimizer):
         Raises:
             StateError: the gradients of the weights that moved inside the backward were scaled.
         """
-        if self._holder.fused:
+        self._manager.watch.failed("GradScaler scales the loss")
+        if self._manager.watch.status:
             raise StateError(
                 "GradScaler scales the loss, and with it the gradients that have already moved the weights inside the backward. "
                 "Make the optimizer with step_in_backward=False."
@@ -213,9 +254,15 @@ class GrassOptimizer(torch.optim.Optimizer):
         Compact gradients add up in ``.grad`` (at least fp32) and are applied by `step`. On a refresh the first
         micro-batch chooses the rows.
         """
-        return self._holder.accumulate()
+        return self._manager.accumulate()
 
     # ---------------------------------------------------------------------------------------------------- gradients
+
+    @property
+    def fused(self) -> Fusion:
+        """Whether projected weights move inside ``loss.backward()`` now, and why or why not: true or false, and with a "
+        "``reason``."""
+        return self._manager.watch.status
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -225,7 +272,7 @@ class GrassOptimizer(torch.optim.Optimizer):
         row scale. It is therefore smaller than the norm of all full gradients. Unless ``nonfinite="propagate"``, a gradient
         whose norm is not finite is left out.
         """
-        return self._holder.grad_norm
+        return self._manager.grad_norm
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Clip the gradients of all parameters, compact and dense, by their common norm, as FSDP's method of this name does.
@@ -240,7 +287,8 @@ class GrassOptimizer(torch.optim.Optimizer):
         Raises:
             StateError: weights have already moved inside the backward.
         """
-        return self._holder.clip(max_norm, norm_type)
+        self._manager.watch.failed("gradients are clipped between backward() and opt.step()")
+        return self._manager.clip(max_norm, norm_type)
 
     def compact_grad(self, parameter: Tensor) -> Tensor | None:
         """The compact gradient of a projected weight that waits for `step`: ``[r, n]`` or ``[m, r]``; None if there is none.
@@ -248,9 +296,10 @@ class GrassOptimizer(torch.optim.Optimizer):
         Raises:
             ConfigError: the optimizer does not hold this parameter.
         """
-        if parameter not in self._holder.records:
+        if parameter not in self._manager.records:
             raise ConfigError("compact_grad: this optimizer does not hold that parameter.")
-        pending = self._holder.records[parameter].pending
+        self._manager.watch.failed("gradients are read between backward() and opt.step()")
+        pending = self._manager.records[parameter].pending
         return None if pending is None else pending.compact
 
     # ---------------------------------------------------------------------------------------------------- checkpoint
@@ -268,7 +317,7 @@ class GrassOptimizer(torch.optim.Optimizer):
         loaded = {}
         for parameter, index in zip(order, saved, strict=True):
             entry = state_dict["state"].get(index, {})
-            record = self._holder.records[parameter]
+            record = self._manager.records[parameter]
             if is_compact(entry):
                 loaded[parameter] = fitting(record, unprotect(entry))
             else:
@@ -278,12 +327,12 @@ class GrassOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             options = parse_group(group)
             for parameter in group["params"]:
-                record = self._holder.records[parameter]
+                record = self._manager.records[parameter]
                 record.group, record.options, record.assigned = group, options, None
                 record.forget()
                 if parameter in loaded:
                     record.resume(*loaded[parameter])
-        self._holder.forget_numbers()
+        self._manager.forget_numbers()
         self._settle()
 
     def _matching_groups(self, state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:

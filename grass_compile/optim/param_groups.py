@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from .. import _torch
-from ..checks import finite, name_patterns
+from ..checks import finite, matching, name_patterns
 from ..errors import ConfigError
 from ..keywords import DEFAULT_EXCLUDE, ProjectKeywords, check_names, completed
 
@@ -73,10 +71,10 @@ def param_groups(
     queries: list[tuple[str, nn.Parameter]] = []
     rest: list[tuple[str, nn.Parameter]] = []
     for name, p in model.named_parameters():
-        if p.ndim != 2 or id(p) in embeddings or _matches(name, exclude):
+        if p.ndim != 2 or id(p) in embeddings or matching(name, exclude) is not None:
             rest.append((name, p))
         else:
-            (queries if _matches(name, query_key) else linear).append((name, p))
+            (queries if matching(name, query_key) is not None else linear).append((name, p))
     if not linear and not queries:
         raise ConfigError(
             f"param_groups: {type(model).__name__} has no linear weight that could be projected: none of its parameters is a "
@@ -89,9 +87,3 @@ def param_groups(
         {"params": rest, "lr": lr if dense_lr is None else dense_lr, "rank": None},
     ]
     return [group for group in groups if group["params"]]
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a pattern fits the name; a leading dot lets ``*.q.weight`` fit ``q.weight``."""
-    plain = _torch.strip_dynamo_prefix(name)
-    return any(fnmatch.fnmatchcase(spelled, pattern) for pattern in patterns for spelled in (plain, f".{plain}"))

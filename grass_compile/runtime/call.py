@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +10,18 @@ from torch import Tensor
 from .. import _torch
 from ..errors import StateError
 from ..math.layout import Action
-from .parameter import ProjectedParameter, lookup
+from ..ops.journal import Journal
+from . import registry
+from .manager import ProjectionManager
+from .moved import MovedGrad
+from .parameter import ProjectedParameter
+
+Key = tuple[tuple[bool, ...], tuple[Action, ...], bool]
+"""What a backward does: for each weight, whether its graph is that of a refresh; for each, what to do with its gradient; whether
+all gradients are clipped by their common norm."""
+
+Start = Callable[[Key, Callable[[Journal], None]], None]
+"""Says what the backward that is about to run in this thread has to do, and whom to tell if it breaks off."""
 
 
 class Call:
@@ -20,33 +31,37 @@ class Call:
     drops its `Call`, and with it the claim on the weights.
     """
 
-    __slots__ = ("__weakref__", "_actions", "_backward", "_clips", "_in_graph", "_numbers", "_records", "_refresh", "_updates")
-
     def __init__(
         self,
         records: Sequence[ProjectedParameter],
         refresh: Sequence[bool],
-        backward: _torch.LazyGraph,
+        start: Start,
         clips: bool,
         numbers: Sequence[tuple[Tensor, ProjectedParameter, bool]],
+        others: Sequence[Tensor],
     ) -> None:
         """Note a forward.
 
         Args:
             records: the weights that it projects.
             refresh: for each, whether its backward chooses new rows.
-            backward: that backward.
+            start: that backward.
             clips: whether that can clip all gradients of the optimizer.
-            numbers: each tensor of hyper-parameters that went in, with a record that it is of, and whether that is a refresh.
+            numbers: each tensor of hyper-parameters that went in, with a record that it belongs to, and whether that is a
+                refresh.
+            others: the parameters that it does not project.
         """
-        self._numbers = tuple(numbers)
-        self._clips = clips
-        self._records, self._refresh, self._backward = tuple(records), tuple(refresh), backward
+        self._numbers, self._clips, self._others, self._start = tuple(numbers), clips, tuple(others), start
+        self._records, self._refresh = tuple(records), tuple(refresh)
         self._in_graph = in_graph(records, refresh)
         self._updates = [record.state["updates"] for record in records]
         self._actions: tuple[Action, ...] = ()
         for record in records:
             record.outstanding.add(self)
+        for manager in {manager_of(record) for record in records}:
+            manager.note_forward()
+
+    # ----------------------------------------------------------------------------------------------- before the backward
 
     @_torch.outside_dynamo
     def before_backward(self, grad_outputs: Any) -> None:
@@ -56,32 +71,17 @@ class Call:
             StateError: the gradient would be that of a weight which has moved; names it, and what to do.
         """
         for record, updates in zip(self._records, self._updates, strict=True):
-            if record.holder is None or lookup(record.parameter) is not record:
-                raise StateError(f"{record.name}: its optimizer was replaced or deleted between forward and backward.")
-            if record.state["updates"] != updates:
-                raise StateError(
-                    f"{record.name}: it has moved since the forward that this backward belongs to (a second backward through "
-                    "one graph, or an opt.step() in between). Run the forward again; to use one forward twice, put its "
-                    "backwards under opt.accumulate()."
-                )
-            if record.moved:
-                raise StateError(
-                    f"{record.name}: it was already updated by a backward since the last opt.step(). Call opt.step() after "
-                    "each backward, or put every micro-batch but the last under opt.accumulate()."
-                )
-            if record.parameter.grad is not None and record.pending is None:
-                raise StateError(
-                    f"{record.name}: it is projected, yet its .grad holds a full gradient from outside its compiled region. Set "
-                    ".grad to None, or keep this weight dense with exclude=."
-                )
+            _check(record, updates)
+        managers = {id(manager): manager for manager in map(manager_of, self._records)}
+        for manager in managers.values():
+            manager.begin_backward(_torch.graph_task())
         wanted = [self._wanted(record) for record in self._records]
-        steps = [self._may_step(record) for record in self._records]
-        holder = self._records[0].holder
-        assert holder is not None
-        clip = self._clips and all(steps) and all(wanted) and all(parameter.grad is None for parameter in holder.records)
+        waits = [self._why_it_waits(record) is not None for record in self._records]
+        (manager, *more) = managers.values()
+        clip = self._clips and not more and not any(waits) and all(wanted) and manager.nothing_else_comes()
         self._actions = tuple(
-            _action(record, step, refresh, clip) if want else "skip"
-            for record, want, step, refresh in zip(self._records, wanted, steps, self._in_graph, strict=True)
+            _action(record, not wait, refresh, clip) if want else "skip"
+            for record, want, wait, refresh in zip(self._records, wanted, waits, self._in_graph, strict=True)
         )
         for record, action, refresh in zip(self._records, self._actions, self._refresh, strict=True):
             if action == "step":
@@ -89,37 +89,50 @@ class Call:
                 if refresh and record.options.blind:
                     record.restart()
         self._refresh_numbers()
-        self._backward.key = self._in_graph, self._actions, clip
+        self._start((self._in_graph, self._actions, clip), self._broke_off)
 
     def _refresh_numbers(self) -> None:
         """Bring the numbers that went in with the forward up to date: the learning rate may have changed since."""
         for tensor, record, fresh in self._numbers:
-            assert record.holder is not None
-            current = record.holder.hyper(record, fresh)
+            current = manager_of(record).hyper(record, fresh)
             if current is not tensor:
                 with _torch.unversioned([tensor]):
                     tensor.copy_(current)
 
-    @staticmethod
-    def _wanted(record: ProjectedParameter) -> bool:
+    def _wanted(self, record: ProjectedParameter) -> bool:
         """Whether this backward is to train the weight: not ``torch.autograd.grad`` of the inputs alone.
 
         Raises:
             StateError: the weight is named in ``backward(inputs=...)``, which its compact gradient cannot reach.
         """
-        if _torch.will_run(record.leaf):
+        if _torch.will_run(record.leaf_node):
             return True
-        if not _torch.will_run(record.parameter):
-            return False
-        raise StateError(
-            f"{record.name}: its gradient cannot be asked for by name (backward(inputs=...) or torch.autograd.grad), since it is "
-            "never formed. Call loss.backward() without inputs, or keep this weight dense with exclude=."
-        )
+        held = [parameter for parameter in self._others if registry.lookup(parameter) is not None]
+        named = [_torch.will_accumulate(_torch.accumulator(parameter)) for parameter in held]
+        if (named and all(named)) or _torch.will_run(_torch.accumulator(record.parameter)):
+            raise StateError(
+                f"{record.label}: its gradient cannot be asked for by name (backward(inputs=...) or torch.autograd.grad), since "
+                "it is never formed. Call loss.backward() without inputs, or keep this weight dense with exclude=."
+            )
+        return False
 
-    def _may_step(self, record: ProjectedParameter) -> bool:
-        assert record.holder is not None
-        alone = len(record.outstanding) == (self in record.outstanding)
-        return alone and not record.waits and not record.holder.deferred
+    def _why_it_waits(self, record: ProjectedParameter) -> str | None:
+        """Why a weight may not move inside this backward, or None if it may. The one place that decides."""
+        manager = manager_of(record)
+        if (reason := manager.deferred) is not None:
+            return reason
+        if len(record.outstanding) != (self in record.outstanding):
+            return "several forwards of it wait for their backward"
+        if record.waits:
+            return "a gradient of it waits for opt.step() already"
+        if _torch.will_run(_torch.accumulator(record.parameter)):
+            return "it gets a gradient from outside of this region too"
+        present = record.parameter.grad
+        if present is not None and record.pending is None and not isinstance(present, MovedGrad):
+            return "its .grad holds a gradient already"
+        return None
+
+    # ------------------------------------------------------------------------------------------------ after the backward
 
     @_torch.outside_dynamo
     def after_backward(self, grad_inputs: Any, grad_outputs: Any) -> None:
@@ -130,11 +143,82 @@ class Call:
                 record.outstanding.discard(self)
             if action in ("choose", "keep"):
                 record.expect(refresh)
-            if action != "step":
-                continue
-            moved.append(record.parameter)
-            record.stepped(refresh)
+            if action == "step":
+                moved.append(record.parameter)
+                self._note_step(record, refresh)
         _torch.mark_written(moved)
+
+    def _note_step(self, record: ProjectedParameter, refresh: bool) -> None:
+        record.stepped(refresh)
+        manager_of(record).note_fused_step()
+
+    def _broke_off(self, journal: Journal) -> None:
+        """Note what a backward has done that raised in the middle."""
+        moved, steps = [], [action == "step" for action in self._actions]
+        for record, step, refresh in zip(self._records, steps, self._refresh, strict=True):
+            record.outstanding.discard(self)
+            if not step:
+                continue
+            address = record.parameter.data_ptr()
+            if address in journal.torn:
+                record.torn = True
+            elif address in journal.stepped:
+                moved.append(record.parameter)
+                self._note_step(record, refresh)
+            elif refresh and not record.options.blind and record.scratch_address() in journal.refreshed:
+                record.broke_off_after_refresh()
+        _torch.mark_written(moved)
+        if moved:
+            manager_of(self._records[0]).broke_off(len(moved), sum(steps))
+
+
+def _check(record: ProjectedParameter, updates: int) -> None:
+    """Refuse a backward whose gradient would not be that of the weight as it is.
+
+    Args:
+        record: the weight.
+        updates: how many it had had at the forward.
+
+    Raises:
+        StateError: naming it, and what to do.
+    """
+    if record.owner is None or registry.lookup(record.parameter) is not record:
+        raise StateError(f"{record.label}: its optimizer was replaced or deleted between forward and backward.")
+    manager = manager_of(record)
+    if record.torn:
+        raise StateError(
+            f"{record.label}: an earlier step of it broke off in the middle, so that weight and state no longer fit. Load a "
+            "checkpoint into model and optimizer."
+        )
+    if record.moved and manager.broken:
+        raise StateError(f"{record.label}: {manager.broken}")
+    if record.state["updates"] != updates:
+        raise StateError(
+            f"{record.label}: it has moved since the forward that this backward belongs to (a second backward through one graph, "
+            "another loss of the same weights whose backward came first, or an opt.step() in between). Run the forward again; to "
+            "use one forward twice, put its backwards under opt.accumulate(); or make the optimizer with step_in_backward=False."
+        )
+    if record.moved:
+        manager.watch.failed("several backwards come before one opt.step()")
+        raise StateError(
+            f"{record.label}: it was already updated by a backward since the last opt.step(). Call opt.step() after each "
+            "backward; put every micro-batch but the last under opt.accumulate(); or, for several losses or checkpointed blocks "
+            "that share weights, make the optimizer with step_in_backward=False."
+        )
+    present = record.parameter.grad
+    if isinstance(present, MovedGrad) and not present.zeroed:
+        manager.watch.failed("gradients are not cleared after opt.step()")
+        raise StateError(
+            f"{record.label}: the gradient of its last step was not cleared, and cannot be added to since it is gone. Call "
+            "opt.zero_grad() after each opt.step(); to add up gradients, use opt.accumulate() or step_in_backward=False."
+        )
+
+
+def manager_of(record: ProjectedParameter) -> ProjectionManager:
+    """What manages a record whose optimizer lives."""
+    manager = record.owner
+    assert isinstance(manager, ProjectionManager)
+    return manager
 
 
 def in_graph(records: Sequence[ProjectedParameter], refresh: Sequence[bool]) -> tuple[bool, ...]:
@@ -144,19 +228,21 @@ def in_graph(records: Sequence[ProjectedParameter], refresh: Sequence[bool]) -> 
     return tuple(o.proposes_anytime or (new and not o.blind) for o, new in zip(options, refresh, strict=True))
 
 
-def expected(
-    records: Sequence[ProjectedParameter], refresh: tuple[bool, ...], clips: bool
-) -> tuple[tuple[bool, ...], tuple[Action, ...], bool]:
-    """The key of the backward that a call most likely needs; see `Call`."""
-    fused = [record.holder is not None and record.holder.fused for record in records]
-    clip = clips and all(fused)
-    actions = (_action(record, step, new, clip) for record, step, new in zip(records, fused, refresh, strict=True))
-    return refresh, tuple(actions), clip
+def expected(records: Sequence[ProjectedParameter], refresh: tuple[bool, ...], clips: bool) -> list[Key]:
+    """The keys of the backwards that calls most likely need: those that move the weights and those that do not, as far as the
+    optimizers may come to want them."""
+    modes = {manager_of(record).watch.mode for record in records}
+    keys: list[Key] = []
+    for fused in (False, True):
+        if modes != {not fused}:
+            clip = clips and fused
+            actions = (_action(record, fused, new, clip) for record, new in zip(records, refresh, strict=True))
+            keys.append((refresh, tuple(actions), clip))
+    return keys
 
 
 def _action(record: ProjectedParameter, step: bool, refresh: bool, clip: bool) -> Action:
     """What to do with one gradient, given whether its weight may move and whether all gradients are clipped on the way."""
-    assert record.holder is not None
-    if step and (clip or record.holder.max_norm is None):
+    if step and (clip or manager_of(record).max_norm is None):
         return "step"
     return "choose" if refresh and not record.waits else "keep"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _torch
 from ..errors import StateError
-from ..math.projection import basis_of, expanded
+from ..math.projection import basis_of, expanded, selected
 
 aten = torch.ops.aten
 
@@ -22,8 +22,9 @@ class CompactGrad(Tensor):
     basis of ``galore``; for ``gaussian``, whose ``P`` is not, an estimate of the norm of the gradient itself.
 
     What scripts do to gradients between ``backward()`` and ``step()`` works and is exact: norms, clipping by norm or value,
-    scaling, unscaling by ``GradScaler``, ``zero_grad``. Everything else that only reads it gets the full tensor, made for the
-    purpose. What would write other values into it is refused.
+    scaling, unscaling by ``GradScaler``, ``zero_grad``. A full gradient that is added or copied into it gives its selected rows:
+    the compact gradient of the sum. Everything else that only reads it gets the full tensor, made for the purpose. What would
+    write single elements is refused.
 
     Attributes:
         compact: the values, ``[r, n]`` or ``[m, r]``, at least fp32.
@@ -34,6 +35,9 @@ class CompactGrad(Tensor):
         fresh: whether ``rows`` were chosen by this very gradient and are not the state's yet.
         next_rows: what its backward proposes for the next step, or None.
         zeroed: whether ``zero_grad(set_to_none=False)`` has emptied it, so that nothing waits in it.
+        task: the number of the backward that delivered it, or -1.
+        applied: whether `opt.step()` has moved the weight by it and not come to its end yet.
+        touched: what a script did to it that a gradient which has already been applied could not stand, or "".
     """
 
     compact: Tensor
@@ -44,6 +48,9 @@ class CompactGrad(Tensor):
     fresh: bool
     next_rows: Tensor | None
     zeroed: bool
+    task: int
+    applied: bool
+    touched: str
 
     @staticmethod
     def __new__(cls, values: Tensor, index: Tensor, dim: int, weight: Tensor, *rest: Any) -> CompactGrad:
@@ -61,16 +68,18 @@ class CompactGrad(Tensor):
         next_rows: Tensor | None = None,
         projection: str = "grass",
     ) -> None:
-        self.compact, self.rows, self.along, self.name_, self.fresh, self.zeroed = values, index, dim, name, fresh, False
+        self.compact, self.rows, self.along, self.name_, self.fresh = values, index, dim, name, fresh
         self.next_rows, self.projection = next_rows, projection
+        self.zeroed = self.applied = False
+        self.task, self.touched = _torch.graph_task(), ""
 
     def tolist(self) -> Any:
-        """Of the full gradient."""
-        return self.full().tolist()
+        """The full gradient as nested lists."""
+        return self._read().tolist()
 
     def numpy(self, *, force: bool = False) -> Any:
-        """Of the full gradient."""
-        return self.full().numpy(force=force)
+        """The full gradient as an array."""
+        return self._read().numpy(force=force)
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         return f"CompactGrad(shape={tuple(self.shape)}, {self.compact.shape[self.along]} along dimension {self.along})"
@@ -84,11 +93,37 @@ class CompactGrad(Tensor):
         full = torch.zeros(self.shape, dtype=self.compact.dtype, device=self.compact.device)
         return full.index_add_(self.along, self.rows, self.compact).to(self.dtype)
 
+    def part_of(self, gradient: Tensor) -> Tensor:
+        """What a full gradient, or a compact one of other rows, has where this one has its values; ``[r, n]`` or ``[m, r]``."""
+        if isinstance(gradient, CompactGrad):
+            if gradient.rows is self.rows or torch.equal(gradient.rows, self.rows):
+                return gradient.compact
+            gradient = gradient.full()
+        rank = self.compact.shape[self.along]
+        return selected(self.projection, self.along, rank, gradient.to(self.compact.dtype), self.rows)
+
+    def _read(self) -> Tensor:
+        self.touched = self.touched or "read"
+        return self.full()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in FINITENESS:  # a stand-in answers this too, so asking says nothing of a loop
+            return FINITENESS[func](args[0].full())
+        return _torch.run_as_is(func, types, args, kwargs or {})
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         if func in _SAME:
             return args[0]
+        if func in _WHOLE_NORMS and len(args) < 3 and "dim" not in kwargs and _knows_norm(*args):
+            _note("" if args[1:2] in ((), (2,)) else "read", args)
+            return func(args[0].compact, *args[1:], **kwargs)
+        if func is aten._foreach_norm.Scalar:
+            _note("" if args[1:2] in ((), (2,)) else "read", args)
+        else:
+            _note("scaled, clipped or written to" if func._schema.is_mutable else "read", args)
         if func is aten.clone.default:
             grad = args[0]
             held = grad.along, grad, grad.name_, grad.fresh, grad.next_rows, grad.projection
@@ -98,8 +133,11 @@ class CompactGrad(Tensor):
         if func in _IN_PLACE and _is_number(*args[1:]):
             func(args[0].compact, *args[1:], **kwargs)
             return args[0]
-        if func in _WHOLE_NORMS and len(args) < 3 and "dim" not in kwargs and _knows_norm(*args):
-            return func(args[0].compact, *args[1:], **kwargs)
+        if func in _FROM_FULL and isinstance(args[0], CompactGrad):
+            other = args[1]
+            func(args[0].compact, args[0].part_of(other) if isinstance(other, Tensor) and other.dim() else other, **kwargs)
+            args[0].zeroed = False
+            return args[0]
         if func is aten.clamp_.default:
             _clamp_(_inner(args[0]), *args[1:], **{{"min": "low", "max": "high"}[key]: value for key, value in kwargs.items()})
             return args[0]
@@ -107,10 +145,26 @@ class CompactGrad(Tensor):
             return _unscale(*args)
         if func is aten._foreach_zero_.default:
             return [gradient.zero_() for gradient in args[0]] and None
+        if func in (aten._foreach_add_.List, aten._foreach_copy_.default):
+            single = Tensor.add_ if func is aten._foreach_add_.List else Tensor.copy_
+            pairs = zip(args[0], args[1], strict=True)
+            return [single(gradient, other, **kwargs) for gradient, other in pairs] and None
         if func in _ONE_BY_ONE:
             results = _one_by_one(_ONE_BY_ONE[func], *args)
             return results if func._schema.returns else None
         return _read(func, args, kwargs)
+
+
+def _note(what: str, args: Any) -> None:
+    """Remember what was done to the compact gradients among the arguments of an operator. What the backward adds that has
+    delivered them is no script's doing."""
+    if not what:
+        return
+    task = _torch.graph_task()
+    for argument in args:
+        for gradient in argument if isinstance(argument, (list, tuple)) else (argument,):
+            if isinstance(gradient, CompactGrad) and (task < 0 or task != gradient.task):
+                gradient.touched = gradient.touched or what
 
 
 class Reading(Tensor):
@@ -133,11 +187,11 @@ class Reading(Tensor):
         return repr(self.full)
 
     def tolist(self) -> Any:
-        """Of what it holds."""
+        """What it holds, as nested lists."""
         return self.full.tolist()
 
     def numpy(self, *, force: bool = False) -> Any:
-        """Of what it holds."""
+        """What it holds, as an array."""
         return self.full.numpy(force=force)
 
     @classmethod
@@ -231,7 +285,18 @@ def _unscale(gradients: list[Tensor], found_inf: Tensor, inverse_scale: Tensor) 
         torch._amp_foreach_non_finite_check_and_unscale_([gradient], found_inf, inverse_scale)
 
 
+FINITENESS = {
+    torch.isfinite: torch.isfinite,
+    torch.isnan: torch.isnan,
+    torch.isinf: torch.isinf,
+    Tensor.isfinite: torch.isfinite,
+    Tensor.isnan: torch.isnan,
+    Tensor.isinf: torch.isinf,
+}
+"""How it is asked whether the elements of a tensor are finite."""
+
 _SAME = (aten.detach.default, aten.alias.default)
+_FROM_FULL = (aten.add_.Tensor, aten.sub_.Tensor, aten.copy_.default)
 _IN_PLACE = (aten.mul_.Tensor, aten.mul_.Scalar, aten.div_.Tensor, aten.div_.Scalar, aten.zero_.default)
 _WHOLE_NORMS = (aten.linalg_vector_norm.default, aten.norm.Scalar)
 _ONE_BY_ONE: dict[Any, Callable[..., Any]] = {

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _torch
 from ..config import GroupOptions
-from ..errors import StateError
+from ..errors import GrassWarning, StateError
 from ..math.finite import clip_, not_finite
 from ..math.rule import Rule
 from ..math.transfer import to_device
-from ..math.update import seed_of
-from . import parameter as registry
+from ..math.update import run_eagerly
+from . import registry
+from .delivery import reduce
 from .gradient import CompactGrad
+from .moved import MovedGrad
 from .nonfinite import Skips, report
 from .parameter import ProjectedParameter
+from .watch import LoopWatch, Mode
 
 
 class ProjectionManager:
@@ -29,25 +34,31 @@ class ProjectionManager:
     Attributes:
         optimizer: the optimizer, or None once it is gone. ``param_groups`` and ``state`` are its own, read live.
         records: one for each of its parameters.
-        fused: whether weights may move inside the backward.
+        watch: whether weights may move inside the backward, as far as the loop is concerned.
         max_norm: the largest common norm of all gradients, or None.
         checked: whether gradients of dense parameters that are not finite are to be kept from the optimizer's own code.
         clipped: whether the gradients of this step have been clipped inside the backward.
         grad_norm: the gradient norm at the last clipping, 0-d, on the device.
         hidden: gradients that are taken out of ``.grad`` while torch's own code takes its step.
+        broken: what to do after a backward that broke off when some weights had moved, or "".
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, fused: bool) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, mode: Mode) -> None:
         self._optimizer = weakref.ref(optimizer)
         self.records: dict[Tensor, ProjectedParameter] = {}
-        self.fused = fused
+        self.watch = LoopWatch(mode)
         self.max_norm: float | None = None
         self.checked = False
         self.clipped = False
-        self._norm_leaf: Tensor | None = None
         self.grad_norm: Tensor | None = None
         self.hidden: dict[Tensor, Tensor] = {}
+        self.broken = ""
+        self._norm_leaf: Tensor | None = None
         self._accumulating = 0
+        self._task = -1
+        self._began: dict[str, Any] | None = None
+        self._forwards = 0
+        self._warned: set[str] = set()
         self._skips = Skips()
         self._withheld: list[ProjectedParameter] = []
         self._taken: dict[ProjectedParameter, Tensor] = {}
@@ -58,15 +69,18 @@ class ProjectionManager:
         return self._optimizer()
 
     @property
-    def deferred(self) -> bool:
-        """Whether a backward leaves compact gradients rather than moving the weights."""
-        return not self.fused or self._accumulating > 0
+    def deferred(self) -> str | None:
+        """Why backwards leave compact gradients rather than moving the weights, or None if they may move them."""
+        if self._accumulating:
+            return "opt.accumulate()"
+        status = self.watch.status
+        return None if status else status.reason
 
-    def add(self, parameter: Tensor, name: str, group: dict[str, object], options: GroupOptions, rule: Rule) -> None:
-        """Hold a parameter."""
+    def add(self, parameter: Tensor, name: str, group: dict[str, Any], options: GroupOptions, rule: Rule) -> None:
+        """Manage a parameter."""
         record = ProjectedParameter(parameter, _torch.strip_dynamo_prefix(name), group, options, rule, self)
         self.records[parameter] = record
-        registry.register(parameter, record)
+        registry.register(record)
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -85,14 +99,14 @@ class ProjectionManager:
         Weights with equal `ProjectedParameter.hyper_key` get the same tensor.
 
         Args:
-            record: of the weight.
+            record: the weight's.
             fresh: whether the step is the first of new rows.
         """
         group, parameter = record.group, record.parameter
         decay = 1.0 - float(group["lr"]) * float(group["weight_decay"])
-        seed = seed_of(record.options.seed, record.state["updates"]) if record.draws else 0
         limit = float("inf") if self.max_norm is None else self.max_norm
-        values = (*record.rule.hyper(group), decay, float(record.next_step(fresh)), float(seed), limit)
+        step, seed = float(record.next_step(fresh)), float(record.seed())
+        values = (*record.rule.hyper(group), decay, step, seed, limit)
         key = record.hyper_key(fresh)
         cached = self._hyper.get(key)
         if cached is None or cached[0] != values:
@@ -112,36 +126,174 @@ class ProjectionManager:
         return self._norm_leaf
 
     def forget_numbers(self) -> None:
-        """Rebuild all numbers at their next use, and take the counts of skipped steps as they are."""
+        """The groups or the state were replaced; the counts in a loaded state are known as they are."""
         self._hyper.clear()
         self._skips.forget()
         for record in self._taken:
             record.skipped = 0
         self._taken.clear()
 
+    # ----------------------------------------------------------------------------------------------- around a backward
+
+    def note_forward(self) -> None:
+        """Note that a compiled region has run forward for a backward to come."""
+        self._forwards += 1
+
+    def begin_backward(self, task: int) -> None:
+        """Look at what the script has done since the last backward; once for each, before it has computed anything."""
+        if task == self._task:
+            return
+        self._task = task
+        if self.watch.watching:
+            held = [record for record in self.records.values() if record.chosen is not None]
+            if held and not self._accumulating and self._began is not None:
+                lost = any(record.parameter.grad is None for record in held)
+                dropped = "gradients were dropped without opt.step()"
+                self.watch.failed(dropped if lost else "several backwards come before one opt.step()")
+            if any(record.waits and record.chosen is None for record in self.records.values()):
+                self.watch.failed("gradients are not cleared after opt.step()")
+        if not self._accumulating:
+            self._began = self._numbers()
+
+    def nothing_else_comes(self) -> bool:
+        """Whether a region that clips all gradients is the source of all: none is there already, and none comes from outside."""
+        parameters = [parameter for parameter in self.records if parameter.requires_grad]
+        if any(parameter.grad is not None and not _is_emptied(parameter.grad) for parameter in parameters):
+            return False
+        return not any(_torch.will_run(_torch.accumulator(parameter)) for parameter in parameters)
+
+    def note_fused_step(self) -> None:
+        """Note that a backward has moved a weight."""
+        self.clipped = self.max_norm is not None
+
+    def broke_off(self, moved: int, steps: int) -> None:
+        """Note that a backward raised when some of the weights that it was to move had moved."""
+        self.watch.failed("a backward broke off in the middle")
+        self.broken = (
+            f"the last backward broke off when {moved} of the {steps} weights that it moves had moved; what has moved stays. "
+            "Call opt.zero_grad() to leave it at that and go on, or load a checkpoint to go back."
+        )
+
+    def leave_off(self) -> None:
+        """``zero_grad()`` before ``opt.step()``: what has moved stays, what has not is skipped."""
+        moved = [record for record in self.records.values() if record.moved]
+        if not moved:
+            return
+        self.watch.failed("gradients were dropped without opt.step()")
+        warnings.warn(
+            f"zero_grad() comes before opt.step(), after a backward that has already moved {len(moved)} weights, "
+            f"{moved[0].label} the first. They stay as they are now; the others are not moved. To be able to drop a step, make "
+            "the optimizer with step_in_backward=False.",
+            GrassWarning,
+            stacklevel=_torch.stacklevel_of_caller(),
+        )
+        self._end()
+
+    def _numbers(self) -> dict[str, Any]:
+        """The hyper-parameters as they are, by a name for messages."""
+        found: dict[str, Any] = {"max_grad_norm": self.max_norm}
+        for number, group in enumerate(self.optimizer.param_groups if self.optimizer is not None else ()):
+            for key, value in group.items():
+                if key not in ("params", "param_names", "initial_lr"):
+                    found[f"{key} of group {number}"] = float(value) if isinstance(value, Tensor) else value
+        return found
+
     # -------------------------------------------------------------------------------------------------- at the step
 
     def check(self) -> None:
-        """Refuse gradients that a step would use wrongly.
+        """Refuse what a step would use wrongly, and bring gradients that came in full into their compact form.
 
         Raises:
-            StateError: a projected weight has a full gradient, or belongs to another optimizer by now.
+            StateError: a weight belongs to another optimizer by now; a hyper-parameter is another than the one by which
+                weights have already moved.
         """
         for parameter, record in self.records.items():
-            if parameter.grad is None:
+            if parameter.grad is not None and registry.lookup(parameter) is not record:
+                raise StateError(f"{record.label}: another optimizer has taken it over; this one must not be used any more.")
+        self._check_numbers()
+        self._look_back()
+        for parameter, record in self.records.items():
+            if record.moved and parameter.grad is None:
+                self.watch.failed("gradients are replaced or dropped between backward() and opt.step()")
+                raise record.stand_in.refusal("dropped")
+            if record.assigned is None or parameter.grad is None or isinstance(parameter.grad, (CompactGrad, MovedGrad)):
                 continue
-            if registry.lookup(parameter) is not record:
-                raise StateError(f"{record.name}: another optimizer has taken it over; this one must not be used any more.")
-            if record.assigned is not None and record.pending is None:
+            if record.moved:
                 raise StateError(
-                    f"{record.name}: it is projected, yet a full gradient reached it from outside its compiled region (eager "
-                    "code, a tensor hook added later, a graph break). Set its .grad to None, or keep it dense with exclude=."
+                    f"{record.label}: it has already moved inside the backward, and then got another gradient, from outside of "
+                    "its compiled region. Make the optimizer with step_in_backward=False, or use step_in_backward='auto'."
                 )
+            if record.chosen is None:
+                self._warn_full(record)
+            reduce(record)
+
+    def _check_numbers(self) -> None:
+        """Compare the hyper-parameters with those at the backward.
+
+        Raises:
+            StateError: weights have moved by others.
+        """
+        began, now = self._began, self._numbers()
+        self._began = None
+        changed = [key for key, value in now.items() if began is not None and began.get(key, value) != value]
+        if not changed:
+            return
+        self.watch.failed("hyper-parameters are written between backward() and opt.step()")
+        if moved := [record for record in self.records.values() if record.moved]:
+            assert began is not None
+            raise StateError(
+                f"{changed[0]} was changed from {began[changed[0]]!r} to {now[changed[0]]!r} after the backward, in which "
+                f"{len(moved)} weights ({moved[0].label} the first) have moved by the former. Write it before the backward, or "
+                "make the optimizer with step_in_backward=False."
+            )
+
+    def _look_back(self) -> None:
+        """Note what the script has done to the gradients of this step."""
+        if not self.watch.watching:
+            return
+        for parameter, record in self.records.items():
+            gradient = parameter.grad
+            if record.chosen is None:
+                if record.assigned is not None and gradient is not None and not isinstance(gradient, MovedGrad):
+                    self.watch.failed(f"{record.label} gets its gradient from outside of its compiled region")
+            elif gradient is None or record.delivered is None or record.delivered() is not gradient:
+                self.watch.failed("gradients are replaced or dropped between backward() and opt.step()")
+            elif isinstance(gradient, CompactGrad) and gradient.touched:
+                self.watch.failed(f"gradients are {gradient.touched} between backward() and opt.step()")
+
+    def _warn_full(self, record: ProjectedParameter) -> None:
+        self.warn_once(
+            "full",
+            f"{record.label}: it is projected, yet its gradient came in full, from outside of the compiled region (eager code, a "
+            "graph break, a shape beyond the recompile limit, a hook added later). Its selected rows are used. Compile that code "
+            "too, or keep the weight dense with exclude=.",
+        )
+
+    def warn_once(self, kind: str, message: str) -> None:
+        """Warn, once for each kind."""
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(message, GrassWarning, stacklevel=_torch.stacklevel_of_caller())
+
+    def warn_of_nothing(self) -> None:
+        """Say once that a step had nothing to do although forwards were run for it."""
+        forwards, self._forwards = self._forwards, 0
+        idle = forwards and not any(record.moved for record in self.records.values())
+        if idle and all(parameter.grad is None for parameter in self.records):
+            self.warn_once(
+                "nothing",
+                "opt.step() found no gradient at all, though compiled regions have run forward. If you call "
+                "backward(inputs=...): projected weights cannot be named there; call it without inputs.",
+            )
 
     def pending(self) -> dict[Tensor, CompactGrad]:
         """The compact gradients that wait."""
         found = {parameter: record.pending for parameter, record in self.records.items()}
         return {parameter: gradient for parameter, gradient in found.items() if gradient is not None}
+
+    def stand_ins(self) -> dict[Tensor, MovedGrad]:
+        """The gradients that have been applied."""
+        return {parameter: parameter.grad for parameter in self.records if isinstance(parameter.grad, MovedGrad)}
 
     @torch.no_grad()
     def clip(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
@@ -155,35 +307,46 @@ class ProjectionManager:
         """
         for record in self.records.values():
             if record.moved:
-                raise StateError(
-                    f"{record.name}: it has already moved inside the backward, so its gradient can no longer be clipped. Use "
-                    "step_in_backward=False, or max_grad_norm=."
-                )
-        gradients = {parameter: parameter.grad for parameter in self.records if parameter.grad is not None}
+                self.watch.failed("gradients are clipped between backward() and opt.step()")
+                raise record.stand_in.refusal("clipped")
+        for parameter, record in self.records.items():
+            gradient = parameter.grad
+            if record.assigned is not None and gradient is not None and not isinstance(gradient, CompactGrad):
+                reduce(record)
+        gradients = [parameter.grad for parameter in self.records if parameter.grad is not None]
         if self.checked:
-            self.grad_norm = clip_(list(gradients.values()), max_norm, norm_type)
+            self.grad_norm = clip_(gradients, max_norm, norm_type)
         else:
-            self.grad_norm = torch.nn.utils.clip_grad_norm_(gradients, max_norm, norm_type)
+            self.grad_norm = torch.nn.utils.get_total_norm(gradients, norm_type)
+            factor = (max_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
+            for gradient in gradients:
+                gradient.mul_(factor.to(gradient.device))
         return self.grad_norm
 
     @torch.no_grad()
     def apply(self, gradients: Mapping[Tensor, CompactGrad]) -> None:
-        """Run the compact step of every weight in ``gradients``."""
+        """Run the compact step of every weight in ``gradients``; of those that an earlier call has run before it broke off, not
+        again."""
         for parameter, gradient in gradients.items():
-            record = self.records[parameter]
-            assert record.assigned is not None and record.kernel is not None
-            if fresh := gradient.fresh:
-                record.settle(gradient)
-                gradient.fresh = False
-            hyper, dim = self.hyper(record, fresh), record.assigned.dim
-            with _torch.without_autocast():
-                record.kernel(record.config(), dim, gradient.compact, parameter, hyper, *record.tensors())
-            record.count(fresh)
-            if gradient.next_rows is not None:
-                record.renew(gradient.next_rows)
-            if fresh or gradient.next_rows is not None:
-                record.doubt()
+            if not gradient.applied:
+                self._apply(self.records[parameter], parameter, gradient)
         _torch.mark_written(list(gradients))
+
+    def _apply(self, record: ProjectedParameter, parameter: Tensor, gradient: CompactGrad) -> None:
+        assert record.assigned is not None
+        if fresh := gradient.fresh:
+            record.settle(gradient)
+            gradient.fresh = False
+        hyper, dim = self.hyper(record, fresh), record.assigned.dim
+        with _torch.without_autocast():
+            run = record.kernel or run_eagerly
+            run(record.config(), dim, gradient.compact, parameter, hyper, *record.tensors())
+        gradient.applied = True
+        record.count(fresh)
+        if gradient.next_rows is not None:
+            record.renew(gradient.next_rows)
+        if fresh or gradient.next_rows is not None:
+            record.doubt()
 
     @torch.no_grad()
     def withhold(self) -> dict[Tensor, Tensor]:
@@ -193,8 +356,12 @@ class ProjectionManager:
         """
         if not self.checked:
             return {}
-        given = {p: p.grad for p, record in self.records.items() if p.grad is not None and record.pending is None}
-        dense = {parameter: gradient for parameter, gradient in given.items() if gradient.layout is torch.strided}
+        present = {parameter: parameter.grad for parameter in self.records}
+        dense = {
+            parameter: gradient
+            for parameter, gradient in present.items()
+            if gradient is not None and not isinstance(gradient, (CompactGrad, MovedGrad)) and gradient.layout is torch.strided
+        }
         near = {parameter: gradient for parameter, gradient in dense.items() if _is_at_hand(gradient)}
         self._watch({parameter: gradient for parameter, gradient in dense.items() if parameter not in near})
         bad = not_finite(list(near.values())).tolist()
@@ -219,13 +386,23 @@ class ProjectionManager:
             NonFiniteError: parameters with ``nonfinite="raise"`` have been left as they were, in this step or (on a GPU) in the
                 one before.
         """
-        self.clipped = False
-        for record in self.records.values():
-            record.moved = False
+        if any(record.moved or record.chosen is not None for record in self.records.values()):
+            self.watch.passed()
+        self._end()
         withheld, self._withheld = self._withheld, []
         news = self._news()
         taken = {record: count for record, count in news.items() if record.assigned is None}
         report(Counter(withheld) + news - Counter(taken), taken)
+
+    def _end(self) -> None:
+        """Begin the next step."""
+        self.clipped, self.broken, self._began, self._forwards = False, "", None, 0
+        for record in self.records.values():
+            if record.moved:
+                record.stand_in.spent = True
+            record.moved, record.chosen = False, None
+            if (gradient := record.pending) is not None:
+                gradient.applied = False
 
     def _news(self) -> Counter[ProjectedParameter]:
         """How many gradients that were not finite have become known. A refresh that was skipped is due again if its rows were to
@@ -243,10 +420,14 @@ class ProjectionManager:
 
 
 @_torch.outside_dynamo
-def _take_norm(holder: ProjectionManager | None, leaf: Tensor) -> None:
-    if holder is not None and leaf.grad is not None:
-        holder.grad_norm = leaf.grad
+def _take_norm(manager: ProjectionManager | None, leaf: Tensor) -> None:
+    if manager is not None and leaf.grad is not None:
+        manager.grad_norm = leaf.grad
     leaf.grad = None
+
+
+def _is_emptied(gradient: Tensor) -> bool:
+    return isinstance(gradient, (CompactGrad, MovedGrad)) and gradient.zeroed
 
 
 def _is_at_hand(gradient: Tensor) -> bool:

@@ -1,21 +1,20 @@
-"""Which parameters are projected, what has become of each, and which backward passes are still to come.
+"""What is known of one parameter of an optimizer that projects: how it is projected, which rows it has, what comes next.
 
 A compiled graph serves many parameters, so nothing about a parameter is baked into one: at each call the backend looks its
-`ProjectedParameter` up here.
+`ProjectedParameter` up (`grass_compile.runtime.registry`).
 """
 
 from __future__ import annotations
 
-import fnmatch
 import weakref
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import _torch
+from ..checks import matching
 from ..config import GroupOptions, SiteConfig
 from ..errors import StateError
 from ..math import selection
@@ -27,28 +26,35 @@ from ..math.refresh import settled
 from ..math.rule import Rule
 from ..math.transfer import to_device
 from ..ops.scores import DUE
-from .compact import Assigned, initial_state, is_compact, leaf_like
+from . import schedule
+from .compact import Assigned, initial_state, is_compact
 from .gradient import CompactGrad
-
-if TYPE_CHECKING:
-    from .call import Call
-    from .manager import ProjectionManager
-
+from .moved import MovedGrad
 
 Kernel = Callable[..., None]
 """``kernel(config, dim, compact_grad, weight, hyper, *state)`` runs one compiled step by itself, in place."""
+
+
+class Owner(Protocol):
+    """What a parameter needs of the manager that holds it; see `grass_compile.runtime.manager.ProjectionManager`."""
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None: ...
+
+    @property
+    def records(self) -> Mapping[Tensor, ProjectedParameter]: ...
 
 
 class ProjectedParameter:
     """One parameter of an optimizer that projects.
 
     Attributes:
+        parameter: the parameter.
         name: its qualified name, or ``""`` if the optimizer was given parameters without names.
         number: how many parameters its optimizer was given before.
         group: its parameter group, read live.
         options: our keywords of that group, validated.
         rule: the update rule.
-        holder: what holds the records of its optimizer.
         assigned: how it is projected, or None as long as it is not.
         kernel: the step by itself; supplied by the backend along with ``assigned``.
         outstanding: forwards that wait for their backward.
@@ -60,61 +66,76 @@ class ProjectedParameter:
         trained_dense: whether full moments are known to be no mere zeros.
         refreshed: whether the last update was the first of rows chosen by its gradient.
         skipped: how many of its steps are known to have been skipped, see `grass_compile.runtime.nonfinite`.
+        chosen: rows, whether they were chosen by it, and those to take next, of the gradient that was delivered since the last
+            ``opt.step()``; None if none was.
+        delivered: that gradient.
+        torn: whether a step of it broke off in the middle, so that weight and state no longer fit.
+        leaf: the input of compiled graphs whose gradient is the compact one, see `grass_compile.runtime.delivery`.
+        leaf_node: the autograd node that accumulates that.
     """
 
     __slots__ = (
-        "__weakref__", "_agrees", "_configs", "_holder", "_lead", "_leaf", "_noise", "_parameter", "_proposed", "_scratch",
-        "assigned", "flight", "group", "kernel", "moved", "name", "number", "options", "outstanding", "proposes", "refreshed",
-        "rows", "rule", "skipped", "trained_dense",
+        "__weakref__", "_agrees", "_configs", "_lead", "_noise", "_owner", "_proposed", "_scratch", "_square_sum", "_stand_in",
+        "assigned", "chosen", "delivered", "flight", "group", "kernel", "leaf", "leaf_node", "moved", "name", "number", "options",
+        "outstanding", "parameter", "proposes", "refreshed", "rows", "rule", "skipped", "torn", "trained_dense",
     )  # fmt: skip
 
     def __init__(
-        self, parameter: Tensor, name: str, group: dict[str, Any], options: GroupOptions, rule: Rule, holder: ProjectionManager
+        self, parameter: Tensor, name: str, group: dict[str, Any], options: GroupOptions, rule: Rule, owner: Owner
     ) -> None:
-        self._parameter = weakref.ref(parameter)
-        self._holder = weakref.ref(holder)
-        self._configs: dict[Any, SiteConfig] = {}
-        self._leaf: Tensor | None = None
+        self.parameter = parameter
+        self._owner = weakref.ref(owner)
         self.name, self.group, self.options, self.rule = name, group, options, rule
-        self.number = len(holder.records)
+        self.number = len(owner.records)
         self.assigned: Assigned | None = None
         self.kernel: Kernel | None = None
-        self.outstanding: weakref.WeakSet[Call] = weakref.WeakSet()
-        self.moved = False
-        self.trained_dense = False
+        self.outstanding: weakref.WeakSet[Any] = weakref.WeakSet()
         self.refreshed, self.skipped = False, 0
-        self.flight: int | None = None
+        self._configs: dict[Any, SiteConfig] = {}
+        self._agrees = False
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget what follows from the options and the state; they have changed."""
+        self._configs.clear()
+        self.leaf: Tensor | None = None
+        self.leaf_node: Any = None
         self.rows: Tensor | None = None
+        self.flight: int | None = None
+        self.chosen: tuple[Tensor, bool, Tensor | None] | None = None
+        self.delivered: weakref.ref[CompactGrad] | None = None
+        self.moved = self.trained_dense = self.proposes = self.torn = False
         self._scratch: Tensor | None = None
         self._noise: Tensor | None = None
         self._proposed: Tensor | None = None
-        self.proposes = False
+        self._square_sum: Tensor | None = None
+        self._stand_in: MovedGrad | None = None
         self._lead: weakref.ref[ProjectedParameter] | None = None
-        self._agrees = False
 
     @property
-    def parameter(self) -> Tensor:
-        parameter = self._parameter()
-        assert parameter is not None
-        return parameter
-
-    @property
-    def holder(self) -> ProjectionManager | None:
+    def owner(self) -> Owner | None:
         """None if the optimizer is gone."""
-        holder = self._holder()
-        return holder if holder is not None and holder.optimizer is not None else None
+        owner = self._owner()
+        return owner if owner is not None and owner.optimizer is not None else None
 
     @property
     def state(self) -> dict[str, Any]:
         """``optimizer.state[parameter]``."""
-        assert self.holder is not None and self.holder.optimizer is not None
-        return self.holder.optimizer.state[self.parameter]  # type: ignore[no-any-return]
+        assert self.owner is not None and self.owner.optimizer is not None
+        return self.owner.optimizer.state[self.parameter]  # type: ignore[no-any-return]
+
+    @property
+    def label(self) -> str:
+        """The name, for messages."""
+        return self.name or f"parameter {self.number}"
+
+    # ----------------------------------------------------------------------------------------------- how it is projected
 
     def config(self) -> SiteConfig:
         """What is asked of this weight now; the axis is fixed once it is assigned."""
         decays = self.group["weight_decay"] != 0
         axis = self.assigned.axis if self.assigned else self.options.axis
-        key = (decays, axis)
+        key = (decays, axis, self.options)
         if key not in self._configs:
             self._configs[key] = self.options.site(axis, decays, self.rule)
         return self._configs[key]
@@ -132,17 +153,15 @@ class ProjectedParameter:
         return None
 
     def _trained_dense(self) -> bool:
-        """Whether there are full moments. All zero, they come from a step that only initialised the state, and are dropped."""
+        """Whether there are full moments that hold anything; those of gradients that were all zero do not."""
         moments = [self.optimizer_state()[key] for key in self.rule.state_names if key in self.optimizer_state()]
         if moments and not self.trained_dense:
             self.trained_dense = any(bool(moment.count_nonzero()) for moment in moments)
-            if not self.trained_dense:
-                self.state.clear()
         return bool(moments) and self.trained_dense
 
     def optimizer_state(self) -> Mapping[str, Any]:
         """The state as it is, without creating an entry."""
-        optimizer = self.holder.optimizer if self.holder is not None else None
+        optimizer = self.owner.optimizer if self.owner is not None else None
         return optimizer.state.get(self.parameter, {}) if optimizer is not None else {}
 
     def assign(self, assigned: Assigned, kernel: Kernel) -> None:
@@ -153,35 +172,35 @@ class ProjectedParameter:
         """
         if self.assigned is not None and self.assigned != assigned:
             raise StateError(
-                f"{self.name}: one compiled region projects it along {self.assigned.axis} with rank {self.assigned.rank}, "
+                f"{self.label}: one compiled region projects it along {self.assigned.axis} with rank {self.assigned.rank}, "
                 f"another along {assigned.axis} with rank {assigned.rank}. Set axis= for its parameter group."
             )
         self.kernel = kernel
         if self.assigned is None:
             self.assigned = assigned
         if not is_compact(self.state):
-            options = self.options
-            how = options.on_refresh, self.rule, options.state_dtype, options.checked, options.projection
-            self.state.update(initial_state(self.parameter, assigned, *how))
-            self.refreshed, self.skipped = False, 0
+            self._start(assigned)
+
+    def _start(self, assigned: Assigned) -> None:
+        """The state before the first step; steps that a dense optimizer has taken with gradients of zero count."""
+        options = self.options
+        how = options.on_refresh, self.rule, options.state_dtype, options.checked, options.projection
+        made = initial_state(self.parameter, assigned, *how)
+        if isinstance(taken := self.state.get("step"), Tensor) and taken.numel() == 1:
+            made["step"].fill_(float(taken))
+        self.state.clear()
+        self.state.update(made)
+        self.refreshed, self.skipped = False, 0
 
     def resume(self, assigned: Assigned, state: dict[str, Any]) -> None:
         """Go on from a loaded state that fits."""
-        assert self.holder is not None and self.holder.optimizer is not None
+        assert self.owner is not None and self.owner.optimizer is not None
         self.assigned = assigned
         state["step"] = state["step"].to(self.parameter.device if self.config().counted else "cpu")
-        self.holder.optimizer.state[self.parameter] = state
+        self.owner.optimizer.state[self.parameter] = state
         self.refreshed, self.skipped = False, int(state["nonfinite"])
 
-    @property
-    def leaf(self) -> Tensor:
-        """The input of the compiled graph whose gradient is this weight's compact gradient; it has no storage to speak of."""
-        if self._leaf is None:
-            assert self.assigned is not None
-            self._leaf = leaf_like(self.parameter, self.assigned).requires_grad_()
-            me = weakref.ref(self)
-            self._leaf.register_post_accumulate_grad_hook(lambda leaf: _deliver(me(), leaf))
-        return self._leaf
+    # ---------------------------------------------------------------------------------------------------- its gradients
 
     @property
     def waits(self) -> bool:
@@ -203,7 +222,7 @@ class ProjectedParameter:
             if self.outstanding and getattr(options, key) != getattr(self.options, key):
                 key = "nonfinite" if key == "checked" else key
                 raise StateError(
-                    f"{self.name}: {key} cannot change between a forward and its backward. Change it after opt.step(), before "
+                    f"{self.label}: {key} cannot change between a forward and its backward. Change it after opt.step(), before "
                     "the next forward. Nothing was changed."
                 )
 
@@ -214,14 +233,6 @@ class ProjectedParameter:
         if self.assigned is not None and is_compact(self.optimizer_state()):
             self.state["step"] = self.state["step"].to(self.parameter.device if self.config().counted else "cpu")
 
-    def forget(self) -> None:
-        """Forget what follows from the options; they have changed."""
-        self._configs.clear()
-        self._leaf = self._scratch = self._noise = self._proposed = self.rows = None
-        self.moved = self.trained_dense = self.proposes = False
-        self.flight = None
-        self._lead = None
-
     @property
     def pending(self) -> CompactGrad | None:
         """The compact gradient that waits for ``opt.step()``."""
@@ -229,25 +240,30 @@ class ProjectedParameter:
         return gradient if isinstance(gradient, CompactGrad) else None
 
     @property
+    def stand_in(self) -> MovedGrad:
+        """What ``.grad`` is after a backward that has moved the weight."""
+        if self._stand_in is None:
+            self._stand_in = MovedGrad(self.parameter, self.square_sum, self.label)
+        return self._stand_in
+
+    # -------------------------------------------------------------------------------------------------- when, and numbers
+
+    @property
+    def offset(self) -> int:
+        """Steps by which its refreshes, but for the first, come early."""
+        count = len(self.owner.records) if self.owner is not None else 1
+        return schedule.offset(self.lead.number, count, self.options.update_proj_gap, self.options.stagger)
+
+    @property
     def due(self) -> bool:
         """Whether the next backward has to choose new rows: those of its own gradient, or those of the next step."""
-        if self.options.scores == "exact":
-            return self.since_refresh == 0
-        updates = int(self.state["updates"])
-        return updates == 0 or self._since_refresh(updates + 1) == 0
+        ahead = self.options.scores != "exact"
+        return schedule.is_due(int(self.state["updates"]), self.offset, self.options.update_proj_gap, ahead)
 
     @property
     def renewed(self) -> bool:
         """Whether the next update is that of rows which its own backward chooses."""
         return self.due and self.options.scores == "exact"
-
-    @property
-    def offset(self) -> int:
-        """Steps by which its refreshes, but for the first, come early."""
-        gap, slots = self.options.update_proj_gap, self.options.stagger
-        if slots == 1 or self.holder is None:
-            return 0
-        return self.lead.number * slots // len(self.holder.records) * gap // slots
 
     def next_step(self, fresh: bool) -> int:
         """Updates since the moments were last zero, the next one included; 0 where the step itself counts them.
@@ -258,14 +274,6 @@ class ProjectedParameter:
         if self.config().counted:
             return 0
         return 1 if fresh and self.options.on_refresh == "reset" else int(self.state["step"]) + 1
-
-    @property
-    def since_refresh(self) -> int:
-        """Updates since the last refresh, the next one not included; of a refresh itself, 0."""
-        return self._since_refresh(int(self.state["updates"]))
-
-    def _since_refresh(self, updates: int) -> int:
-        return min(updates, (updates + self.offset) % self.options.update_proj_gap)
 
     def hyper_key(self, fresh: bool) -> tuple[Any, ...]:
         """Weights for which this is equal may share one tensor of hyper-parameters."""
@@ -278,10 +286,29 @@ class ProjectedParameter:
         """Whether the next step draws random numbers inside the graph: to round, or to estimate scores."""
         return self.options.stochastic_rounding or (self.options.scores == "estimate" and self.due)
 
+    def seed(self) -> int:
+        """The seed of the next step's random numbers."""
+        return schedule.seed_of(self.options.seed, self.state["updates"]) if self.draws else 0
+
+    # ---------------------------------------------------------------------------------------------------- its tensors
+
+    @property
+    def selector(self) -> str:
+        """The state tensor that says where the compact gradient lies."""
+        return SELECTORS[self.options.projection]
+
     def tensors(self) -> list[Tensor]:
-        """The state tensors that a step reads and writes, in their order."""
+        """The tensors that a step reads and writes, in their order."""
         state = self.state
-        return [state[name] for name in step_state(self.config())]
+        return [self.square_sum if name == "square_sum" else state[name] for name in step_state(self.config())]
+
+    @property
+    def square_sum(self) -> Tensor:
+        """Where a step leaves the squared norm of its compact gradient, ``[1]``; not part of the state."""
+        if self._square_sum is None:
+            wide = torch.promote_types(self.parameter.dtype, torch.float32)
+            self._square_sum = torch.zeros(1, dtype=wide, device=self.parameter.device)
+        return self._square_sum
 
     def noise(self, drawn: bool) -> Tensor:
         """The noise that draws new rows, ``[m]``; not part of the state, since the seed and the updates are.
@@ -298,52 +325,12 @@ class ProjectedParameter:
                 selection.fill_with_noise(self._noise, self.options.seed, self.lead.number, self.state["updates"])
         return self._noise
 
-    def select(self, gradient: Tensor) -> Tensor:
-        """New rows from a full gradient, as a refresh chooses them; or a new basis or key."""
-        assert self.assigned is not None
-        config = self.config()
-        if config.projection == "galore":
-            return singular_vectors(gradient, self.assigned.dim, self.assigned.rank)
-        if self.options.blind:
-            return self._drawn()
-        noise = self.noise(True) if config.selection in selection.DRAWN_BY_SCORE else None
-        return selection.select(config.selection, selection.scores(gradient, self.assigned.dim), noise, self.assigned.rank)
-
-    def scratch(self) -> Tensor:
-        """Where a refresh puts what it chooses."""
-        if self._scratch is None:
-            self._scratch = self.chosen.clone()
-        return self._scratch
-
     @property
-    def selector(self) -> str:
-        """The state tensor that says where the compact gradient lies."""
-        return SELECTORS[self.options.projection]
-
-    @property
-    def chosen(self) -> Tensor:
-        """The index (the basis, the key) of the state."""
-        return self.state[self.selector]  # type: ignore[no-any-return]
-
-    def _choose(self, rows: Tensor) -> None:
-        """Make ``rows`` what `chosen` is.
-
-        A basis is taken over as it is, and the old one is not written: it may be that of a compact gradient that somebody keeps.
-        """
-        if self.options.projection == "galore":
-            self.state[self.selector] = rows
-            self._scratch = None
-            return
-        with _torch.unversioned([self.chosen]):
-            self.chosen.copy_(rows)
-
-    def _drawn(self) -> Tensor:
-        """What the refresh that is due takes, where that depends on no gradient: a key, or rows."""
-        assert self.assigned is not None
-        if self.options.projection == "gaussian":
-            return to_device(new_key(self.options.seed, self.number, self.state["updates"]), self.parameter.device)
-        noise = self.noise(True)
-        return selection.select(self.options.selection, torch.ones_like(noise), noise, self.assigned.rank)
+    def proposed(self) -> Tensor:
+        """Where a backward puts the rows that it proposes for the next step, ``int64[r]``."""
+        if self._proposed is None:
+            self._proposed = self.state["index"].clone()
+        return self._proposed
 
     def inputs(self, refresh: bool) -> list[Tensor]:
         """`tensors`, and the noise if there is any, as the inputs of a compiled region.
@@ -358,22 +345,52 @@ class ProjectedParameter:
             return [*tensors, self.proposed, *((DUE[refresh],) if self.options.proposes_anytime else ())]
         if not refresh:
             return tensors
-        scratch = self.scratch()
-        pending = self.pending
-        if pending is not None and not pending.zeroed:
-            current = pending.rows
-        else:
-            current = self._drawn() if self.options.blind else self.chosen
         if not self.in_flight:
+            pending = self.pending
+            waits = pending is not None and not pending.zeroed
+            rows = pending.rows if waits and pending is not None else self.drawn() if self.options.blind else None
+            scratch = self._scratch_rows()
             with _torch.unversioned([scratch]):
-                scratch.copy_(current)
-        return [scratch, *tensors[1:]]
+                scratch.copy_(self.state[self.selector] if rows is None else rows)
+        return [self._scratch_rows(), *tensors[1:]]
+
+    def _scratch_rows(self) -> Tensor:
+        """Where a refresh puts what it chooses."""
+        if self._scratch is None:
+            self._scratch = self.state[self.selector].clone()
+        return self._scratch
+
+    def scratch_address(self) -> int:
+        """Where the rows stand that a refresh chooses."""
+        return self._scratch_rows().data_ptr()
+
+    # -------------------------------------------------------------------------------------------------- choosing new rows
+
+    def select(self, gradient: Tensor) -> Tensor:
+        """New rows from a full gradient, as a refresh chooses them; or a new basis or key."""
+        assert self.assigned is not None
+        config = self.config()
+        if config.projection == "galore":
+            return singular_vectors(gradient, self.assigned.dim, self.assigned.rank)
+        if self.options.blind:
+            return self.drawn()
+        noise = self.noise(True) if config.selection in selection.DRAWN_BY_SCORE else None
+        scores = selection.scores(gradient, self.assigned.dim)
+        return selection.select(config.selection, scores, noise, self.assigned.rank)
+
+    def drawn(self) -> Tensor:
+        """What the refresh that is due takes, where that depends on no gradient: rows, or a key."""
+        assert self.assigned is not None
+        if self.options.projection == "gaussian":
+            return to_device(new_key(self.options.seed, self.number, self.state["updates"]), self.parameter.device)
+        noise = self.noise(True)
+        return selection.select(self.options.selection, torch.ones_like(noise), noise, self.assigned.rank)
 
     def expect(self, refresh: bool) -> None:
         """Note that a compact gradient is on its way, of the rows that a region was given or has chosen."""
         if not self.in_flight:
             exact = self.options.scores == "exact"
-            self.rows = self.scratch() if refresh and exact else self.state[self.selector]
+            self.rows = self._scratch_rows() if refresh and exact else self.state[self.selector]
             self.proposes = refresh and not exact
         self.flight = _torch.graph_task()
 
@@ -385,11 +402,10 @@ class ProjectedParameter:
 
     def _settle(self, rows: Tensor, ok: Tensor | None) -> None:
         assert self.assigned is not None
-        chosen, dim, names = self.chosen, self.assigned.dim, settled_state(self.config())
+        old_rows, dim, names = self.state[self.selector], self.assigned.dim, settled_state(self.config())
         rest = [self.state[name] for name in names]
         layouts = "".join(layout_of(self.rule, name)[0] for name in names)
-        length = self.parameter.shape[dim]
-        new = settled(self.options.on_refresh, layouts, length, dim, chosen, rows, rest)
+        new = settled(self.options.on_refresh, layouts, self.parameter.shape[dim], dim, old_rows, rows, rest)
 
         def unless_skipped(value: Tensor, old: Tensor) -> Tensor:
             return value if ok is None else torch.where(ok, value, old)
@@ -397,32 +413,39 @@ class ProjectedParameter:
         with _torch.unversioned(rest):
             for old, value in zip(rest, new, strict=True):
                 old.copy_(unless_skipped(value, old))
-        self._choose(unless_skipped(rows, chosen))
+        self._choose(unless_skipped(rows, old_rows))
+
+    def _choose(self, rows: Tensor) -> None:
+        """Make ``rows`` those of the state.
+
+        A basis is taken over as it is, and the old one is not written: it may be that of a compact gradient that somebody keeps.
+        """
+        if self.options.projection == "galore":
+            self.state[self.selector] = rows
+            self._scratch = None
+            return
+        with _torch.unversioned([self.state[self.selector]]):
+            self.state[self.selector].copy_(rows)
 
     def restart(self) -> None:
         """Before a backward that moves the weight by what was drawn blindly: the state that goes with that. (A refresh in the
         graph sees to it itself.) A backward that breaks off has done no harm: the refresh is still due, and draws the same. A
         step that is skipped keeps what was drawn."""
         if self.options.projection == "grass":
-            self._settle(self.scratch(), None)
+            self._settle(self._scratch_rows(), None)
         elif self.options.on_refresh == "reset":
             moments = [self.state[name] for name in settled_state(self.config())]
             with _torch.unversioned(moments):
                 for moment in moments:
                     moment.zero_()
 
-    @property
-    def proposed(self) -> Tensor:
-        """Where a backward puts the rows that it proposes for the next step, ``int64[r]``."""
-        if self._proposed is None:
-            self._proposed = self.state["index"].clone()
-        return self._proposed
-
     def renew(self, rows: Tensor) -> None:
         """Go over to other rows between two steps: those that were proposed by the one that is done, or another weight's."""
         self._settle(rows, None)
         if self.options.on_refresh == "reset" and not self.config().counted:  # otherwise the count is settled with the rest
             self.state["step"].zero_()
+
+    # ------------------------------------------------------------------------------------------------ rows in common
 
     @property
     def lead(self) -> ProjectedParameter:
@@ -442,7 +465,7 @@ class ProjectedParameter:
         if self.waits or self.outstanding:
             return False
         if not torch.equal(self.state["index"], lead.state["index"]):
-            self.renew(lead.chosen)
+            self.renew(lead.state["index"])
         self._lead, self._agrees = weakref.ref(lead), True
         return True
 
@@ -450,17 +473,23 @@ class ProjectedParameter:
         """Have `follow` see for itself whether the columns still agree."""
         self._agrees = False
 
+    # ------------------------------------------------------------------------------------------------------ after a step
+
     def stepped(self, refresh: bool) -> None:
         """Note that a backward has moved the weight."""
-        assert self.holder is not None
         exact = self.options.scores == "exact"
         if refresh and exact:
-            self._choose(self.scratch())
+            self._choose(self._scratch_rows())
         self.count(refresh and exact)
         if refresh and not exact:
             self.renew(self.lead.proposed)
         self.moved = True
-        self.holder.clipped = self.holder.max_norm is not None
+        self.stand_in.spent = self.stand_in.zeroed = False
+        self.parameter.grad = self.stand_in
+
+    def broke_off_after_refresh(self) -> None:
+        """Note that a backward has chosen new rows, and settled the state with them, but has not moved the weight."""
+        self._choose(self._scratch_rows())
 
     def count(self, fresh: bool) -> None:
         """Note that this weight was updated, or that its step was skipped: that is for the device to know."""
@@ -472,44 +501,10 @@ class ProjectedParameter:
 
 def refusal(name: str, parameter: Tensor, options: GroupOptions) -> str | None:
     """Why a parameter stays dense whatever graph and optimizer look like, or None."""
-    for pattern in options.exclude:
-        if fnmatch.fnmatchcase(name, pattern):
-            return f"its name matches exclude={pattern!r}"
+    if (pattern := matching(name, options.exclude)) is not None:
+        return f"its name matches exclude={pattern!r}"
     if _torch.has_hooks(parameter):
-        return "it has a tensor hook, which must see the whole gradient"
+        return "it has a hook that waits for its gradient, which must see the whole of it"
     if parameter.is_complex() or not parameter.is_floating_point():
         return f"its dtype is {parameter.dtype}; only real floating point weights can be projected"
     return None
-
-
-@_torch.outside_dynamo
-def _deliver(record: ProjectedParameter | None, leaf: Tensor) -> None:
-    """Turn what autograd has accumulated into a leaf into the weight's ``.grad``."""
-    values, leaf.grad = leaf.grad, None
-    if record is None or values is None:
-        return
-    record.flight = None
-    parameter, pending = record.parameter, record.pending
-    if pending is not None and not pending.zeroed:
-        pending.compact.add_(values)
-        return
-    assert record.assigned is not None and record.rows is not None
-    fresh, projection = record.rows is not record.state[record.selector], record.options.projection
-    rows = record.rows.clone() if fresh or projection != "galore" else record.rows  # nobody writes into the basis of a state
-    next_rows = record.proposed.clone() if record.proposes else None
-    how = record.assigned.dim, parameter, record.name, fresh, next_rows, projection
-    parameter.grad = CompactGrad(values, rows, *how)
-
-
-_records: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def register(parameter: Tensor, record: ProjectedParameter) -> None:
-    """Make ``record`` the one that compiled regions find for ``parameter``; the newest optimizer wins."""
-    _records[parameter] = record
-
-
-def lookup(parameter: Tensor) -> ProjectedParameter | None:
-    """The record of a parameter, or None if no living optimizer projects it."""
-    record = _records.get(parameter)
-    return record if record is not None and record.holder is not None else None

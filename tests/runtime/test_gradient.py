@@ -197,10 +197,6 @@ WRITES: dict[str, Callable[[Tensor], Any]] = {
     "mul by a row": lambda g: g.mul_(mask()[0]),
     "div by a full tensor": lambda g: g.div_(mask()),
     "foreach mul by a mask": lambda g: torch._foreach_mul_([g], [mask()]),
-    "add": lambda g: g.add_(mask()),
-    "add a number": lambda g: g.add_(1.0),
-    "add itself": lambda g: g.add_(g),
-    "copy": lambda g: g.copy_(mask()),
     "fill": lambda g: g.fill_(1.0),
     "noise": lambda g: g.normal_(),
     "masked fill": lambda g: g.masked_fill_(mask() > 0, 0.0),
@@ -208,7 +204,6 @@ WRITES: dict[str, Callable[[Tensor], Any]] = {
     "clamp above zero": lambda g: g.clamp_(min=0.1),
     "clamp below zero": lambda g: g.clamp_(max=-0.1),
     "out": lambda g: torch.add(mask(), mask(), out=g),
-    "foreach add": lambda g: torch._foreach_add_([g], [mask()]),
     "set item": lambda g: g.__setitem__(0, 0.0),
     "set column": lambda g: g.__setitem__((slice(None), 1), 0.0),
     "set by mask": lambda g: g.__setitem__(mask() > 0, 0.0),
@@ -226,6 +221,30 @@ def test_other_writes_are_refused(name: str, dim: int) -> None:
     with pytest.raises(StateError, match="compact gradient"):
         WRITES[name](gradient)
     assert torch.equal(gradient + 0, plain)
+
+
+FROM_FULL: dict[str, Any] = {
+    "add": lambda g: g.add_(mask()),
+    "add scaled": lambda g: g.add_(mask(), alpha=0.5),
+    "add a number": lambda g: g.add_(1.0),
+    "add itself": lambda g: g.add_(g),
+    "subtract": lambda g: g.sub_(mask()),
+    "copy": lambda g: g.copy_(mask()),
+    "foreach add": lambda g: torch._foreach_add_([g], [mask()]),
+    "foreach add scaled": lambda g: torch._foreach_add_([g], [mask()], alpha=2.0),
+    "foreach copy": lambda g: torch._foreach_copy_([g], [mask()]),
+}
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("name", FROM_FULL)
+def test_full_gradients_are_taken_where_the_compact_one_has_values(name: str, dim: int) -> None:
+    """The compact gradient of the sum, or of what is copied: its rows are right, and it stays zero elsewhere."""
+    gradient, plain = made(dim)
+    selected = torch.zeros_like(plain).index_fill_(dim, gradient.rows, 1.0) > 0
+    FROM_FULL[name](gradient)
+    FROM_FULL[name](plain)
+    assert isinstance(gradient, CompactGrad) and torch.allclose(gradient + 0, torch.where(selected, plain, 0.0))
 
 
 def test_refused_foreach_changes_nothing() -> None:
@@ -447,7 +466,8 @@ def test_scaler_is_refused_where_weights_move_inside_the_backward(unscale: bool)
     run, scale = deferred(step_in_backward=True), scaler()
     scale.scale(forms.loss_of(run.compiled(x()))).backward()
     if unscale:
-        scale.unscale_(run.optimizer)
+        with pytest.raises(StateError, match=r"unscaled by GradScaler.* step_in_backward=False"):
+            scale.unscale_(run.optimizer)
     with pytest.raises(StateError, match=r"GradScaler scales the loss, .* step_in_backward=False"):
         scale.step(run.optimizer)
 

@@ -713,7 +713,7 @@ def test_no_second_basis_is_kept(deferred: bool) -> None:
     model = layers()
     optimizer, train = trained(model, 1, "galore", step_in_backward=not deferred)
     for step in range(1, GAP + 1):
-        assert all(record._scratch is None for record in optimizer._holder.records.values())
+        assert all(record._scratch is None for record in optimizer._manager.records.values())
         train(step)
 
 

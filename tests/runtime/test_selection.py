@@ -127,7 +127,7 @@ def test_staggered_refreshes_equal_the_oracle(axis: str, on_refresh: str) -> Non
         TwoLayers().double(), [batch(0)], rank=8, axis=axis, selection="norm", on_refresh=on_refresh, seed=1, stagger=3,
         update_proj_gap=6,
     )  # fmt: skip
-    records = [record for record in run.optimizer._holder.records.values() if record.parameter.dim() == 2]
+    records = [record for record in run.optimizer._manager.records.values() if record.parameter.dim() == 2]
     assert [record.offset for record in records] == [0, 4]
     seen = []
     for step in range(14):
@@ -150,7 +150,7 @@ def test_each_weight_draws_blindly_at_a_time_of_its_own(axis: str, on_refresh: s
     for step in range(14):
         run.step(loss_of, batch(step))
         assert run.difference() < 1e-10, step
-    assert [record.offset for record in run.optimizer._holder.records.values() if record.parameter.dim() == 2] == [0, 3]
+    assert [record.offset for record in run.optimizer._manager.records.values() if record.parameter.dim() == 2] == [0, 3]
 
 
 @pytest.fixture

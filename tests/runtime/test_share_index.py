@@ -238,7 +238,7 @@ def test_refreshes_at_a_time_of_their_own(keywords: dict[str, Any], nonfinite: s
     for run in runs:
         run.train(0, 20)
         assert len(traced) == 1 and run.agree  # two models of a class share it
-        offsets = {name: run.optimizer._holder.records[run.model.get_parameter(name)].offset for name in (*SHARED, "o.weight")}
+        offsets = {name: run.optimizer._manager.records[run.model.get_parameter(name)].offset for name in (*SHARED, "o.weight")}
         assert len({offsets[name] for name in SHARED}) == 1 and offsets["o.weight"] != offsets["q.weight"]
     for one, other in zip(*(run.model.parameters() for run in runs), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)

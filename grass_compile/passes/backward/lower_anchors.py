@@ -110,7 +110,7 @@ def _compact(gm: fx.GraphModule, node: fx.Node, projection: Projection, refresh:
     arguments: Any = node.args
     gradient, state, config = arguments[0], _state(node, projection), projection.config
     index, noise, proposed = state.pop(SELECTORS[config.projection]), state.pop("noise", None), state.pop("proposed", None)
-    due, _ = state.pop("due", None), state.pop("nonfinite", None)
+    due, _, _ = state.pop("due", None), state.pop("nonfinite", None), state.pop("square_sum")
     if refresh and proposed is not None and action != "keep":
         call(gm.graph, scores.propose_, arguments[4], noise, proposed, due, config.selection)
     if not refresh or proposed is not None:

@@ -1,0 +1,79 @@
+"""What the compiled code that runs in this thread has written, for the case that it breaks off.
+
+A backward that raises (out of memory, Ctrl-C) has moved some weights and not others, and nobody but the operators that write
+knows which. They note it here; whoever runs the compiled code opens a journal around it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from torch import Tensor
+
+
+class Journal:
+    """Addresses of what was written, one list for each kind of write."""
+
+    __slots__ = ("refreshed", "stepped", "torn")
+
+    def __init__(self) -> None:
+        self.stepped: set[int] = set()
+        """Of weights whose step is complete."""
+        self.refreshed: set[int] = set()
+        """Of indices that were chosen anew, along with the state that goes with them."""
+        self.torn: set[int] = set()
+        """Of tensors whose write began and did not end."""
+
+
+_open = threading.local()
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[Journal]:
+    """Inside, writes of this thread go to the journal that is returned."""
+    outer = getattr(_open, "journal", None)
+    journal = _open.journal = Journal()
+    try:
+        yield journal
+    finally:
+        _open.journal = outer
+
+
+@contextlib.contextmanager
+def writing(target: Tensor, kind: Literal["stepped", "refreshed"]) -> Iterator[None]:
+    """Around a write: all of it happens, or the journal says that it was torn. Ctrl-C waits until the write is complete.
+
+    Args:
+        target: what is written; its address is noted.
+        kind: the list that it goes to.
+    """
+    journal: Journal | None = getattr(_open, "journal", None)
+    if journal is None:
+        yield
+        return
+    address = target.data_ptr()
+    with uninterrupted():
+        journal.torn.add(address)
+        yield
+        journal.torn.discard(address)
+        getattr(journal, kind).add(address)
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Inside, Ctrl-C waits. (Only the main thread is ever interrupted.)"""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    waiting: list[tuple[Any, ...]] = []
+    handler = signal.signal(signal.SIGINT, lambda *arguments: waiting.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler if handler is not None else signal.SIG_DFL)
+    if waiting and callable(handler):
+        handler(*waiting[0])

@@ -1,0 +1,123 @@
+"""How the gradient of a projected weight reaches its ``.grad``: always from here, whoever made it.
+
+A compiled region never hands a gradient to the weight itself. It is given the weight without its place in the autograd graph, and
+a *leaf* beside it: an input of the compact gradient's shape, without storage, that no forward reads. What the backward returns
+for the leaf, autograd adds up over all calls of one backward, and `_deliver` makes a `CompactGrad` of the sum. So whatever else
+reaches the weight's own accumulator comes from outside of the regions that project it, before a backward runs it is known whether
+anything will (`grass_compile.runtime.call`), and in whichever order the two arrive, their sum is the same: the selected rows of
+the full gradient are added.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .. import _torch
+from ..math.finite import is_finite
+from ..math.projection import selected
+from ..math.selection import scores, top
+from .compact import leaf_like
+from .gradient import CompactGrad
+from .moved import MovedGrad
+from .parameter import ProjectedParameter
+
+
+def leaf_of(record: ProjectedParameter) -> Tensor:
+    """The input of a compiled graph whose gradient is a weight's compact gradient."""
+    if record.leaf is None:
+        assert record.assigned is not None
+        record.leaf = leaf_like(record.parameter, record.assigned).requires_grad_()
+        record.leaf_node = _torch.accumulator(record.leaf)
+        _on_arrival(record, record.leaf, _deliver)
+    return record.leaf
+
+
+def twin_of(record: ProjectedParameter) -> Tensor:
+    """A dense parameter as the input of a graph that clips all gradients: what comes back for it is the clipped gradient, and the
+    parameter's own accumulator is left to what comes from outside."""
+    twin = record.parameter.detach().requires_grad_()
+    _on_arrival(record, twin, _deliver_dense)
+    return twin
+
+
+def _on_arrival(record: ProjectedParameter, leaf: Tensor, deliver: Callable[[ProjectedParameter, Tensor], None]) -> None:
+    me = weakref.ref(record)
+
+    @_torch.outside_dynamo
+    def arrived(leaf: Tensor) -> None:
+        values, leaf.grad = leaf.grad, None
+        record = me()
+        if record is not None and values is not None:
+            deliver(record, values)
+
+    leaf.register_post_accumulate_grad_hook(arrived)
+
+
+def _deliver(record: ProjectedParameter, values: Tensor) -> None:
+    """Turn the compact gradient of one backward into the weight's ``.grad``, or add it to what is there."""
+    record.flight = None
+    present = record.parameter.grad
+    if isinstance(present, CompactGrad) and not present.zeroed:
+        present.compact.add_(values)
+        return
+    assert record.assigned is not None and record.rows is not None
+    fresh = record.rows is not record.state[record.selector]
+    # Nobody writes into the basis of a state, so that need not be copied.
+    rows = record.rows.clone() if fresh or record.options.projection != "galore" else record.rows
+    made = _compact_grad(record, values, rows, fresh, record.proposed.clone() if record.proposes else None)
+    if present is not None and not isinstance(present, (CompactGrad, MovedGrad)):
+        made.compact.add_(made.part_of(present.to_dense() if present.layout is not torch.strided else present))
+    _put(record, made)
+
+
+def _deliver_dense(record: ProjectedParameter, values: Tensor) -> None:
+    present = record.parameter.grad
+    record.parameter.grad = values if present is None else present + values
+
+
+def reduced(record: ProjectedParameter, full: Tensor) -> CompactGrad:
+    """A weight's full gradient, from code outside of any region that projects it, as the compact gradient that its step wants.
+
+    Rows that a gradient of the same step was computed for stay; otherwise, on a refresh, the full gradient chooses.
+    """
+    assert record.assigned is not None
+    full = full.to_dense() if full.layout is not torch.strided else full
+    dim, rank, projection = record.assigned.dim, record.assigned.rank, record.options.projection
+    rows, fresh, next_rows = record.state[record.selector].clone(), False, None
+    if record.chosen is not None:
+        rows, fresh, next_rows = record.chosen
+    elif record.renewed:
+        rows, fresh = record.select(full), True
+    elif record.due:
+        next_rows = top(scores(full, dim), rank)
+    compact = selected(projection, dim, rank, full, rows)
+    compact = compact.to(torch.promote_types(compact.dtype, torch.float32))
+    if fresh and record.options.checked and not record.options.blind:
+        compact = torch.where(is_finite(full), compact, torch.nan)
+    return _compact_grad(record, compact, rows, fresh, next_rows)
+
+
+def reduce(record: ProjectedParameter) -> CompactGrad:
+    """Replace the full gradient in a weight's ``.grad`` by its compact form."""
+    full = record.parameter.grad
+    assert full is not None
+    with torch.no_grad():
+        made = reduced(record, full)
+    _put(record, made)
+    return made
+
+
+def _compact_grad(record: ProjectedParameter, values: Tensor, rows: Tensor, fresh: bool, next_rows: Tensor | None) -> CompactGrad:
+    assert record.assigned is not None
+    how = record.assigned.dim, record.parameter, record.label, fresh, next_rows, record.options.projection
+    return CompactGrad(values, rows, *how)
+
+
+def _put(record: ProjectedParameter, made: CompactGrad) -> None:
+    record.parameter.grad = made
+    record.chosen = made.rows, made.fresh, made.next_rows
+    record.delivered = weakref.ref(made)
