@@ -6,7 +6,7 @@ import difflib
 import fnmatch
 import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -65,8 +65,9 @@ def matching(name: str, patterns: Iterable[str]) -> str | None:
 
 
 def name_patterns(what: str, value: Any) -> tuple[str, ...]:
-    """Return ``value`` as a tuple if it is a list of name patterns; a string, whose letters would each be one, is refused."""
-    patterns = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (None,)
+    """Return ``value`` as a tuple if it is a list of name patterns; a string, whose letters would each be one, is refused, and
+    so is what can be read but once."""
+    patterns = tuple(value) if isinstance(value, Iterable) and not isinstance(value, (str, Iterator)) else (None,)
     if not all(isinstance(pattern, str) for pattern in patterns):
         raise ConfigError(f"{what} must be a list of name patterns such as ['*lm_head*'], got {value!r}.")
     return patterns

@@ -80,15 +80,15 @@ class GroupOptions:
     on_refresh: OnRefresh
     scale: float
     exclude: tuple[str, ...]
-    stochastic_rounding: bool = False
-    state_dtype: torch.dtype | None = None
-    seed: int = 0
-    selection: Selection = "top"
-    stagger: int = 1
-    scores: Scores = "exact"
-    nonfinite: NonFinite = "raise"
-    projection: ProjectionKind = "grass"
-    share_index: bool = False
+    stochastic_rounding: bool
+    state_dtype: torch.dtype | None
+    seed: int
+    selection: Selection
+    stagger: int
+    scores: Scores
+    nonfinite: NonFinite
+    projection: ProjectionKind
+    share_index: bool
 
     @property
     def checked(self) -> bool:

@@ -108,7 +108,7 @@ class GrassOptimizer(torch.optim.Optimizer):
         tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in given]
         names = [entry[0] if isinstance(entry, tuple) else f"parameter {i}" for i, entry in enumerate(given)]
         self._check_parameters(tensors, names)
-        check_flags(param_group, self.defaults)
+        check_flags(param_group, self)
         for key in COMMON:
             if self.param_groups and self.param_groups[0][key] != param_group[key]:
                 raise ConfigError(f"{key} differs between parameter groups; it belongs to the optimizer as a whole.")

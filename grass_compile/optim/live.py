@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from ..errors import ConfigError
 from ..keywords import PROJECT
+from ..math.rule import Rule
 
 FLAGS = ("amsgrad", "capturable", "differentiable", "maximize", "nesterov")
 """Keywords of torch that the compact step has built in, the same for all groups."""
@@ -17,6 +18,7 @@ class Owner(Protocol):
     """The optimizer that a group belongs to."""
 
     defaults: dict[str, Any]
+    rule: Rule
 
     def _change(self, group: ParamGroup, values: Mapping[str, Any]) -> None:
         """Have keywords of ours hold from now on."""
@@ -32,7 +34,7 @@ class ParamGroup(dict[str, Any]):
 
     def __init__(self, group: Mapping[str, Any], optimizer: Owner) -> None:
         super().__init__(group)
-        self._optimizer = weakref.ref(optimizer)
+        self._optimizer, self._flags = weakref.ref(optimizer), flags_of(optimizer.rule)
 
     def __setitem__(self, key: str, value: Any) -> None:
         self.update({key: value})
@@ -63,7 +65,7 @@ class ParamGroup(dict[str, Any]):
             raise ConfigError("preset is spelled out when a group is made; assign the keywords that it stands for.")
         if key == "params" and [id(p) for p in value] != [id(p) for p in self["params"]]:
             raise ConfigError("params of a group cannot change; add parameters with add_param_group().")
-        if key in FLAGS and value != self.get(key, False):
+        if key in self._flags and value != self.get(key, False):
             raise ConfigError(f"{key} cannot change in mid-run; make a new optimizer with {key}={value!r}.")
         keyword = PROJECT.get(key)
         if keyword is None or keyword.live:
@@ -118,12 +120,17 @@ class ParamGroup(dict[str, Any]):
         return dict, (dict(self),)
 
 
-def check_flags(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+def flags_of(rule: Rule) -> set[str]:
+    """The `FLAGS` that a rule does not read from the group as a number of its own."""
+    return set(FLAGS) - set(rule.hyper_names)
+
+
+def check_flags(group: Mapping[str, Any], optimizer: Owner) -> None:
     """Refuse a group that wants what the compact step has built in otherwise than its optimizer.
 
     Raises:
         ConfigError: naming the flag.
     """
-    for flag in FLAGS:
-        if flag in group and group[flag] != defaults.get(flag, False):
+    for flag in sorted(flags_of(optimizer.rule)):
+        if flag in group and group[flag] != optimizer.defaults.get(flag, False):
             raise ConfigError(f"{flag}={group[flag]!r} differs from the optimizer's; it is the same for all parameter groups.")

@@ -14,6 +14,7 @@ class AdamRule(AdamWRule):
     """`AdamWRule` whose weight decay is added to the gradient of the selected rows."""
 
     hyper_names: ClassVar[tuple[str, ...]] = (*AdamWRule.hyper_names, "weight_decay")
+    defaults: ClassVar[Mapping[str, Any]] = {**AdamWRule.defaults, "weight_decay": 0.0}
     coupled_decay: ClassVar[bool] = True
 
     def hyper(self, group: Mapping[str, Any]) -> tuple[float, ...]:

@@ -36,7 +36,7 @@ class ApolloRule(AdamWRule):
 
     state_names: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq", "norm")
     state_layout: ClassVar[Mapping[str, Layout]] = {"exp_avg": "selected", "exp_avg_sq": "selected", "norm": "whole"}
-    defaults: ClassVar[Mapping[str, Any]] = {**AdamWRule.defaults, "eps": 1e-6}
+    defaults: ClassVar[Mapping[str, Any]] = {**AdamWRule.defaults, "eps": 1e-6, "weight_decay": 0.0}
 
     def width(self, name: str, features: int) -> int | None:
         """One number for each direction."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ class SketchyRule(AdamWRule):
 
     size: int = 16
 
+    defaults: ClassVar[Mapping[str, Any]] = {**AdamWRule.defaults, "weight_decay": 0.0}
     state_names: ClassVar[tuple[str, ...]] = ("exp_avg", "sketch", "escaped", "total")
     state_layout: ClassVar[Mapping[str, Layout]] = {"sketch": "others", "escaped": "whole", "total": "whole"}
 
