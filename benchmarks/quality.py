@@ -115,7 +115,7 @@ def grid(study: Study) -> Iterator[Run]:
     """Every selection, axis and refresh, at the best rate found for `BASE`."""
     base = best_base(study)
     for axis in ("columns", "rows"):
-        for selection in ("top", "norm", "norm2", "uniform"):
+        for selection in ("top", "norm", "uniform"):
             for on_refresh in ("carry", "reset", "keep"):
                 yield changed(base, selection=selection, axis=axis, on_refresh=on_refresh)
 
@@ -130,8 +130,6 @@ def single(study: Study) -> Iterator[Run]:
     yield changed(base, axis="auto")
     for gap in (10, 20, 100, 200):
         yield changed(base, update_proj_gap=gap)
-    for block in (4, 8):  # that divide the width of the small model's feed-forward layers
-        yield changed(base, block=block)
     for scores in ("sampled", "estimate"):
         scored = changed(base, selection="norm", scores=scores)
         for axis in ("rows", "columns"):
@@ -139,11 +137,8 @@ def single(study: Study) -> Iterator[Run]:
         yield changed(scored, axis="columns", share_index=True)
         yield changed(scored, axis="columns", update_proj_gap=10)
     yield changed(dataclasses.replace(best_base(study), seed=1), share_index=True)
-    yield changed(base, refresh_warmup=5)
     yield changed(base, betas=[0.9, 0.99])
     yield changed(base, betas=[0.9, 0.95])
-    if base.keywords["selection"] != "top":
-        yield changed(base, replacement=True, on_refresh="reset")
     for share in (2, 8, 16):
         for factor in (0.5, 1.0, 2.0):
             yield dataclasses.replace(base, rank_share=share, lr=base.lr * factor)

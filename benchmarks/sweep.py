@@ -86,7 +86,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--query-lr-factors", nargs="+", type=float, default=[TrainConfig.query_lr_factor], metavar="FACTOR")
     parser.add_argument("--optimizer", choices=("AdamW", "Muon"), default=TrainConfig.optimizer)
     parser.add_argument("--axis", choices=("auto", "rows", "columns"), default=TrainConfig.axis)
-    parser.add_argument("--selection", choices=("top", "norm", "norm2", "uniform"), default=TrainConfig.selection)
+    parser.add_argument("--selection", choices=("top", "norm", "uniform"), default=TrainConfig.selection)
     parser.add_argument("--on-refresh", choices=("reset", "carry", "keep"), default=TrainConfig.on_refresh)
     parser.add_argument("--stagger", action=argparse.BooleanOptionalAction, default=TrainConfig.stagger)
     parser.add_argument("--update-proj-gap", type=int, default=TrainConfig.update_proj_gap, metavar="K")

@@ -64,7 +64,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, nargs="+", help="ranks of the grass runs (default: d/8 and d/4)")
     parser.add_argument("--optimizer", choices=("AdamW", "Muon"), default=TrainConfig.optimizer, help="of the grass runs")
     parser.add_argument("--axis", choices=("auto", "rows", "columns"), default=TrainConfig.axis)
-    parser.add_argument("--selection", choices=("top", "norm", "norm2", "uniform"), default=TrainConfig.selection)
+    parser.add_argument("--selection", choices=("top", "norm", "uniform"), default=TrainConfig.selection)
     parser.add_argument("--on-refresh", choices=("reset", "carry", "keep"), default=TrainConfig.on_refresh)
     parser.add_argument("--update-proj-gap", type=int, default=TrainConfig.update_proj_gap, metavar="K")
     parser.add_argument("--seed", type=int, default=TrainConfig.seed)

@@ -19,12 +19,12 @@ from .errors import ConfigError
 Axis = Literal["rows", "columns"]
 AxisChoice = Literal["rows", "columns", "auto"]
 OnRefresh = Literal["reset", "carry", "keep"]
-Selection = Literal["top", "norm", "norm2", "uniform"]
+Selection = Literal["top", "norm", "uniform"]
 ProjectionKind = Literal["grass", "galore", "gaussian"]
 Scores = Literal["exact", "sampled", "estimate"]
 NonFinite = Literal["raise", "skip", "propagate"]
 
-SELECTIONS = ("top", "norm", "norm2", "uniform")
+SELECTIONS = ("top", "norm", "uniform")
 PROJECTIONS = ("grass", "galore", "gaussian")
 SCORES = ("exact", "sampled", "estimate")
 AXES = ("rows", "columns", "auto")
@@ -49,8 +49,6 @@ class SiteConfig:
         stochastic_rounding: whether bf16 weights and moments are rounded stochastically.
         state_dtype: dtype of the moments; None for at least fp32.
         selection: how new rows are chosen.
-        block: neighbouring rows that are chosen together.
-        replacement: whether rows are drawn with replacement, and scaled.
         scores: what new rows are chosen by.
         checked: whether a step whose gradient is not finite is skipped.
         projection: ``grass`` selects rows, ``galore`` projects onto singular vectors, ``gaussian`` onto random vectors.
@@ -66,8 +64,6 @@ class SiteConfig:
     stochastic_rounding: bool = False
     state_dtype: torch.dtype | None = None
     selection: Selection = "top"
-    block: int = 1
-    replacement: bool = False
     scores: Scores = "exact"
     checked: bool = False
     projection: ProjectionKind = "grass"
@@ -87,7 +83,7 @@ class SiteConfig:
     def step_alone(self) -> SiteConfig:
         """The same as far as a step between refreshes goes; configurations for which this is equal share compiled steps."""
         on_refresh: OnRefresh = "carry" if self.on_refresh == "carry" else "reset"
-        return dataclasses.replace(self, on_refresh=on_refresh, selection="top", block=1, scores="exact", share_index=False)
+        return dataclasses.replace(self, on_refresh=on_refresh, selection="top", scores="exact", share_index=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,14 +96,11 @@ class GroupOptions:
     on_refresh: OnRefresh
     scale: float
     exclude: tuple[str, ...]
-    refresh_warmup: int = 0
     stochastic_rounding: bool = False
     state_dtype: torch.dtype | None = None
     seed: int = 0
     selection: Selection = "top"
-    block: int = 1
     stagger: int = 1
-    replacement: bool = False
     scores: Scores = "exact"
     nonfinite: NonFinite = "raise"
     projection: ProjectionKind = "grass"
@@ -134,8 +127,7 @@ class GroupOptions:
         return SiteConfig(
             rank=self.rank, axis=axis, on_refresh=self.on_refresh, decays=decays, scale=self.scale, rule=rule,
             stochastic_rounding=self.stochastic_rounding, state_dtype=self.state_dtype, selection=self.selection,
-            block=self.block, replacement=self.replacement, scores=self.scores, checked=self.checked,
-            projection=self.projection, share_index=self.share_index,
+            scores=self.scores, checked=self.checked, projection=self.projection, share_index=self.share_index,
         )  # fmt: skip
 
 
@@ -184,29 +176,15 @@ def parse_group(group: Mapping[str, Any]) -> GroupOptions:
     rank = None if group["rank"] is None else positive_int("rank", group["rank"])
     selection = one_of("selection", group["selection"], SELECTIONS)
     on_refresh = one_of("on_refresh", group["on_refresh"], ON_REFRESH)
-    block = positive_int("block", group["block"])
-    if rank is not None and rank % block:
-        raise ConfigError(f"rank={rank} is not a multiple of block={block}: rows are chosen {block} at a time.")
     stagger = group["stagger"]
     if not isinstance(stagger, bool):
         stagger = positive_int("stagger", stagger)
-    for key in ("step_in_backward", "stochastic_rounding", "replacement", "share_index"):
+    for key in ("step_in_backward", "stochastic_rounding", "share_index"):
         if not isinstance(group[key], bool):
             raise ConfigError(f"{key} must be True or False, got {group[key]!r}.")
-    if group["replacement"] and selection == "top":
-        raise ConfigError("replacement=True is for selections that draw: 'norm', 'norm2' or 'uniform', not 'top'.")
-    if group["replacement"] and on_refresh == "carry":
-        raise ConfigError(
-            "replacement=True scales every row by its own probability, which changes at a refresh, so moments cannot be carried. "
-            "Use on_refresh='reset' or 'keep'."
-        )
     scores = one_of("scores", group["scores"], SCORES)
     if selection == "uniform":
         scores = "exact"  # there is nothing to score, and nothing to propose
-    if group["replacement"] and scores != "exact":
-        raise ConfigError(
-            f"replacement=True scales rows by the probabilities of exact norms; scores={scores!r} has none. Use 'exact'."
-        )
     if group["share_index"] and scores == "exact" and selection != "uniform":
         raise ConfigError(
             "share_index=True chooses the columns of several weights by the sum of their scores; exact ones would need all of "
@@ -221,8 +199,6 @@ def parse_group(group: Mapping[str, Any]) -> GroupOptions:
         raise ConfigError(f"state_dtype must be one of {STATE_DTYPES}, got {group['state_dtype']!r}.")
     if isinstance(group["seed"], bool) or not isinstance(group["seed"], numbers.Integral):
         raise ConfigError(f"seed must be a whole number, got {group['seed']!r}.")
-    if group["refresh_warmup"] != 0:
-        positive_int("refresh_warmup", group["refresh_warmup"])
     options = GroupOptions(
         rank=rank,
         update_proj_gap=positive_int("update_proj_gap", group["update_proj_gap"]),
@@ -230,14 +206,11 @@ def parse_group(group: Mapping[str, Any]) -> GroupOptions:
         on_refresh=on_refresh,
         scale=finite("scale", group["scale"]),
         exclude=name_patterns("exclude", group["exclude"]),
-        refresh_warmup=group["refresh_warmup"],
         stochastic_rounding=group["stochastic_rounding"],
         state_dtype=group["state_dtype"],
         seed=int(group["seed"]),
         selection=selection,
-        block=block,
         stagger=1 if isinstance(stagger, bool) else stagger,
-        replacement=group["replacement"],
         scores=scores,
         nonfinite=one_of("nonfinite", group["nonfinite"], NONFINITE),
         projection=projection,
@@ -255,7 +228,7 @@ def _check_dense_projection(projection: str, group: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: naming the keyword.
     """
-    for key, only in (("selection", "top"), ("replacement", False), ("block", 1), ("share_index", False), ("scores", "exact")):
+    for key, only in (("selection", "top"), ("share_index", False), ("scores", "exact")):
         if group[key] != only:
             raise ConfigError(
                 f"{key}={group[key]!r} is about which rows are selected; projection={projection!r} selects none. Leave {key} "
@@ -274,9 +247,9 @@ STAGGER_SLOTS = 4
 DEFAULT_EXCLUDE = ("*lm_head*", "*embed*")
 
 PROJECT: dict[str, Any] = dict(
-    rank=None, update_proj_gap=200, selection="top", replacement=False, axis="auto", on_refresh="reset", scale=1.0,
-    exclude=DEFAULT_EXCLUDE, step_in_backward=True, max_grad_norm=None, refresh_warmup=0, stochastic_rounding=False,
-    state_dtype=None, seed=0, block=1, stagger=False, scores="exact", nonfinite="raise", projection="grass",
+    rank=None, update_proj_gap=200, selection="top", axis="auto", on_refresh="reset", scale=1.0,
+    exclude=DEFAULT_EXCLUDE, step_in_backward=True, max_grad_norm=None, stochastic_rounding=False,
+    state_dtype=None, seed=0, stagger=False, scores="exact", nonfinite="raise", projection="grass",
     share_index=False,
 )  # fmt: skip
 """The keywords of a grass optimizer that are ours rather than torch's, with their defaults."""

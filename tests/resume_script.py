@@ -28,7 +28,7 @@ STEPS = 90
 KEYWORDS: dict[str, dict[str, Any]] = {
     "fused": dict(rank=6, axis="rows", on_refresh="carry", stochastic_rounding=True, state_dtype=torch.bfloat16),
     "deferred": dict(rank=6, axis="columns", on_refresh="reset", step_in_backward=False, max_grad_norm=1.0),
-    "accumulated": dict(rank=6, axis="auto", on_refresh="carry", refresh_warmup=2),
+    "accumulated": dict(rank=6, axis="auto", on_refresh="carry"),
     "adopted": dict(rank=6, axis="rows", on_refresh="carry"),
 }
 BEGIN, SAVE = b"b", b"s"

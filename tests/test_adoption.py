@@ -945,7 +945,6 @@ def test_one_unknown_group_leaves_the_others_projected() -> None:
         ({"axis": "rows"}, r"options \['axis'\] say how to project weights, but options\['rank'\] is missing"),
         ({"rank": 6, "axis": "row"}, r"axis='row' is not known\. Did you mean 'rows'\?"),
         ({"rank": 0}, "rank must be a whole number of at least 1, got 0"),
-        ({"rank": 6, "block": 4}, "rank=6 is not a multiple of block=4"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], match: str) -> None:

@@ -83,7 +83,7 @@ def train(folder: Path) -> None:
     data, model = text(), llama()
     optimizer = grass_compile.AdamW(
         model.named_parameters(), lr=6e-3, weight_decay=0.1, rank=16, update_proj_gap=GAP, axis="auto", on_refresh="carry",
-        max_grad_norm=1.0, refresh_warmup=5, stochastic_rounding=True, seed=0,
+        max_grad_norm=1.0, stochastic_rounding=True, seed=0,
     )  # fmt: skip
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler}

@@ -117,7 +117,7 @@ def saved(run: Run) -> io.BytesIO:
 VARIANTS: dict[str, dict[str, Any]] = {
     "reset": dict(on_refresh="reset"),
     "carry": dict(on_refresh="carry", axis="columns"),
-    "auto": dict(on_refresh="carry", axis="auto", refresh_warmup=2),
+    "auto": dict(on_refresh="carry", axis="auto"),
     "deferred": dict(on_refresh="carry", step_in_backward=False),
     "clipped": dict(max_grad_norm=0.5),
     "bf16": dict(on_refresh="carry", stochastic_rounding=True, state_dtype=torch.bfloat16, dtype=torch.bfloat16),

@@ -37,10 +37,10 @@ class Compilations:
 
 @pytest.mark.parametrize("deferred", [False, True])
 def test_a_thousand_steps_compile_nothing_again(deferred: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cosine schedule, refreshes, their warm-up, accumulation every third step, betas and decay that change."""
+    """A cosine schedule, refreshes, accumulation every third step, betas and decay that change."""
     model = forms.LinearBias()
     optimizer = grass_compile.AdamW(
-        model.named_parameters(), lr=1e-2, rank=6, update_proj_gap=50, refresh_warmup=5, weight_decay=0.1, on_refresh="carry",
+        model.named_parameters(), lr=1e-2, rank=6, update_proj_gap=50, weight_decay=0.1, on_refresh="carry",
         step_in_backward=not deferred, axis="columns",
     )  # fmt: skip
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1000)
@@ -95,27 +95,6 @@ def test_schedulers_equal_the_oracle(schedule: Any) -> None:
         oracle.step()
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-10)
-
-
-@pytest.mark.parametrize("on_refresh", ["reset", "carry"])
-def test_refresh_warmup_raises_the_learning_rate_of_projected_weights(on_refresh: str) -> None:
-    """1/3, 2/3, 1, 1 of the learning rate after each refresh; the dense bias always has all of it."""
-    model = forms.LinearBias().double()
-    twin = copy.deepcopy(model)
-    keywords: dict[str, Any] = dict(lr=1e-2, eps=1e-3, update_proj_gap=4, on_refresh=on_refresh)
-    optimizer = grass_compile.AdamW(model.named_parameters(), rank=6, axis="rows", refresh_warmup=3, **keywords)
-    oracle = ReferenceAdamW(twin.named_parameters(), projected={"layer.weight": (0, 6)}, **keywords)
-    compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
-    for step in range(9):
-        x = forms.batch(torch.float64, step)
-        forms.loss_of(compiled(x)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        forms.loss_of(twin(x)).backward()
-        oracle.scale = min(1.0, (step % 4 + 1) / 3)  # without weight decay the scale of the update is that of the rate
-        oracle.step()
-        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-            torch.testing.assert_close(p, q, rtol=0, atol=1e-10)
 
 
 def test_weight_decay_switched_on_is_compiled_once() -> None:

@@ -195,7 +195,7 @@ def _read(config: Any, key: str) -> Any:
         dict(scores="estimate"),
         dict(scores="sampled", axis="columns", step_in_backward=False),
         dict(projection="gaussian"),
-        dict(projection="galore", refresh_warmup=2),
+        dict(projection="galore"),
     ],
     ids=str,
 )

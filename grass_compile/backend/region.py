@@ -398,7 +398,7 @@ def _fake_state(mode: Any, captured: _torch.Captured, plan: Plan) -> list[Tensor
             how = config.on_refresh, config.rule, config.state_dtype, config.checked, config.projection
             made = initial_state(weight, assigned, *how)
             if config.projection == "grass":
-                made["row_count"], made["proposed"] = made["row_scale"], made["index"]
+                made["proposed"] = made["index"]
             made["due"] = torch.empty((), dtype=torch.bool, device="cpu")
             made["noise"] = torch.empty(weight.shape[projection.dim], dtype=_state_dtype(weight), device=weight.device)
             state += [made[name] for name in graph_state(config)]

@@ -23,17 +23,12 @@ Action = Literal["step", "choose", "keep", "skip"]
 backward is not for the weights."""
 
 
-SCALES = ("row_scale", "row_count")
-"""What a refresh chooses along with ``index`` where rows are drawn with replacement."""
-
-
 def step_state(config: SiteConfig) -> tuple[str, ...]:
-    """The state tensors of one weight that a step reads, in their order; it writes all but what a refresh has chosen.
+    """The state tensors of one weight that a step reads, in their order; it writes all but the first.
 
     ``step`` is among them only where the step counts it (`SiteConfig.counted`); otherwise it comes with ``hyper``.
     """
-    chosen = SCALES if config.replacement else ()
-    return (SELECTORS[config.projection], *chosen, *(("nonfinite",) if config.checked else ()), *settled_state(config))
+    return (SELECTORS[config.projection], *(("nonfinite",) if config.checked else ()), *settled_state(config))
 
 
 def settled_state(config: SiteConfig) -> tuple[str, ...]:
@@ -42,9 +37,7 @@ def settled_state(config: SiteConfig) -> tuple[str, ...]:
 
 
 def layout_of(rule: Rule, name: str) -> str:
-    """What a tensor of `step_state` has a number for; ``chosen`` if a refresh chooses it."""
-    if name in SCALES:
-        return "chosen"
+    """What a tensor of `step_state` has a number for."""
     return "selected" if name == "step" else rule.layout(name)
 
 

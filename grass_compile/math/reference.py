@@ -15,14 +15,12 @@ from torch import Tensor
 
 @dataclasses.dataclass
 class CompactState:
-    """The state of one projected weight; ``steps`` counts per row, all rows alike unless they are carried; ``rho`` is the row
-    scale. With replacement, ``index`` holds a row as often as it was drawn."""
+    """The state of one projected weight; ``steps`` counts per row, all rows alike unless they are carried."""
 
     index: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
     steps: Tensor
-    rho: Tensor
 
 
 class ReferenceAdamW:
@@ -38,10 +36,8 @@ class ReferenceAdamW:
         update_proj_gap: steps between refreshes.
         on_refresh: ``reset``, ``carry`` or ``keep``.
         scale: a factor on the update of projected weights.
-        selection: ``top``, ``norm``, ``norm2`` or ``uniform``.
-        block: neighbouring rows that are chosen together.
-        replacement: draw with replacement; a row that is drawn several times moves several times.
-        noise: for a name and a number of updates, uniform numbers, one for each row (block).
+        selection: ``top``, ``norm`` or ``uniform``.
+        noise: for a name and a number of updates, uniform numbers, one for each row.
         offsets: steps by which the refreshes of a name come early.
     """
 
@@ -58,8 +54,6 @@ class ReferenceAdamW:
         on_refresh: str = "reset",
         scale: float = 1.0,
         selection: str = "top",
-        block: int = 1,
-        replacement: bool = False,
         noise: Callable[[str, int], Tensor] | None = None,
         offsets: Mapping[str, int] | None = None,
     ) -> None:
@@ -67,8 +61,7 @@ class ReferenceAdamW:
         self.projected = dict(projected)
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self.update_proj_gap, self.on_refresh, self.scale = update_proj_gap, on_refresh, scale
-        self.selection, self.block, self.noise, self.offsets = selection, block, noise, dict(offsets or {})
-        self.replacement = replacement
+        self.selection, self.noise, self.offsets = selection, noise, dict(offsets or {})
         self.updates = 0
         self.state: dict[str, CompactState] = {}
 
@@ -91,8 +84,7 @@ class ReferenceAdamW:
         if self.due(name):
             self.state[name] = self._refreshed(name, gradient.to(wide), dim, rank)
         state = self.state[name]
-        rho = state.rho.to(wide).unsqueeze(1 - dim)
-        update = rho * self._adam(state, rho * gradient.index_select(dim, state.index).to(wide), dim)
+        update = self._adam(state, gradient.index_select(dim, state.index).to(wide), dim)
         weight.mul_(1 - self.lr * self.weight_decay)
         for row, index in enumerate(state.index.tolist()):
             old = weight.select(dim, index)
@@ -102,36 +94,28 @@ class ReferenceAdamW:
         """Whether a weight chooses new rows at this step."""
         return self.updates == 0 or (self.updates + self.offsets.get(name, 0)) % self.update_proj_gap == 0
 
-    def _chosen_rows(self, name: str, gradient: Tensor, dim: int, rank: int) -> tuple[Tensor, Tensor]:
-        """``rank`` rows, ascending, and their scales.
+    def _chosen_rows(self, name: str, gradient: Tensor, dim: int, rank: int) -> Tensor:
+        """``rank`` rows, ascending.
 
         Drawing distinct rows one after another, with probabilities in proportion to weights, is a race that each row finishes
         after an exponential time of rate ``weight`` (Efraimidis and Spirakis, 2006)."""
-        norms = torch.stack([part.norm() for part in gradient.split(self.block, dim=dim)])
+        norms = torch.stack([row.norm() for row in gradient.unbind(dim)])
         if self.selection == "top":
             order = norms.argsort(descending=True)
         else:
             assert self.noise is not None
-            weights = norms ** {"norm": 1, "norm2": 2, "uniform": 0}[self.selection]
+            weights = norms ** {"norm": 1, "uniform": 0}[self.selection]
             order = (-self.noise(name, self.updates)[: len(norms)].log() / weights).argsort()
-        blocks = order[: rank // self.block].sort().values.tolist()
-        rho = torch.ones(rank)
-        if self.replacement:
-            assert self.noise is not None
-            probabilities = (weights / weights.sum()).double()
-            edges, draws = probabilities.cumsum(0), rank // self.block
-            blocks = sorted(int((edges < u).sum()) for u in self.noise(name, self.updates)[:draws].double())
-            rho = torch.stack([(draws * probabilities[block]) ** -0.5 for block in blocks for _ in range(self.block)])
-        return torch.tensor([block * self.block + row for block in blocks for row in range(self.block)]), rho
+        return order[:rank].sort().values
 
     def _refreshed(self, name: str, gradient: Tensor, dim: int, rank: int) -> CompactState:
         """The state of new rows; with ``carry``, rows that stay keep their moments, with ``keep`` the slots do."""
         old = self.state.get(name)
-        index, rho = self._chosen_rows(name, gradient, dim, rank)
+        index = self._chosen_rows(name, gradient, dim, rank)
         if old is not None and self.on_refresh == "keep":
-            return dataclasses.replace(old, index=index, rho=rho)
+            return dataclasses.replace(old, index=index)
         compact = torch.zeros_like(gradient.index_select(dim, index))
-        new = CompactState(index, compact, compact.clone(), torch.zeros(rank), rho)
+        new = CompactState(index, compact, compact.clone(), torch.zeros(rank))
         if old is not None and self.on_refresh == "carry":
             positions = {row: position for position, row in enumerate(old.index.tolist())}
             for position, row in enumerate(index.tolist()):
@@ -144,7 +128,7 @@ class ReferenceAdamW:
     def _dense_step(self, name: str, weight: Tensor, gradient: Tensor) -> None:
         if name not in self.state:
             zeros = torch.zeros_like(gradient)
-            self.state[name] = CompactState(torch.empty(0), zeros, zeros.clone(), torch.zeros(()), torch.ones(()))
+            self.state[name] = CompactState(torch.empty(0), zeros, zeros.clone(), torch.zeros(()))
         update = self._adam(self.state[name], gradient, None)
         weight.mul_(1 - self.lr * self.weight_decay)
         weight.copy_(weight.to(update.dtype) - self.lr * update)

@@ -26,8 +26,6 @@ def refresh(
     rank: int,
     on_refresh: str,
     chosen_by: str,
-    block: int,
-    replacement: bool,
     layouts: str,
     checked: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -42,8 +40,6 @@ def refresh(
         rank: r.
         on_refresh: ``reset``, ``carry`` or ``keep``.
         chosen_by: the selection, or ``galore``.
-        block: neighbouring rows that are chosen together.
-        replacement: whether rows are drawn with replacement.
         layouts: what each tensor of ``state`` has a number for, see `settled`.
         checked: whether a gradient that is not sound chooses nothing.
 
@@ -52,31 +48,18 @@ def refresh(
         index and the old state.
     """
     scores = selection.scores(gradient, dim)
-    kind, scales = "grass", []
+    kind = "grass"
     if chosen_by == "galore":
         kind, chosen = "galore", projection.singular_vectors(gradient, dim, rank)
     else:
-        chosen, *scales = chosen_rows(scores, noise, rank, chosen_by, block, replacement)
-    scaled = iter(scales)
-    kept = [tensor for layout, tensor in zip(layouts, state, strict=True) if layout != "c"]
-    rest = iter(settled(on_refresh, layouts.replace("c", ""), gradient.shape[dim], dim, index, chosen, kept))
-    new = [next(scaled if layout == "c" else rest) for layout in layouts]
+        chosen = selection.select(chosen_by, scores, noise, rank)
+    new = settled(on_refresh, layouts, gradient.shape[dim], dim, index, chosen, state)
     compact = projection.selected(kind, dim, rank, gradient, chosen)
     if not checked:
         return compact, chosen, new
     ok = is_finite(scores)
     new = [torch.where(ok, fresh, old) for fresh, old in zip(new, state, strict=True)]
     return torch.where(ok, compact, torch.nan), torch.where(ok, chosen, index), new
-
-
-def chosen_rows(
-    scores: Tensor, noise: Tensor | None, rank: int, chosen_by: str, block: int, replacement: bool
-) -> tuple[Tensor, ...]:
-    """New rows; where they are drawn with replacement, also the scale of each and how often it was drawn."""
-    if replacement:
-        assert noise is not None
-        return selection.draw(chosen_by, scores, noise, rank, block)
-    return (selection.select(chosen_by, scores, noise, rank, block),)
 
 
 def settled(

@@ -17,8 +17,8 @@ everything is reset."""
 
 RESERVED = frozenset(
     (
-        "axis", "basis", "dim", "due", "hyper", "index", "key", "leaf", "noise", "nonfinite", "proposed", "row_count",
-        "row_scale", "step", "updates", "weight",
+        "axis", "basis", "dim", "due", "hyper", "index", "key", "leaf", "noise", "nonfinite", "proposed", "row_scale",
+        "step", "updates", "weight",
     )
 )  # fmt: skip
 """Names that a state tensor of a rule cannot have: they stand for something else in a weight's state or in a compiled region."""

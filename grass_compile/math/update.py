@@ -66,11 +66,6 @@ def apply(
     wide = torch.promote_types(weight.dtype, torch.float32)
     written: list[Tensor] = []
     step = numbers["step"]
-    scales: list[Tensor] = []
-    if config.replacement:
-        row_scale, row_count, *state = state
-        written += [row_scale, row_count]
-        scales = [row_scale.to(wide).unsqueeze(1 - dim), row_count.to(wide).unsqueeze(1 - dim)]
     compact_grad = compact_grad.to(wide)
     ok = None
     if config.checked:
@@ -82,8 +77,6 @@ def apply(
         written += [_unless_skipped(ok, counted + 1, counted)]
         step = (counted + 1).to(hyper.dtype)
         step = step.unsqueeze(1 - dim) if step.dim() else step
-    if scales:
-        compact_grad = compact_grad * scales[0]
     if config.decays and rule.coupled_decay:
         compact_grad = compact_grad + numbers["weight_decay"] * select(projection, dim, rank, weight, selector).to(wide)
     given = dict(zip(rule.state_names, state, strict=True))
@@ -94,8 +87,6 @@ def apply(
     update, new = run_rule(rule, _rows_first(rule, dim, compact_grad), named, numbers)
     update = _rows_first(rule, dim, update)
     new = {name: _stored(rule, dim, name, tensor, given[name]) for name, tensor in new.items()}
-    if scales:
-        update = update * (scales[0] * scales[1])
     if config.scale != 1.0:
         update = update * config.scale
     noise = None

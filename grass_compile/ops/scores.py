@@ -42,9 +42,7 @@ library.define("sample(Tensor features, int stride, int group=0) -> Tensor")
 library.define("energy(Tensor features, Tensor due) -> Tensor", tags=BRANCHES)
 library.define("product_energy(Tensor own, Tensor other, int own_stride, int other_stride) -> Tensor")
 library.define("sketched_energy(Tensor own, Tensor other, Tensor hyper, Tensor due) -> Tensor", tags=BRANCHES)
-library.define(
-    "propose_(Tensor energy, Tensor? noise, Tensor(a!) proposed, Tensor? due, str selection, int block) -> ()", tags=BRANCHES
-)
+library.define("propose_(Tensor energy, Tensor? noise, Tensor(a!) proposed, Tensor? due, str selection) -> ()", tags=BRANCHES)
 
 
 def _energy(features: Tensor, dim: int = 0) -> Tensor:
@@ -68,10 +66,10 @@ def _sketched_energy(own: Tensor, other: Tensor, hyper: Tensor, due: Tensor) -> 
     return _energy(own.t() @ (other @ signs), 1)
 
 
-def _propose_(energy: Tensor, noise: Tensor | None, proposed: Tensor, due: Tensor | None, chosen_by: str, block: int) -> None:
+def _propose_(energy: Tensor, noise: Tensor | None, proposed: Tensor, due: Tensor | None, chosen_by: str) -> None:
     if due is not None and not due:
         return
-    chosen = selection.select(chosen_by, energy.sqrt(), noise, len(proposed), block)
+    chosen = selection.select(chosen_by, energy.sqrt(), noise, len(proposed))
     proposed.copy_(torch.where(energy.isfinite().all(), chosen, proposed))
 
 
@@ -109,7 +107,7 @@ sketched_energy = torch.ops.grass_compile.sketched_energy.default
 ``hyper``."""
 
 propose_ = torch.ops.grass_compile.propose_.default
-"""``propose_(energy [m], noise, proposed int64[r], due, selection, block)`` writes the rows to take next, if ``due`` does not say
+"""``propose_(energy [m], noise, proposed int64[r], due, selection)`` writes the rows to take next, if ``due`` does not say
 otherwise; those that stand there stay if the energies are not finite."""
 
 _inductor.lower_as_write(propose_)

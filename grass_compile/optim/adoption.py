@@ -184,12 +184,12 @@ def _adopt(holder: ProjectionManager, parameter: Tensor, group: dict[str, Any], 
         record.resume(assigned, state)
     record.assign(assigned, wished.kernel)
     gradient, dim = parameter.grad, assigned.dim
-    rows, *scales = record.select(gradient) if record.due else (record.state[record.selector].clone(),)
+    rows = record.select(gradient) if record.due else record.state[record.selector].clone()
     compact = selected(wished.options.projection, dim, assigned.rank, gradient, rows)
     compact = compact.to(torch.promote_types(compact.dtype, torch.float32))
     if record.due and record.options.checked:
         compact = torch.where(is_finite(gradient), compact, torch.nan)
-    how = dim, parameter, wished.name, record.due, tuple(scales), None, wished.options.projection
+    how = dim, parameter, wished.name, record.due, None, wished.options.projection
     parameter.grad = CompactGrad(compact, rows, *how)
 
 

@@ -52,16 +52,13 @@ class AdamW(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
         weight_decay: decoupled weight decay, on the whole weight.
         rank: r, the number of rows or columns that move at a time; None keeps the group dense.
         update_proj_gap: steps between refreshes; the first backward is always a refresh.
-        selection: ``"top"``, the rows of largest norm; ``"norm"``, ``"norm2"`` or ``"uniform"``: rows drawn without
-            replacement, with probabilities proportional to the norm, its square, or one. ``"uniform"`` looks at no gradient: its
-            refresh is a regular step.
-        replacement: draw with replacement, independently, and scale each row by ``rho = 1 / sqrt(rank * probability)`` before and
-            after the update rule, once for each time it was drawn: what is applied is unbiased for a linear rule.
+        selection: ``"top"``, the rows of largest norm; ``"norm"`` or ``"uniform"``: rows drawn without replacement, with
+            probabilities proportional to the norm, or all alike. ``"uniform"`` looks at no gradient: its refresh is a regular
+            step.
         axis: ``"rows"`` (out-features), ``"columns"`` (in-features) or ``"auto"`` (the cheaper by the cost model; with a dense
             projection the shorter side, as GaLore takes it).
         on_refresh: ``"reset"`` zeroes the moments; ``"carry"`` keeps those of rows that stay selected; ``"keep"`` hands the
             moments of the old rows to the new ones, slot by slot.
-        block: neighbouring rows that are chosen together; divides ``rank``.
         stagger: spread the refreshes of different weights over the interval, in as many parts as it says. True: 4, since in a
             model that is compiled as a whole each part costs a compilation; where rows are drawn blindly or by estimated scores
             it does not, and each weight has a step of its own.
@@ -78,7 +75,6 @@ class AdamW(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
             until ``opt.step()``.
         max_grad_norm: clip all gradients, compact and dense, by their common norm; inside the backward if one compiled region
             covers all trainable parameters, otherwise the weights move in ``opt.step()``. See `grad_norm`.
-        refresh_warmup: steps after each refresh over which the learning rate of projected weights rises linearly to ``lr``.
         stochastic_rounding: round bf16 weights (and bf16 moments) stochastically, so that updates below half a unit in the
             last place are not lost.
         state_dtype: dtype of the moments; None for at least fp32.
@@ -106,18 +102,15 @@ class AdamW(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
         rank: int | None = 128,
         update_proj_gap: int = 200,
         selection: str = "top",
-        replacement: bool = False,
         axis: AxisChoice = "auto",
         on_refresh: str = "reset",
         scale: float = 1.0,
         exclude: Sequence[str] = DEFAULT_EXCLUDE,
         step_in_backward: bool = True,
         max_grad_norm: float | None = None,
-        refresh_warmup: int = 0,
         stochastic_rounding: bool = False,
         state_dtype: torch.dtype | None = None,
         seed: int | None = None,
-        block: int = 1,
         stagger: bool | int = False,
         scores: str = "exact",
         nonfinite: NonFinite = "raise",
@@ -125,10 +118,10 @@ class AdamW(GrassOptimizer, torch.optim.AdamW):  # type: ignore[override]
         share_index: bool = False,
     ) -> None:
         own = dict(
-            rank=rank, update_proj_gap=update_proj_gap, selection=selection, replacement=replacement, axis=axis,
+            rank=rank, update_proj_gap=update_proj_gap, selection=selection, axis=axis,
             on_refresh=on_refresh, scale=scale, exclude=exclude,
-            step_in_backward=step_in_backward, max_grad_norm=max_grad_norm, refresh_warmup=refresh_warmup,
-            stochastic_rounding=stochastic_rounding, state_dtype=state_dtype, block=block, stagger=stagger, seed=seed,
+            step_in_backward=step_in_backward, max_grad_norm=max_grad_norm,
+            stochastic_rounding=stochastic_rounding, state_dtype=state_dtype, stagger=stagger, seed=seed,
             scores=scores, nonfinite=nonfinite, projection=projection, share_index=share_index,
         )  # fmt: skip
         super().__init__(params, AdamWRule(), own, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=True)

@@ -29,13 +29,12 @@ def fitting(record: ProjectedParameter, entry: Mapping[str, Any]) -> tuple[Assig
         return StateError(f"{record.name}: the loaded state {what}. Nothing was changed.")
 
     parameter, wanted, options = record.parameter, record.options.rank, record.options
-    counted = ("row_count",) if options.replacement else ()
     made_with = [projection for projection, selector in SELECTORS.items() if selector in entry]
     if made_with not in ([options.projection], []):
         raise refuse(f"was made with projection={made_with[0]!r}, this optimizer wants {options.projection!r}")
     scaled = ("row_scale",) if options.projection == "grass" else ()
     later = (name for name in LATER if name in entry)
-    names = (record.selector, *scaled, *counted, "step", *record.rule.state_names, *later)
+    names = (record.selector, *scaled, "step", *record.rule.state_names, *later)
     if missing := sorted({*names, "updates", "axis", "dim"} - set(entry)):
         raise refuse(f"lacks {missing}")
     tensors = {name: entry[name] for name in names}
@@ -55,8 +54,6 @@ def fitting(record: ProjectedParameter, entry: Mapping[str, Any]) -> tuple[Assig
     assigned = Assigned(axis, dim, rank)
     how = options.on_refresh, record.rule, options.state_dtype, options.checked, options.projection
     fresh = initial_state(parameter, assigned, *how)
-    if options.replacement:
-        fresh["row_count"] = fresh["row_scale"]
     for name, value in tensors.items():
         if value.shape != fresh[name].shape:
             found, needed = tuple(value.shape), tuple(fresh[name].shape)

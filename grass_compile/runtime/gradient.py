@@ -32,7 +32,6 @@ class CompactGrad(Tensor):
         projection: how it is projected.
         name_: the name of the weight.
         fresh: whether ``rows`` were chosen by this very gradient and are not the state's yet.
-        scales: what was chosen along with fresh rows where they are drawn with replacement.
         next_rows: what its backward proposes for the next step, or None.
         zeroed: whether ``zero_grad(set_to_none=False)`` has emptied it, so that nothing waits in it.
     """
@@ -43,7 +42,6 @@ class CompactGrad(Tensor):
     projection: str
     name_: str
     fresh: bool
-    scales: tuple[Tensor, ...]
     next_rows: Tensor | None
     zeroed: bool
 
@@ -60,12 +58,11 @@ class CompactGrad(Tensor):
         weight: Tensor,
         name: str = "",
         fresh: bool = False,
-        scales: tuple[Tensor, ...] = (),
         next_rows: Tensor | None = None,
         projection: str = "grass",
     ) -> None:
         self.compact, self.rows, self.along, self.name_, self.fresh, self.zeroed = values, index, dim, name, fresh, False
-        self.scales, self.next_rows, self.projection = scales, next_rows, projection
+        self.next_rows, self.projection = next_rows, projection
 
     def tolist(self) -> Any:
         """Of the full gradient."""
@@ -94,8 +91,7 @@ class CompactGrad(Tensor):
             return args[0]
         if func is aten.clone.default:
             grad = args[0]
-            scales = tuple(scale.clone() for scale in grad.scales)
-            held = grad.along, grad, grad.name_, grad.fresh, scales, grad.next_rows, grad.projection
+            held = grad.along, grad, grad.name_, grad.fresh, grad.next_rows, grad.projection
             return CompactGrad(grad.compact.clone(), grad.rows.clone(), *held)
         if func is aten.zero_.default:
             args[0].zeroed = True

@@ -89,11 +89,10 @@ class ProjectionManager:
             fresh: whether the step is the first of new rows.
         """
         group, parameter = record.group, record.parameter
-        lr = float(group["lr"]) * _warm(record)
         decay = 1.0 - float(group["lr"]) * float(group["weight_decay"])
         seed = seed_of(record.options.seed, record.state["updates"]) if record.draws else 0
         limit = float("inf") if self.max_norm is None else self.max_norm
-        values = (*record.rule.hyper({**group, "lr": lr}), decay, float(record.next_step(fresh)), float(seed), limit)
+        values = (*record.rule.hyper(group), decay, float(record.next_step(fresh)), float(seed), limit)
         key = record.hyper_key(fresh)
         cached = self._hyper.get(key)
         if cached is None or cached[0] != values:
@@ -253,9 +252,3 @@ def _take_norm(holder: ProjectionManager | None, leaf: Tensor) -> None:
 def _is_at_hand(gradient: Tensor) -> bool:
     """Whether its values can be looked at without waiting for a device."""
     return gradient.device.type == "cpu"
-
-
-def _warm(record: ProjectedParameter) -> float:
-    """The factor on the learning rate in the steps after a refresh: 1/W, 2/W, ... 1, for ``refresh_warmup=W``."""
-    steps = record.options.refresh_warmup
-    return min(1.0, (record.since_refresh + 1) / steps) if steps else 1.0

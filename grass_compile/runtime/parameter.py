@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,10 +20,10 @@ from ..config import GroupOptions, SiteConfig
 from ..errors import StateError
 from ..math import selection
 from ..math.finite import is_finite
-from ..math.layout import SCALES, layout_of, settled_state, step_state
+from ..math.layout import layout_of, settled_state, step_state
 from ..math.noise import new_key
 from ..math.projection import SELECTORS, singular_vectors
-from ..math.refresh import chosen_rows, settled
+from ..math.refresh import settled
 from ..math.rule import Rule
 from ..math.transfer import to_device
 from ..ops.scores import DUE
@@ -85,7 +85,7 @@ class ProjectedParameter:
         self.refreshed, self.skipped = False, 0
         self.flight: int | None = None
         self.rows: Tensor | None = None
-        self._scratch: list[Tensor] | None = None
+        self._scratch: Tensor | None = None
         self._noise: Tensor | None = None
         self._proposed: Tensor | None = None
         self.proposes = False
@@ -162,10 +162,7 @@ class ProjectedParameter:
         if not is_compact(self.state):
             options = self.options
             how = options.on_refresh, self.rule, options.state_dtype, options.checked, options.projection
-            made = initial_state(self.parameter, assigned, *how)
-            if options.replacement:
-                made["row_count"] = torch.ones_like(made["row_scale"])
-            self.state.update(made)
+            self.state.update(initial_state(self.parameter, assigned, *how))
             self.refreshed, self.skipped = False, 0
 
     def resume(self, assigned: Assigned, state: dict[str, Any]) -> None:
@@ -251,10 +248,9 @@ class ProjectedParameter:
 
     def hyper_key(self, fresh: bool) -> tuple[Any, ...]:
         """Weights for which this is equal may share one tensor of hyper-parameters."""
-        warm = self.since_refresh if self.options.refresh_warmup else 0
         seed = self.state["updates"] if self.draws else 0
         alike = id(self.group), self.parameter.dtype, self.parameter.device, self.offset
-        return *alike, self.next_step(fresh), warm, seed
+        return *alike, self.next_step(fresh), seed
 
     @property
     def draws(self) -> bool:
@@ -281,22 +277,21 @@ class ProjectedParameter:
                 selection.fill_with_noise(self._noise, self.options.seed, self.lead.number, self.state["updates"])
         return self._noise
 
-    def select(self, gradient: Tensor) -> tuple[Tensor, ...]:
-        """New rows from a full gradient, as a refresh chooses them, and what is chosen along with them; or a new basis or key."""
+    def select(self, gradient: Tensor) -> Tensor:
+        """New rows from a full gradient, as a refresh chooses them; or a new basis or key."""
         assert self.assigned is not None
         config = self.config()
         if config.projection == "galore":
-            return (singular_vectors(gradient, self.assigned.dim, self.assigned.rank),)
+            return singular_vectors(gradient, self.assigned.dim, self.assigned.rank)
         if self.options.blind:
             return self._drawn()
         noise = self.noise(True) if config.selection in selection.DRAWN_BY_SCORE else None
-        scores, how = selection.scores(gradient, self.assigned.dim), (config.selection, config.block, config.replacement)
-        return chosen_rows(scores, noise, self.assigned.rank, *how)
+        return selection.select(config.selection, selection.scores(gradient, self.assigned.dim), noise, self.assigned.rank)
 
-    def scratch(self) -> list[Tensor]:
-        """Where a refresh puts what it chooses: the index, and the scales if there are any."""
+    def scratch(self) -> Tensor:
+        """Where a refresh puts what it chooses."""
         if self._scratch is None:
-            self._scratch = [tensor.clone() for tensor in self.chosen()]
+            self._scratch = self.chosen.clone()
         return self._scratch
 
     @property
@@ -304,30 +299,30 @@ class ProjectedParameter:
         """The state tensor that says where the compact gradient lies."""
         return SELECTORS[self.options.projection]
 
-    def chosen(self) -> list[Tensor]:
-        """The same in the state."""
-        return [self.state[name] for name in (self.selector, *(SCALES if self.options.replacement else ()))]
+    @property
+    def chosen(self) -> Tensor:
+        """The index (the basis, the key) of the state."""
+        return self.state[self.selector]  # type: ignore[no-any-return]
 
-    def _choose(self, values: Sequence[Tensor]) -> None:
-        """Make ``values`` what `chosen` returns.
+    def _choose(self, rows: Tensor) -> None:
+        """Make ``rows`` what `chosen` is.
 
         A basis is taken over as it is, and the old one is not written: it may be that of a compact gradient that somebody keeps.
         """
         if self.options.projection == "galore":
-            (self.state[self.selector],) = values
+            self.state[self.selector] = rows
             self._scratch = None
             return
-        with _torch.unversioned(self.chosen()):
-            for old, value in zip(self.chosen(), values, strict=True):
-                old.copy_(value)
+        with _torch.unversioned([self.chosen]):
+            self.chosen.copy_(rows)
 
-    def _drawn(self) -> tuple[Tensor, ...]:
-        """What the refresh that is due takes, where that depends on no gradient: a key; or rows, and what comes with them."""
+    def _drawn(self) -> Tensor:
+        """What the refresh that is due takes, where that depends on no gradient: a key, or rows."""
         assert self.assigned is not None
         if self.options.projection == "gaussian":
-            return (to_device(new_key(self.options.seed, self.number, self.state["updates"]), self.parameter.device),)
-        noise, how = self.noise(True), (self.options.selection, self.options.block, self.options.replacement)
-        return chosen_rows(torch.ones_like(noise), noise, self.assigned.rank, *how)
+            return to_device(new_key(self.options.seed, self.number, self.state["updates"]), self.parameter.device)
+        noise = self.noise(True)
+        return selection.select(self.options.selection, torch.ones_like(noise), noise, self.assigned.rank)
 
     def inputs(self, refresh: bool) -> list[Tensor]:
         """`tensors`, and the noise if there is any, as the inputs of a compiled region.
@@ -345,52 +340,50 @@ class ProjectedParameter:
         scratch = self.scratch()
         pending = self.pending
         if pending is not None and not pending.zeroed:
-            current = [pending.rows, *pending.scales]
+            current = pending.rows
         else:
-            current = list(self._drawn()) if self.options.blind else self.chosen()
+            current = self._drawn() if self.options.blind else self.chosen
         if not self.in_flight:
-            with _torch.unversioned(scratch):
-                for target, value in zip(scratch, current, strict=False):  # a gradient of older rows has no scales of its own
-                    target.copy_(value)
-        return [*scratch, *tensors[len(scratch) :]]
+            with _torch.unversioned([scratch]):
+                scratch.copy_(current)
+        return [scratch, *tensors[1:]]
 
     def expect(self, refresh: bool) -> None:
         """Note that a compact gradient is on its way, of the rows that a region was given or has chosen."""
         if not self.in_flight:
             exact = self.options.scores == "exact"
-            self.rows = self.scratch()[0] if refresh and exact else self.state[self.selector]
+            self.rows = self.scratch() if refresh and exact else self.state[self.selector]
             self.proposes = refresh and not exact
         self.flight = _torch.graph_task()
 
     def settle(self, gradient: CompactGrad) -> None:
-        """Make the rows of a fresh gradient, and what was chosen along with them, those of the state; unless they were chosen by
-        that gradient, and its step will be skipped."""
+        """Make the rows of a fresh gradient those of the state; unless they were chosen by that gradient, and its step will be
+        skipped."""
         checked = self.options.checked and not self.options.blind
-        self._settle(gradient.rows, gradient.scales, is_finite(gradient.compact) if checked else None)
+        self._settle(gradient.rows, is_finite(gradient.compact) if checked else None)
 
-    def _settle(self, rows: Tensor, scales: Sequence[Tensor], ok: Tensor | None) -> None:
+    def _settle(self, rows: Tensor, ok: Tensor | None) -> None:
         assert self.assigned is not None
-        chosen, dim, names = self.chosen(), self.assigned.dim, settled_state(self.config())
+        chosen, dim, names = self.chosen, self.assigned.dim, settled_state(self.config())
         rest = [self.state[name] for name in names]
         layouts = "".join(layout_of(self.rule, name)[0] for name in names)
         length = self.parameter.shape[dim]
-        new = settled(self.options.on_refresh, layouts, length, dim, chosen[0], rows, rest)
+        new = settled(self.options.on_refresh, layouts, length, dim, chosen, rows, rest)
 
-        def unless_skipped(values: Sequence[Tensor], olds: Sequence[Tensor]) -> list[Tensor]:
-            return [value if ok is None else torch.where(ok, value, old) for value, old in zip(values, olds, strict=True)]
+        def unless_skipped(value: Tensor, old: Tensor) -> Tensor:
+            return value if ok is None else torch.where(ok, value, old)
 
         with _torch.unversioned(rest):
-            for old, value in zip(rest, unless_skipped(new, rest), strict=True):
-                old.copy_(value)
-        self._choose(unless_skipped((rows, *scales), chosen))
+            for old, value in zip(rest, new, strict=True):
+                old.copy_(unless_skipped(value, old))
+        self._choose(unless_skipped(rows, chosen))
 
     def restart(self) -> None:
         """Before a backward that moves the weight by what was drawn blindly: the state that goes with that. (A refresh in the
         graph sees to it itself.) A backward that breaks off has done no harm: the refresh is still due, and draws the same. A
         step that is skipped keeps what was drawn."""
         if self.options.projection == "grass":
-            rows, *scales = self.scratch()
-            self._settle(rows, scales, None)
+            self._settle(self.scratch(), None)
         elif self.options.on_refresh == "reset":
             moments = [self.state[name] for name in settled_state(self.config())]
             with _torch.unversioned(moments):
@@ -404,9 +397,9 @@ class ProjectedParameter:
             self._proposed = self.state["index"].clone()
         return self._proposed
 
-    def renew(self, rows: Tensor, scales: Sequence[Tensor] = ()) -> None:
+    def renew(self, rows: Tensor) -> None:
         """Go over to other rows between two steps: those that were proposed by the one that is done, or another weight's."""
-        self._settle(rows, scales, None)
+        self._settle(rows, None)
         if self.options.on_refresh == "reset" and not self.config().counted:  # otherwise the count is settled with the rest
             self.state["step"].zero_()
 
@@ -428,8 +421,7 @@ class ProjectedParameter:
         if self.waits or self.outstanding:
             return False
         if not torch.equal(self.state["index"], lead.state["index"]):
-            rows, *scales = lead.chosen()
-            self.renew(rows, scales)
+            self.renew(lead.chosen)
         self._lead, self._agrees = weakref.ref(lead), True
         return True
 
@@ -482,10 +474,9 @@ def _deliver(record: ProjectedParameter | None, leaf: Tensor) -> None:
         return
     assert record.assigned is not None and record.rows is not None
     fresh, projection = record.rows is not record.state[record.selector], record.options.projection
-    scales = tuple(scale.clone() for scale in record.scratch()[1:]) if fresh else ()
     rows = record.rows.clone() if fresh or projection != "galore" else record.rows  # nobody writes into the basis of a state
     next_rows = record.proposed.clone() if record.proposes else None
-    how = record.assigned.dim, parameter, record.name, fresh, scales, next_rows, projection
+    how = record.assigned.dim, parameter, record.name, fresh, next_rows, projection
     parameter.grad = CompactGrad(values, rows, *how)
 
 

@@ -801,8 +801,7 @@ def test_unmodified_scripts_resume(kind: str) -> None:
     ("keywords", "message"),
     [
         ({"selection": "norm"}, "selection='norm' is about which rows are selected"),
-        ({"selection": "uniform", "replacement": True}, "selection='uniform' is about"),
-        ({"block": 2}, "block=2 is about which rows are selected"),
+        ({"selection": "uniform"}, "selection='uniform' is about"),
         ({"scores": "sampled"}, "scores='sampled' is about which rows are selected"),
         ({"on_refresh": "carry"}, "on_refresh='carry' lets rows that stay selected keep their moments"),
     ],

@@ -82,7 +82,7 @@ class ProposingAdamW(ReferenceAdamW):
         dim, rank = self.projected[name]
         if self.updates == 0:
             zeros = torch.zeros_like(gradient.narrow(dim, 0, rank), dtype=wide)
-            self.state[name] = CompactState(torch.arange(rank), zeros, zeros.clone(), torch.zeros(rank), torch.ones(rank))
+            self.state[name] = CompactState(torch.arange(rank), zeros, zeros.clone(), torch.zeros(rank))
         super()._projected_step(name, weight, gradient, wide)
         if self.updates == 0 or (self.updates + 1) % self.update_proj_gap == 0:
             energy = expected_energy(self.how, self.by_output, *self.seen[name], seed_of(self.seed, self.updates))
@@ -102,7 +102,7 @@ def run(how: str, axis: str, micro: int = 1, compiler: str = "aot_eager", steps:
     optimizer = grass_compile.AdamW(
         model.named_parameters(), rank=RANK, axis=axis, scores=how, seed=5, **{**KEYWORDS, "update_proj_gap": GAP, **keywords}
     )
-    own = {key: keywords[key] for key in ("on_refresh", "weight_decay", "selection", "block") if key in keywords}
+    own = {key: keywords[key] for key in ("on_refresh", "weight_decay", "selection") if key in keywords}
     projected = dict.fromkeys(("0.weight", "2.weight"), (0 if axis == "rows" else 1, RANK))
     oracle = ProposingAdamW(
         twin, how, axis, 5, projected=projected, lr=KEYWORDS["lr"], eps=KEYWORDS["eps"], update_proj_gap=GAP, **own
@@ -252,13 +252,6 @@ def test_unmodified_script(how: str) -> None:
             assert moved == index
             seen.add(tuple(index))
     assert len(seen) > 2
-
-
-def test_replacement_needs_exact_scores() -> None:
-    with pytest.raises(ConfigError, match="scores='estimate' has none"):
-        grass_compile.AdamW(
-            nn.Linear(8, 8).parameters(), rank=2, selection="norm", replacement=True, scores="estimate", on_refresh="keep"
-        )
 
 
 def test_unknown_scores() -> None:

@@ -220,28 +220,10 @@ def test_state_of_a_run_that_did_not_share_is_brought_into_line() -> None:
     assert run.agree
 
 
-def test_draws_with_replacement_are_brought_into_line() -> None:
-    """Their scales along with them."""
-    keywords = dict(selection="uniform", replacement=True, update_proj_gap=4)
-    alone, run = Run(share_index=False, **keywords), Run(**keywords)
-    alone.train(0, 6)
-    assert not alone.agree
-    run.model.load_state_dict(alone.model.state_dict())
-    state = alone.optimizer.state_dict()
-    for group in state["param_groups"]:
-        group["share_index"] = True
-    run.optimizer.load_state_dict(state)
-    run.train(6, 7)
-    states = [run.optimizer.state[run.model.get_parameter(name)] for name in SHARED]
-    for key in ("index", "row_scale", "row_count"):
-        assert all(torch.equal(state[key], states[0][key]) for state in states)
-
-
 @pytest.mark.parametrize("nonfinite", ["raise", "propagate"])
 @pytest.mark.parametrize("keywords", [dict(), dict(selection="uniform", scores="exact")])
 def test_refreshes_at_a_time_of_their_own(keywords: dict[str, Any], nonfinite: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A weight that follows refreshes when its leader does, and its learning rate rises after that: in both modes alike, and
-    without tracing anything again."""
+    """A weight that follows refreshes when its leader does: in both modes alike, and without tracing anything again."""
     traced: list[pipeline.Plan] = []
     transform = pipeline.transform
 
@@ -250,10 +232,7 @@ def test_refreshes_at_a_time_of_their_own(keywords: dict[str, Any], nonfinite: s
         return transform(*args, plan=plan, **kwargs)
 
     monkeypatch.setattr(pipeline, "transform", watched)
-    runs = [
-        Run(step_in_backward=fused, stagger=3, update_proj_gap=6, refresh_warmup=3, nonfinite=nonfinite, **keywords)
-        for fused in (True, False)
-    ]
+    runs = [Run(step_in_backward=fused, stagger=3, update_proj_gap=6, nonfinite=nonfinite, **keywords) for fused in (True, False)]
     for run in runs:
         run.train(0, 20)
         assert len(traced) == 1 and run.agree  # two models of a class share it

@@ -27,7 +27,7 @@ from torch import fx
 
 from ... import ops
 from ...errors import GraphError
-from ...math.layout import SCALES, Action, graph_state, layout_of, step_state
+from ...math.layout import Action, graph_state, layout_of, step_state
 from ...math.projection import SELECTORS
 from ...math.update import clip_scales, kept, scaled, selected
 from ...ops import scores
@@ -112,7 +112,7 @@ def _compact(gm: fx.GraphModule, node: fx.Node, projection: Projection, refresh:
     index, noise, proposed = state.pop(SELECTORS[config.projection]), state.pop("noise", None), state.pop("proposed", None)
     due, _ = state.pop("due", None), state.pop("nonfinite", None)
     if refresh and proposed is not None and action != "keep":
-        call(gm.graph, scores.propose_, arguments[4], noise, proposed, due, config.selection, config.block)
+        call(gm.graph, scores.propose_, arguments[4], noise, proposed, due, config.selection)
     if not refresh or proposed is not None:
         return gradient  # type: ignore[no-any-return]
     if action == "keep":
@@ -120,9 +120,9 @@ def _compact(gm: fx.GraphModule, node: fx.Node, projection: Projection, refresh:
         return compact
     # Where the weight does not move, its state follows when it does.
     if action != "step":
-        state = {name: tensor for name, tensor in state.items() if name in SCALES}
+        state = {}
     layouts = "".join(layout_of(config.rule, name)[0] for name in state)
-    how = config.on_refresh, config.chosen_by, config.block, config.replacement, layouts, config.checked
+    how = config.on_refresh, config.chosen_by, layouts, config.checked
     return call(gm.graph, ops.refresh_, gradient, index, noise, list(state.values()), projection.dim, projection.rank, *how)
 
 

@@ -55,10 +55,6 @@ def detect(
     for site in sites:
         if why := obstacle(site, site.dim):
             reasons[site.weight.position] = f"{why}, so axis={site.choice.axis!r} is not possible"
-        elif site.shape[site.dim] % site.weight.config.block:
-            reasons[site.weight.position] = (
-                f"its {site.shape[site.dim]} {site.choice.axis} do not divide into blocks of {site.weight.config.block}"
-            )
     sites = tuple(site for site in sites if site.weight.position not in reasons)
     refusals = tuple(Refusal(w, reasons[w.position]) for w in weights if w.position in reasons)
     return sites, refusals
