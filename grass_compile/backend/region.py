@@ -130,7 +130,8 @@ class Region:
         assert variant.pair is not None
         variant.pair.forward.key = in_graph(held, refresh)
         results = variant.call(*inputs)
-        node = _torch.backward_node(results if isinstance(results, (list, tuple)) else (results,), since)
+        returned = results if isinstance(results, (list, tuple)) else (results,)
+        node = _torch.backward_node((*returned, *args), since)  # a region may do nothing but write to its inputs
         if node is not None:
             call = Call(held, refresh, variant.pair.backward, plan.clipped is not None, numbers)
             node.register_prehook(call.before_backward)
@@ -164,7 +165,7 @@ class Region:
         if self.options.project is not None:
             self._wish(free)
             held = True
-        if not held:
+        if not held and any(isinstance(parameter, torch.nn.Parameter) for parameter in parameters):
             self._warn_unheld()
         elif weights and _torch.inside_ddp():
             raise ConfigError(
@@ -266,11 +267,7 @@ class Region:
         return self._analyses[weights]
 
     def _trace(self, weights: tuple[WeightInput, ...]) -> Analysis:
-        def only_look(gm: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **kwargs: Any) -> Any:
-            disabled = self.options.disable_passes
-            _, analysis = pipeline.find(gm, weights=weights, num_fwd_outputs=num_fwd_outputs, disabled=disabled)
-            raise PlanMismatch(analysis)
-
+        only_look = functools.partial(pipeline.look, weights=weights, disabled=self.options.disable_passes)
         gm = _torch.with_inputs(self.captured, (), ())
         try:
             self._compile(gm, self.captured.example_inputs, only_look)

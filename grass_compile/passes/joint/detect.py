@@ -21,9 +21,10 @@ from typing import Any
 
 from torch import fx
 
-from ..fx_utils import depends_on, is_tangent, outputs, primals, shape_of
+from ..fx_utils import depends_on, is_tangent, outputs, shape_of
 from ..records import Cast, Concat, Gradient, Product, Refusal, Scale, Site, WeightInput, parts_of, products_of
 from . import costs
+from .interface import interface
 from .reasons import Refused
 from .walk import Frame, Walk
 
@@ -41,14 +42,17 @@ def detect(
     Returns:
         The sites in the order of ``weights``, and a refusal for every weight without one.
     """
-    slots = dict(zip(input_positions(gm), outputs(gm)[num_fwd_outputs:], strict=True))
-    inputs = dict(zip(input_positions(gm), primals(gm), strict=True))
+    graph_inputs, values = interface(gm, num_fwd_outputs), outputs(gm)
     in_backward = depends_on(gm, is_tangent)
     found: dict[int, Site] = {}
     reasons: dict[int, str] = {}
     for weight in weights:
         try:
-            found[weight.position] = _site(weight, inputs[weight.position], slots[weight.position], in_backward)
+            position = weight.position
+            if position in graph_inputs.wrapped:
+                raise Refused("its gradient is a tensor subclass, as an input or a tangent is one")
+            slot = values[graph_inputs.slots[position]] if position in graph_inputs.slots else None
+            found[position] = _site(weight, graph_inputs.nodes.get(position), slot, in_backward)
         except Refused as refused:
             reasons[weight.position] = str(refused)
     sites = costs.choose_axes(tuple(_mark_needed(found).values()), lambda site, dim: obstacle(site, dim) is None)
@@ -60,17 +64,7 @@ def detect(
     return sites, refusals
 
 
-def input_positions(gm: fx.GraphModule) -> list[int]:
-    """For each primal, its position among the inputs of the Dynamo graph (-1 for inputs that AOTAutograd added)."""
-    nodes = primals(gm)
-    described: list[Any] = [node.meta.get("desc") for node in nodes]
-    if all(desc is None for desc in described):
-        return list(range(len(nodes)))
-    added = iter(range(-1, -len(nodes) - 1, -1))
-    return [desc.idx if type(desc).__name__ == "PlainAOTInput" else next(added) for desc in described]
-
-
-def _site(weight: WeightInput, node: fx.Node, slot: Any, in_backward: set[fx.Node]) -> Site:
+def _site(weight: WeightInput, node: fx.Node | None, slot: Any, in_backward: set[fx.Node]) -> Site:
     """The site of one weight.
 
     Raises:
@@ -78,6 +72,8 @@ def _site(weight: WeightInput, node: fx.Node, slot: Any, in_backward: set[fx.Nod
     """
     if weight.refusal is not None:
         raise Refused(weight.refusal)
+    if node is None:
+        raise Refused("it is a tensor subclass, which the compiler takes apart")
     shape = shape_of(node)
     if len(shape) != 2 or not all(isinstance(size, int) for size in shape):
         raise Refused(f"it has {len(shape)} dimensions; only matrices of fixed size can be projected")
