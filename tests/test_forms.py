@@ -19,7 +19,7 @@ STEPS = 7  # with a refresh every 3 steps: the first, and two more
 
 def projectable(name: str, axis: str) -> int:
     """How many weights of a form are projected."""
-    return 3 if name == "JoinedWeights" else 1
+    return 3 if name in ("JoinedWeights", "ScaledJoined", "LowRank") else 1
 
 
 def check_against_oracle(run: Pair, model64: nn.Module, dtype: torch.dtype) -> None:

@@ -73,6 +73,6 @@ def _compiled_step(options: BackendOptions, config: SiteConfig, dim: int, specs:
 def source_hash() -> str:
     """A hash over the source of this package, so that no cache serves a graph that other passes made."""
     digest = hashlib.sha256()
-    for path in sorted(pathlib.Path(__file__).parent.rglob("*.py")):
+    for path in sorted(pathlib.Path(__file__).parents[1].rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -139,7 +139,8 @@ class Region:
         since = _torch.sequence_number()
         with variant.pair.forward.running(in_graph(held, refresh)), _torch.kept_in_place(written):
             results = variant.call(*given, *state, *map(leaf_of, held), *hyper, *norm_leaf(plan, held))
-        node = _torch.backward_node(results if isinstance(results, (list, tuple)) else (results,), since)
+        returned = results if isinstance(results, (list, tuple)) else (results,)
+        node = _torch.backward_node((*returned, *args), since)  # a region may do nothing but write to its inputs
         if node is not None:
             backward = variant.pair.backward
             call = Call(
@@ -176,7 +177,7 @@ class Region:
         if self.options.project is not None:
             self._wish(free)
             held = True
-        if not held:
+        if not held and any(isinstance(parameter, torch.nn.Parameter) for parameter in parameters):
             self._warn_unheld()
         elif weights and _torch.inside_ddp():
             raise ConfigError(
@@ -239,11 +240,7 @@ class Region:
         return self._analyses[weights]
 
     def _trace(self, weights: tuple[WeightInput, ...]) -> Analysis:
-        def only_look(gm: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **kwargs: Any) -> Any:
-            disabled = self.options.disable_passes
-            _, analysis = pipeline.find(gm, weights=weights, num_fwd_outputs=num_fwd_outputs, disabled=disabled)
-            raise PlanMismatch(analysis)
-
+        only_look = functools.partial(pipeline.look, weights=weights, disabled=self.options.disable_passes)
         gm = _torch.with_inputs(self.captured, (), ())
         try:
             self._compile(gm, self.captured.example_inputs, only_look)

@@ -29,10 +29,11 @@ from .backward.batch_matmuls import batch_matmuls
 from .backward.lower_anchors import lower_anchors
 from .backward.schedule_steps import schedule_steps
 from .backward.verify import verify
-from .fx_utils import copy, op_counts, placeholders, primals
+from .fx_utils import copy, op_counts, placeholders
 from .joint import costs
 from .joint.anchor import anchor
-from .joint.detect import activations, detect, input_positions
+from .joint.detect import activations, detect
+from .joint.interface import Interface, interface, is_nested
 from .joint.normalize import normalize
 from .joint.rewrite import rewrite, undo
 from .joint.score import forget, score
@@ -118,6 +119,26 @@ def find(
     return sites, Analysis(tuple(projections), refusals)
 
 
+def look(
+    gm: fx.GraphModule,
+    joint_inputs: Sequence[object],
+    *,
+    weights: Sequence[WeightInput],
+    disabled: Sequence[str] = (),
+    num_fwd_outputs: int,
+    **kwargs: object,
+) -> Any:
+    """In place of a partitioner: run the analysing passes and go no further.
+
+    Raises:
+        PlanMismatch: always, with what was found; but for graphs inside of the graph, which are partitioned as torch does.
+    """
+    if is_nested(joint_inputs):
+        return _torch.min_cut_rematerialization_partition(gm, joint_inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
+    _, analysis = find(gm, weights=weights, num_fwd_outputs=num_fwd_outputs, disabled=disabled)
+    raise PlanMismatch(analysis)
+
+
 def _projection(site: Site, number: int) -> Projection:
     weight = site.weight
     tokens = costs.hint(costs.token_count(site))
@@ -160,18 +181,21 @@ def transform(
     Raises:
         PlanMismatch: the sites of this graph are not those of the plan.
     """
+    if is_nested(joint_inputs):
+        return partition(gm, joint_inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
     _torch.trace_graph("grass_joint_before", gm)
     before = op_counts(gm)
     sites, analysis = find(gm, weights=plan.weights, num_fwd_outputs=num_fwd_outputs, disabled=plan.disabled)
     if analysis.projections != plan.projections:
         raise PlanMismatch(analysis)
-    inputs, nodes = _inputs(gm, plan)
+    found = interface(gm, num_fwd_outputs)
+    inputs, nodes = _inputs(found, plan), found.nodes
     leaders = {p.position: leader for p, leader in zip(plan.projections, plan.leaders, strict=True)}
     index = {p.position: inputs[leaders[p.position]][SELECTORS[p.config.projection]] for p in plan.projections}
     compact = rewrite(gm, sites=sites, index=index, from_slot="rewrite" in plan.disabled)
     log.info("rewrite: %d weight gradients made compact", len(sites))
     energy = score(gm, sites=sites, inputs=inputs, leaders=leaders)
-    slots = {node: num_fwd_outputs + i for i, node in enumerate(primals(gm))}
+    slots = {nodes[position]: slot for position, slot in found.slots.items()}
     clipped = [nodes[position] for position in plan.clipped or () if position in nodes]
     norm_leaf = None if plan.clipped is None else nodes[max(nodes)]
     anchor(gm, sites=sites, compact=compact, energy=energy, inputs=inputs, slots=slots, clipped=clipped, norm_leaf=norm_leaf)
@@ -236,10 +260,9 @@ def _alike(one: Any, other: Any) -> bool:
     return not isinstance(one, Tensor) or (one.shape == other.shape and one.stride() == other.stride())
 
 
-def _inputs(gm: fx.GraphModule, plan: Plan) -> tuple[dict[int, dict[str, fx.Node]], dict[int, fx.Node]]:
-    """For each projected weight, its placeholder and those of its state, leaf and hyper-parameters, by name; and the
-    placeholders of all inputs by position."""
-    nodes = dict(zip(input_positions(gm), primals(gm), strict=True))
+def _inputs(found: Interface, plan: Plan) -> dict[int, dict[str, fx.Node]]:
+    """For each projected weight, its placeholder and those of its state, leaf and hyper-parameters, by name."""
+    nodes = found.nodes
     first = 1 + max(nodes) - len(plan.input_names)
     added = {name: nodes[first + i] for i, name in enumerate(plan.input_names)}
     inputs = {}
@@ -247,7 +270,7 @@ def _inputs(gm: fx.GraphModule, plan: Plan) -> tuple[dict[int, dict[str, fx.Node
         position = projection.position
         named = {name: added[f"grass_{name}_{position}"] for name in (*graph_state(projection.config), "leaf")}
         inputs[position] = {"weight": nodes[position], "hyper": added[f"grass_hyper_{slot}"], **named}
-    return inputs, nodes
+    return inputs
 
 
 def _difference(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, int]:

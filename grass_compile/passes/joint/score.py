@@ -25,9 +25,9 @@ import torch
 from torch import fx
 
 from ...ops import scores as ops
-from ..fx_utils import call, output_node, propagate, provenance
-from ..records import Cast, Concat, Gradient, Operand, Product, Site, Sum
-from .rewrite import features_last
+from ..fx_utils import call, output_node, propagate, provenance, shape_of
+from ..records import Concat, Gradient, Operand, Padded, Product, Reordered, Scale, Site, parts_of
+from .rewrite import as_matrix, features_last, mapped
 
 aten = torch.ops.aten
 
@@ -89,7 +89,7 @@ def forget(gm: fx.GraphModule, positions: Collection[int]) -> None:
         if SAMPLED in node.meta and node.meta[SAMPLED] <= set(positions):
             changed.update(node.users)
             with gm.graph.inserting_before(node):
-                empty = call(gm.graph, aten.new_empty.default, node.args[0], [0] * node.meta["val"].dim())
+                empty = call(gm.graph, aten.new_empty.default, node.args[0], [0, shape_of(node)[1]])
             node.replace_all_uses_with(empty)
             gm.graph.erase_node(node)
     propagate(gm, changed)
@@ -102,18 +102,35 @@ Numbers = tuple[fx.Node, fx.Node | None]
 def _energy(graph: fx.Graph, site: Site, gradient: Gradient, numbers: Numbers, readers: Readers) -> fx.Node:
     """The energies of the rows of ``gradient``; of a sum, those of the terms, whose common part is left out."""
     dim = site.dim
-    if isinstance(gradient, Cast):
-        return _energy(graph, site, gradient.inner, numbers, readers)
     if isinstance(gradient, Product):
         return _product(graph, site, gradient, numbers, readers)
-    parts = gradient.terms if isinstance(gradient, Sum) else gradient.parts
-    energies = [_energy(graph, site, part, numbers, readers) for part in parts]
+    energies = [_energy(graph, site, part, numbers, readers) for part in parts_of(gradient)]
+    if isinstance(gradient, Scale):
+        return _scaled(graph, energies[0], gradient, dim)
+    if isinstance(gradient, (Padded, Reordered)):
+        if gradient.dim != dim:
+            return energies[0]
+        row = call(graph, aten.unsqueeze.default, energies[0], 0)
+        return call(graph, aten.squeeze.dim, mapped(graph, row, gradient, 1), 0)
     if isinstance(gradient, Concat) and gradient.dim == dim:
         return call(graph, aten.cat.default, energies, 0)
     total, *rest = energies
     for energy in rest:
         total = call(graph, aten.add.Tensor, total, energy)
     return total
+
+
+def _scaled(graph: fx.Graph, energy: fx.Node, scale: Scale, dim: int) -> fx.Node:
+    """The energies of scaled rows: exact for a factor of each row, and by the mean square of the factors within a row."""
+    factor = scale.factor
+    if factor.value is None:
+        return energy
+    value = factor.value
+    if isinstance(value, fx.Node) and factor.dims != (None, None):
+        matrix = as_matrix(graph, factor)
+        square = call(graph, aten.mean.dim, call(graph, aten.mul.Tensor, matrix, matrix), [1 - dim])
+        return call(graph, scale.target, energy, square)
+    return call(graph, scale.target, call(graph, scale.target, energy, value), value)
 
 
 def _product(graph: fx.Graph, site: Site, product: Product, numbers: Numbers, readers: Readers) -> fx.Node:
