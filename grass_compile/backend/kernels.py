@@ -47,7 +47,8 @@ class _Step:
         if compiled is None:
             plain = tuple((tuple(shape), *rest) for shape, *rest in specs)
             compiled = self._compiled[specs] = _compiled_step(*self._settings, plain)
-        compiled(*tensors)
+        with _torch.without_autocast():
+            compiled(*tensors)
 
 
 def run(options: BackendOptions, config: SiteConfig, dim: int, *tensors: Tensor) -> None:
