@@ -100,6 +100,8 @@ def test_a_lean_loop_is_fused_from_its_third_step_on(selection: str) -> None:
     run.steps(loop)
     assert fused == [False, False, True, True, True, True, True]
     assert run.optimizer.fused and "nobody touched" in run.optimizer.fused.reason
+    report = str(grass_compile.explain(run.model, batch(0), optimizer=run.optimizer))
+    assert "2 of 5 parameters projected; they move inside the backward: 2 steps have passed" in report
 
 
 def clip(model: nn.Module) -> None:
