@@ -221,8 +221,3 @@ def clip_scales(checked: bool, hyper: Tensor, *gradients: Tensor) -> tuple[Tenso
 def scaled(gradient: Tensor, scale: Tensor) -> tuple[Tensor]:
     """``gradient * scale`` in the gradient's dtype."""
     return ((gradient * scale).to(gradient.dtype),)
-
-
-def seed_of(seed: int, updates: int) -> int:
-    """The seed of one step's rounding: below ``2**23``, so that fp32 holds it and its successor exactly."""
-    return (seed * 2654435761 + (updates + 1) * 40503 * 2 + (updates >> 7) * 7919) % 2**23
