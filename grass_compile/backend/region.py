@@ -21,8 +21,8 @@ from ..math.layout import SHARED_HYPER, graph_state
 from ..optim import adoption
 from ..optim.rules import AdamWRule
 from ..passes import pipeline
-from ..passes.pipeline import PASSES, Plan, PlanMismatch
-from ..passes.records import Analysis, Projection, WeightInput
+from ..passes.pipeline import PASSES, PlanMismatch
+from ..passes.records import Analysis, Plan, Projection, WeightInput
 from ..runtime import parameter as registry
 from ..runtime.call import Call, expected, in_graph
 from ..runtime.compact import Assigned, initial_state, leaf_like
@@ -251,6 +251,8 @@ class Region:
             leaders=leaders,
             disabled=self.options.disable_passes,
             clipped=clipped,
+            joint_passes=self.options.joint_passes,
+            backward_passes=self.options.backward_passes,
         )
 
     def analyse(self, weights: tuple[WeightInput, ...]) -> tuple[tuple[WeightInput, ...], Analysis]:
@@ -267,7 +269,10 @@ class Region:
         return self._analyses[weights]
 
     def _trace(self, weights: tuple[WeightInput, ...]) -> Analysis:
-        only_look = functools.partial(pipeline.look, weights=weights, disabled=self.options.disable_passes)
+        options = self.options
+        only_look = functools.partial(
+            pipeline.look, weights=weights, disabled=options.disable_passes, joint_passes=options.joint_passes
+        )
         gm = _torch.with_inputs(self.captured, (), ())
         try:
             self._compile(gm, self.captured.example_inputs, only_look)
@@ -325,7 +330,7 @@ class Region:
             mode=self.options.mode,
             patches=dict(self.options.inductor),
             partition=partition,
-            key=kernels.source_hash(),
+            key=kernels.source_hash() + self.options.passes_key,
             pair=pair,
         )
 
