@@ -21,8 +21,8 @@ from ..errors import ConfigError, GraphError, GrassError, GrassWarning
 from ..optim import adoption
 from ..optim.rules import AdamWRule
 from ..passes import pipeline
-from ..passes.pipeline import PASSES, Plan, PlanMismatch
-from ..passes.records import Analysis, WeightInput
+from ..passes.pipeline import PASSES, PlanMismatch
+from ..passes.records import Analysis, Plan, WeightInput
 from ..runtime import registry
 from ..runtime.call import Call, expected, in_graph
 from ..runtime.compact import Assigned
@@ -240,7 +240,10 @@ class Region:
         return self._analyses[weights]
 
     def _trace(self, weights: tuple[WeightInput, ...]) -> Analysis:
-        only_look = functools.partial(pipeline.look, weights=weights, disabled=self.options.disable_passes)
+        options = self.options
+        only_look = functools.partial(
+            pipeline.look, weights=weights, disabled=options.disable_passes, joint_passes=options.joint_passes
+        )
         gm = _torch.with_inputs(self.captured, (), ())
         try:
             self._compile(gm, self.captured.example_inputs, only_look)
@@ -297,7 +300,7 @@ class Region:
             mode=self.options.mode,
             patches=dict(self.options.inductor),
             partition=partition,
-            key=kernels.source_hash(),
+            key=kernels.source_hash() + self.options.passes_key,
             pair=pair,
         )
 

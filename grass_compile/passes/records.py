@@ -13,8 +13,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx
 
-from ..config import SiteConfig
+from ..config import SiteConfig, UserPass
 from ..keywords import Axis
+from ..math.layout import graph_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,6 +222,47 @@ class Analysis:
 
     projections: tuple[Projection, ...]
     refusals: tuple[Refusal, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is compiled from one joint graph; hashable.
+
+    Attributes:
+        weights: what the optimizer asked for, refusals known beforehand included.
+        projections: the weights that are projected.
+        hyper: for each projection, which of the tensors of hyper-parameters it reads.
+        kernels: for each projection, the name under which `grass_compile.ops.operators` finds its step.
+        leaders: for each projection, the position of the weight whose rows it takes; its own, but for those that share.
+        disabled: names of passes to leave out.
+        clipped: positions of the dense parameters whose gradients are clipped along with the compact ones, inside the graph;
+            None if nothing is clipped there.
+        joint_passes: the user's, which see the joint graph first.
+        backward_passes: the user's, which see each finished backward graph before it is verified.
+    """
+
+    weights: tuple[WeightInput, ...]
+    projections: tuple[Projection, ...]
+    hyper: tuple[int, ...]
+    kernels: tuple[str, ...]
+    leaders: tuple[int, ...]
+    disabled: tuple[str, ...] = ()
+    clipped: tuple[int, ...] | None = None
+    joint_passes: tuple[UserPass, ...] = ()
+    backward_passes: tuple[UserPass, ...] = ()
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Names of the inputs that follow those of the Dynamo graph: state tensors, leaves, hyper-parameters, the norm's leaf."""
+        state = [f"grass_{name}_{p.position}" for p in self.projections for name in self.state_names(p)]
+        leaves = [f"grass_leaf_{p.position}" for p in self.projections]
+        norm = () if self.clipped is None else ("grass_norm",)
+        return (*state, *leaves, *(f"grass_hyper_{slot}" for slot in range(1 + max(self.hyper, default=-1))), *norm)
+
+    @staticmethod
+    def state_names(projection: Projection) -> tuple[str, ...]:
+        """The names of the state tensors of a projected weight that are inputs of its graphs."""
+        return tuple(graph_state(projection.config))
 
 
 def parts_of(gradient: Gradient) -> tuple[Gradient, ...]:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from grass_compile.passes.context import PassContext
 from grass_compile.passes.joint.detect import detect
 from grass_compile.passes.joint.reasons import Refused
 from grass_compile.passes.joint.shapes import aligned
@@ -103,7 +104,8 @@ def test_gradient_used_elsewhere_is_formed_and_its_rows_are_taken_from_it() -> N
 def test_analysis_changes_nothing() -> None:
     joint = joint_graph(forms.Linear(), forms.batch(torch.float32))
     before, graph = str(joint.gm.graph), joint.gm.graph
-    detect(joint.gm, weights=joint.weights(), num_fwd_outputs=joint.num_fwd_outputs)
+    context = PassContext(joint.weights(), joint.num_fwd_outputs)
+    assert detect(joint.gm, context) == 0 and len(context.findings.sites) == 1
     assert joint.gm.graph is graph and str(joint.gm.graph) == before
 
 

@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import fx
 
+from ..context import PassContext
 from ..fx_utils import depends_on, is_tangent, outputs, shape_of
 from ..records import Cast, Concat, Gradient, Product, Refusal, Scale, Site, WeightInput, parts_of, products_of
 from . import costs
@@ -28,20 +30,33 @@ from .interface import interface
 from .reasons import Refused
 from .walk import Frame, Walk
 
+log = logging.getLogger(__name__)
 
-def detect(
-    gm: fx.GraphModule, *, weights: Sequence[WeightInput], num_fwd_outputs: int
-) -> tuple[tuple[Site, ...], tuple[Refusal, ...]]:
-    """Find the sites of ``weights`` in a joint graph.
+
+def detect(gm: fx.GraphModule, context: PassContext) -> int:
+    """Find the sites of the weights that are asked for, and a refusal for every weight without one.
 
     Args:
         gm: the joint graph; returns forward outputs, then one gradient slot per primal.
-        weights: what the optimizer wants projected.
-        num_fwd_outputs: how many of the outputs belong to the forward.
+        context: gets ``sites``, in the order of its ``weights``, and ``refusals``.
 
     Returns:
-        The sites in the order of ``weights``, and a refusal for every weight without one.
+        0, since the graph stays as it is.
     """
+    sites, refusals = _find(gm, context.weights, context.num_fwd_outputs)
+    context.findings.sites, context.findings.refusals = sites, refusals
+    log.info("detect: %d weights projected, %d dense", len(sites), len(refusals))
+    for site in sites:
+        log.debug("detect: %s: %s, rank %d: %s", site.weight.name, site.choice.axis, site.rank, site.choice.why)
+    for refusal in refusals:
+        log.debug("detect: %s stays dense: %s", refusal.weight.name, refusal.reason)
+    return 0
+
+
+def _find(
+    gm: fx.GraphModule, weights: Sequence[WeightInput], num_fwd_outputs: int
+) -> tuple[tuple[Site, ...], tuple[Refusal, ...]]:
+    """The sites and the refusals of ``weights``."""
     graph_inputs, values = interface(gm, num_fwd_outputs), outputs(gm)
     in_backward = depends_on(gm, is_tangent)
     found: dict[int, Site] = {}

@@ -24,8 +24,8 @@ view. It checks no bounds: the index is ours, and always valid.
 With a dense projection, ``mm(grad_out, basis)`` or ``mm(x, basis)`` takes the gather's place, and everything else is the same.
 The basis ``f32[m, r]`` is an input (``galore``), or computed from the key right there (``gaussian``).
 
-On a refresh, `undo` takes the gathers out of a copy of the forward and of the backward graph again. What remains forms the full
-gradient; the output of the forward that held the gathered activations holds all of ``x``.
+On a refresh, `restore_full_grad` takes the gathers out of a copy of the forward and of the backward graph again. What remains
+forms the full gradient; the output of the forward that held the gathered activations holds all of ``x``.
 
 Contract: adds nodes only; the value made for a site equals ``slot[idx]`` (``slot[:, idx]``) up to rounding, in the slot's
 dtype. The dense product dies with its slot, which `lower_anchors` gives a new meaning.
@@ -34,19 +34,21 @@ dtype. The dense product dies with its slot, which `lower_anchors` gives a new m
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+import logging
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
 from ... import ops
-from ...math.projection import basis_of
-from ..fx_utils import call, inline, propagate, provenance, shape_of, specs_of, trace
+from ...math.projection import SELECTORS, basis_of
+from ..context import PassContext
+from ..fx_utils import call, inline, provenance, shape_of, specs_of, trace
 from ..records import Cast, Concat, Factor, Gradient, Operand, Padded, Product, Reordered, Scale, Site, parts_of
 
 aten = torch.ops.aten
 prims = torch.ops.prims
+log = logging.getLogger(__name__)
 
 
 SELECTION = "grass_compile_selection"
@@ -80,29 +82,30 @@ class Rows:
     maps: tuple[Padded | Reordered, ...] = ()
 
 
-def rewrite(
-    gm: fx.GraphModule, *, sites: tuple[Site, ...], index: Mapping[int, fx.Node], from_slot: bool = False
-) -> dict[int, fx.Node]:
+def rewrite(gm: fx.GraphModule, context: PassContext) -> int:
     """Insert the compact gradient of every site.
 
     Args:
         gm: the joint graph, changed in place.
-        sites: what `detect` found.
-        index: for each site's weight position, the placeholder that holds ``idx``, ``int64[r]``, the basis or the key.
-        from_slot: take the rows from the dense gradient instead of computing them alone (to debug the rewrite).
+        context: has the sites; gets for each weight position the compact gradient, ``[r, n]`` or ``[m, r]`` in stored
+            orientation. Where ``rewrite`` is disabled, the rows are taken from the dense gradient instead of being computed
+            alone (to debug the rewrite).
 
     Returns:
-        For each weight position, the compact gradient, ``[r, n]`` or ``[m, r]`` in stored orientation.
+        How many were inserted.
     """
-    compact = {}
-    for site in sites:
-        position = site.weight.position
-        rows = Rows(index[position], position, site.dim, site.weight.config.projection, site.rank)
+    inputs, leaders, from_slot = context.inputs, context.leaders, "rewrite" in context.disabled
+    for site in context.findings.sites:
+        position, config = site.weight.position, site.weight.config
+        index = inputs[leaders[position]][SELECTORS[config.projection]]
+        rows = Rows(index, position, site.dim, config.projection, site.rank)
         with provenance(gm, "rewrite", site.weight.name, site.slot), gm.graph.inserting_before(site.slot.next):
-            compact[position] = (
-                _from_slot(gm.graph, site, rows) if from_slot or site.needed else _select(gm.graph, site.gradient, rows)
-            )
-    return compact
+            formed = from_slot or site.needed is not None
+            made = _from_slot(gm.graph, site, rows) if formed else _select(gm.graph, site.gradient, rows)
+        context.findings.compact[position] = made
+    if changes := len(context.findings.sites):
+        log.info("rewrite: %d weight gradients made compact", changes)
+    return changes
 
 
 def _from_slot(graph: fx.Graph, site: Site, rows: Rows) -> fx.Node:
@@ -115,30 +118,6 @@ def _from_slot(graph: fx.Graph, site: Site, rows: Rows) -> fx.Node:
     chosen = call(graph, aten.index.Tensor, site.slot, [None, rows.index] if site.dim else [rows.index])
     chosen.meta[SELECTION] = Selection(rows.position, 0, length)
     return chosen
-
-
-def undo(gm: fx.GraphModule, positions: Collection[int], changed: Collection[fx.Node] = ()) -> None:
-    """Form the full gradients of some weights again, in place.
-
-    Args:
-        gm: a copy of a forward or of a backward graph.
-        positions: of the weights.
-        changed: inputs whose values are others than when the graph was traced.
-    """
-    changed = {user for node in changed for user in node.users}
-    for node in list(gm.graph.nodes):
-        selection = node.meta.get(SELECTION)
-        if node.op != "call_function" or selection is None or selection.position not in positions:
-            continue
-        features = node.all_input_nodes[0]
-        if node.target is ops.gather and selection.length != shape_of(features)[1]:
-            with gm.graph.inserting_before(node):
-                end = selection.start + selection.length
-                features = call(gm.graph, aten.slice.Tensor, features, 1, selection.start, end)
-        changed.update(node.users)
-        node.replace_all_uses_with(features)
-        gm.graph.erase_node(node)
-    propagate(gm, changed)
 
 
 def _select(graph: fx.Graph, gradient: Gradient, rows: Rows) -> fx.Node:
