@@ -806,3 +806,115 @@ def test_a_step_that_is_first_traced_under_autocast_keeps_its_precision() -> Non
         return model.weight.detach()
 
     assert torch.equal(train(True), train(False))
+
+
+class Heads(Net):
+    """Of two heads, only one is used at a time."""
+
+    def forward(self, x: Tensor, other: bool = False) -> Tensor:
+        hidden = self.norm(self.first(x)).tanh()
+        return hidden if other else self.second(hidden)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_a_gradient_of_zeros_is_a_gradient(selection: str, mode: Any) -> None:
+    """``zero_grad(set_to_none=False)``, and then a step in which a weight is not used: torch's moments move it on."""
+    run = Run(mode, Heads(), selection=selection)
+
+    def loop(forward: Any, model: nn.Module, optimizer: Any, number: int) -> None:
+        (forward(batch(number), number % 2 == 1) - 1).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+
+    run.steps(loop, 8)
+
+
+@pytest.mark.parametrize("mode", ["auto", False])
+def test_two_steps_for_one_backward(mode: Any) -> None:
+    def loop(forward: Any, model: nn.Module, optimizer: Any, number: int) -> None:
+        (forward(batch(number)) - 1).square().mean().backward()
+        optimizer.step()
+        if mode is False or number == 0:
+            optimizer.step()
+        optimizer.zero_grad()
+
+    Run(mode).steps(loop, 5)
+    fused = Run(True)
+    fused.compiled(batch(0)).square().mean().backward()
+    fused.optimizer.step()
+    with pytest.raises(
+        StateError, match=r"first\.weight: the gradient of its last step was not cleared.*cannot be applied again"
+    ):
+        fused.optimizer.step()
+
+
+def clamp(weight: nn.Parameter) -> None:
+    with torch.no_grad():
+        weight.clamp_(-0.1, 0.1)
+
+
+def swap(weight: nn.Parameter) -> None:
+    weight.data = weight.data.clone().mul_(0.5)
+
+
+@pytest.mark.parametrize("write", [clamp, swap], ids=lambda write: write.__name__)
+@pytest.mark.parametrize("mode", MODES)
+def test_weights_written_between_backward_and_step(mode: Any, write: Callable[[nn.Parameter], None]) -> None:
+    def loop(forward: Any, model: nn.Module, optimizer: Any, number: int) -> None:
+        (forward(batch(number)) - 1).square().mean().backward()
+        write(model.second.weight)  # type: ignore[arg-type]
+        optimizer.step()
+        optimizer.zero_grad()
+
+    run = Run(mode)
+    if mode is True:
+        with pytest.raises(
+            StateError, match=r"second\.weight: it was written between the backward, in which it has already moved"
+        ):
+            loop(run.compiled, run.model, run.optimizer, 0)
+        return
+    run.steps(loop, 6)
+    assert ("weights are written" in run.optimizer.fused.reason) == (mode == "auto")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_weights_whose_storage_is_replaced_between_forward_and_backward(mode: Any) -> None:
+    def loop(forward: Any, model: nn.Module, optimizer: Any, number: int) -> None:
+        loss = (forward(batch(number)) - 1).square().mean()
+        swap(model.second.weight)  # type: ignore[arg-type]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    Run(mode).steps(loop, 5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_loading_a_state_between_backward_and_step(mode: Any) -> None:
+    run = Run(mode)
+    run.steps(lean, 4)
+    states = [copy.deepcopy(optimizer.state_dict()) for _, _, optimizer in run.sides]
+    run.steps(lean, 2)
+    for forward, _, _ in run.sides:
+        forward(batch(7)).square().mean().backward()
+    if mode is not False:
+        with pytest.raises(StateError, match=r"first\.weight: it has moved inside the backward.*Nothing was changed"):
+            run.optimizer.load_state_dict(states[0])
+        return
+    for (_, _, optimizer), state in zip(run.sides, states, strict=True):
+        optimizer.load_state_dict(state)
+        optimizer.step()
+        optimizer.zero_grad()
+    run.check()
+
+
+def test_loading_other_rows_than_those_of_a_gradient_that_waits_is_refused() -> None:
+    run = Run(False, rank=3, update_proj_gap=1, seed=3)
+    lean(run.compiled, run.model, run.optimizer, 0)
+    state = copy.deepcopy(run.optimizer.state_dict())
+    lean(run.compiled, run.model, run.optimizer, 1)
+    run.optimizer.param_groups[0]["update_proj_gap"] = 50
+    run.compiled(batch(2)).square().mean().backward()
+    with pytest.raises(StateError, match=r"computed for other rows than those of the loaded state.*Nothing was changed"):
+        run.optimizer.load_state_dict({**state, "param_groups": run.optimizer.state_dict()["param_groups"]})

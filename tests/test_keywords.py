@@ -223,7 +223,7 @@ def test_unmodified_blind_refreshes_are_those_of_our_own_optimizer() -> None:
         project: dict[str, Any] = dict(rank=4, update_proj_gap=3, stagger=False)
         if ours:
             optimizer = grass_compile.SGD(model.named_parameters(), lr=0.1, momentum=0.9, seed=0, **project)
-            for number, record in enumerate(r for r in optimizer._holder.records.values() if r.parameter.dim() == 2):
+            for number, record in enumerate(r for r in optimizer._manager.records.values() if r.parameter.dim() == 2):
                 record.number = number  # a script's weights are numbered as they are taken over
         else:
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)

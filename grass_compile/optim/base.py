@@ -310,8 +310,10 @@ class GrassOptimizer(torch.optim.Optimizer):
         stay as they are.
 
         Raises:
-            StateError: the state is of another rank, axis, shape or model; names the parameter. Nothing was changed.
+            StateError: the state is of another rank, axis, shape or model; or a gradient waits, or has moved a weight, for which
+                another state has to be there at `step`. Names the parameter. Nothing was changed.
         """
+        self._manager.check_idle()
         groups = self._matching_groups(state_dict)
         order = [parameter for group in self.param_groups for parameter in group["params"]]
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
@@ -321,6 +323,7 @@ class GrassOptimizer(torch.optim.Optimizer):
             record = self._manager.records[parameter]
             if is_compact(entry):
                 loaded[parameter] = fitting(record, unprotect(entry))
+                self._manager.check_rows(record, loaded[parameter][1])
             else:
                 check_dense(record, entry)
         super().load_state_dict({**state_dict, "param_groups": groups})

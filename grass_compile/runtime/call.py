@@ -55,6 +55,7 @@ class Call:
         self._records, self._refresh = tuple(records), tuple(refresh)
         self._in_graph = in_graph(records, refresh)
         self._updates = [record.state["updates"] for record in records]
+        self._addresses = [record.parameter.data_ptr() for record in records]
         self._actions: tuple[Action, ...] = ()
         for record in records:
             record.outstanding.add(self)
@@ -76,7 +77,8 @@ class Call:
         for manager in managers.values():
             manager.begin_backward(_torch.graph_task())
         wanted = [self._wanted(record) for record in self._records]
-        waits = [self._why_it_waits(record) is not None for record in self._records]
+        reasons = [self._why_it_waits(*pair) for pair in zip(self._records, self._addresses, strict=True)]
+        waits = [reason is not None for reason in reasons]
         (manager, *more) = managers.values()
         clip = self._clips and not more and not any(waits) and all(wanted) and manager.nothing_else_comes()
         self._actions = tuple(
@@ -116,8 +118,13 @@ class Call:
             )
         return False
 
-    def _why_it_waits(self, record: ProjectedParameter) -> str | None:
-        """Why a weight may not move inside this backward, or None if it may. The one place that decides."""
+    def _why_it_waits(self, record: ProjectedParameter, address: int) -> str | None:
+        """Why a weight may not move inside this backward, or None if it may. The one place that decides.
+
+        Args:
+            record: the weight.
+            address: where it stood at the forward, which is where this backward would write it.
+        """
         manager = manager_of(record)
         if (reason := manager.deferred) is not None:
             return reason
@@ -127,6 +134,8 @@ class Call:
             return "a gradient of it waits for opt.step() already"
         if _torch.will_run(_torch.accumulator(record.parameter)):
             return "it gets a gradient from outside of this region too"
+        if record.parameter.data_ptr() != address:
+            return "its storage was replaced since the forward"
         present = record.parameter.grad
         if present is not None and record.pending is None and not isinstance(present, MovedGrad):
             return "its .grad holds a gradient already"
@@ -147,6 +156,9 @@ class Call:
                 moved.append(record.parameter)
                 self._note_step(record, refresh)
         _torch.mark_written(moved)
+        for record, action in zip(self._records, self._actions, strict=True):
+            if action == "step":
+                record.seen = record.look()
 
     def _note_step(self, record: ProjectedParameter, refresh: bool) -> None:
         record.stepped(refresh)

@@ -120,4 +120,4 @@ def _compact_grad(record: ProjectedParameter, values: Tensor, rows: Tensor, fres
 def _put(record: ProjectedParameter, made: CompactGrad) -> None:
     record.parameter.grad = made
     record.chosen = made.rows, made.fresh, made.next_rows
-    record.delivered = weakref.ref(made)
+    record.delivered, record.seen = weakref.ref(made), record.look()

@@ -213,9 +213,17 @@ class ProjectionManager:
         self._check_numbers()
         self._look_back()
         for parameter, record in self.records.items():
+            if isinstance(parameter.grad, MovedGrad) and not record.moved:
+                self._take_old(record, parameter.grad)
             if record.moved and parameter.grad is None:
                 self.watch.failed("gradients are replaced or dropped between backward() and opt.step()")
                 raise record.stand_in.refusal("dropped")
+            if record.moved and record.seen != record.look():
+                self.watch.failed("weights are written between backward() and opt.step()")
+                raise StateError(
+                    f"{record.label}: it was written between the backward, in which it has already moved, and opt.step(). Write "
+                    "it after opt.step(), or make the optimizer with step_in_backward=False."
+                )
             if record.assigned is None or parameter.grad is None or isinstance(parameter.grad, (CompactGrad, MovedGrad)):
                 continue
             if record.moved:
@@ -226,6 +234,50 @@ class ProjectionManager:
             if record.chosen is None:
                 self._warn_full(record)
             reduce(record)
+
+    def _take_old(self, record: ProjectedParameter, gradient: MovedGrad) -> None:
+        """Take a gradient from before the last ``opt.step()`` as torch does, which applies what it finds: zeros are a gradient.
+
+        Raises:
+            StateError: it was not cleared.
+        """
+        if not gradient.zeroed:
+            self.watch.failed("gradients are not cleared after opt.step()")
+            raise StateError(
+                f"{record.label}: the gradient of its last step was not cleared, and cannot be applied again since it is gone. "
+                "Call opt.zero_grad() after each opt.step()."
+            )
+        record.parameter.grad = torch.zeros_like(record.parameter)
+        reduce(record)
+
+    def check_idle(self) -> None:
+        """Refuse another state between a backward that has moved weights and its ``opt.step()``; one that broke off is what
+        checkpoints are there for.
+
+        Raises:
+            StateError: naming a weight.
+        """
+        moved = [record for record in self.records.values() if record.moved]
+        if moved and not self.broken and not any(record.torn for record in self.records.values()):
+            raise StateError(
+                f"{moved[0].label}: it has moved inside the backward, and its step is not closed. Call opt.step() or "
+                "opt.zero_grad() before load_state_dict(). Nothing was changed."
+            )
+
+    def check_rows(self, record: ProjectedParameter, state: Mapping[str, Any]) -> None:
+        """Refuse a state of other rows than those of a gradient that waits.
+
+        Raises:
+            StateError: naming the weight.
+        """
+        gradient = record.pending
+        if gradient is None or gradient.zeroed or gradient.fresh or record.chosen is None:
+            return
+        if not torch.equal(gradient.rows, state[record.selector].to(gradient.rows.device)):
+            raise StateError(
+                f"{record.label}: a gradient of it waits that was computed for other rows than those of the loaded state. Call "
+                "opt.step() or opt.zero_grad() before load_state_dict(). Nothing was changed."
+            )
 
     def _check_numbers(self) -> None:
         """Compare the hyper-parameters with those at the backward.
@@ -258,6 +310,8 @@ class ProjectionManager:
                     self.watch.failed(f"{record.label} gets its gradient from outside of its compiled region")
             elif gradient is None or record.delivered is None or record.delivered() is not gradient:
                 self.watch.failed("gradients are replaced or dropped between backward() and opt.step()")
+            elif record.seen != record.look():
+                self.watch.failed("weights are written between backward() and opt.step()")
             elif isinstance(gradient, CompactGrad) and gradient.touched:
                 self.watch.failed(f"gradients are {gradient.touched} between backward() and opt.step()")
 

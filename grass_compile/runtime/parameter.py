@@ -69,6 +69,7 @@ class ProjectedParameter:
         chosen: rows, whether they were chosen by it, and those to take next, of the gradient that was delivered since the last
             ``opt.step()``; None if none was.
         delivered: that gradient.
+        seen: where the weight stood, and its version, when its gradient was delivered or had moved it.
         torn: whether a step of it broke off in the middle, so that weight and state no longer fit.
         leaf: the input of compiled graphs whose gradient is the compact one, see `grass_compile.runtime.delivery`.
         leaf_node: the autograd node that accumulates that.
@@ -77,7 +78,7 @@ class ProjectedParameter:
     __slots__ = (
         "__weakref__", "_agrees", "_configs", "_lead", "_noise", "_owner", "_proposed", "_scratch", "_square_sum", "_stand_in",
         "assigned", "chosen", "delivered", "flight", "group", "kernel", "leaf", "leaf_node", "moved", "name", "number", "options",
-        "outstanding", "parameter", "proposes", "refreshed", "rows", "rule", "skipped", "torn", "trained_dense",
+        "outstanding", "parameter", "proposes", "refreshed", "rows", "rule", "seen", "skipped", "torn", "trained_dense",
     )  # fmt: skip
 
     def __init__(
@@ -104,6 +105,7 @@ class ProjectedParameter:
         self.flight: int | None = None
         self.chosen: tuple[Tensor, bool, Tensor | None] | None = None
         self.delivered: weakref.ref[CompactGrad] | None = None
+        self.seen: tuple[int, int] | None = None
         self.moved = self.trained_dense = self.proposes = self.torn = False
         self._scratch: Tensor | None = None
         self._noise: Tensor | None = None
@@ -238,6 +240,11 @@ class ProjectedParameter:
         """The compact gradient that waits for ``opt.step()``."""
         gradient = self.parameter.grad
         return gradient if isinstance(gradient, CompactGrad) else None
+
+    def look(self) -> tuple[int, int]:
+        """Where the weight stands, and its version: whoever writes it changes one or the other (but for "
+        "``weight.data.mul_()``)."""
+        return self.parameter.data_ptr(), self.parameter._version
 
     @property
     def stand_in(self) -> MovedGrad:
