@@ -918,3 +918,58 @@ def test_loading_other_rows_than_those_of_a_gradient_that_waits_is_refused() -> 
     run.compiled(batch(2)).square().mean().backward()
     with pytest.raises(StateError, match=r"computed for other rows than those of the loaded state.*Nothing was changed"):
         run.optimizer.load_state_dict({**state, "param_groups": run.optimizer.state_dict()["param_groups"]})
+
+
+def replace_data(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.grad.data = parameter.grad * 0.5  # type: ignore[operator, union-attr]
+
+
+def share(model: Any) -> None:
+    model.first.weight.grad = model.second.weight.grad
+
+
+def clone(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.grad = parameter.grad.clone()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("touch", [replace_data, share, clone], ids=lambda touch: touch.__name__)
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_that_are_put_in_place_of_others(mode: Any, touch: Callable[[nn.Module], None]) -> None:
+    run = Run(mode)
+
+    def loop(forward: Any, model: nn.Module, optimizer: Any, number: int) -> None:
+        (forward(batch(number)) - 1).square().mean().backward()
+        touch(model)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    if mode is True:
+        with pytest.raises(StateError, match="it has already moved inside the backward"):
+            loop(run.compiled, run.model, run.optimizer, 0)
+        return
+    run.steps(loop, 5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_freezing_between_forward_and_backward(mode: Any) -> None:
+    def loop(forward: Any, model: nn.Module, optimizer: Any, number: int) -> None:
+        loss = (forward(batch(number)) - 1).square().mean()
+        model.second.weight.requires_grad_(number % 2 == 0)  # type: ignore[operator, union-attr]
+        loss.backward()
+        model.second.weight.requires_grad_(True)  # type: ignore[operator, union-attr]
+        optimizer.step()
+        optimizer.zero_grad()
+
+    Run(mode).steps(loop, 6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_rate_that_becomes_a_tensor(mode: Any) -> None:
+    def loop(forward: Any, model: nn.Module, optimizer: Any, number: int) -> None:
+        rate = 1e-2 / (number + 1)
+        optimizer.param_groups[0]["lr"] = torch.tensor(rate, dtype=torch.float64) if number > 2 else rate
+        lean(forward, model, optimizer, number)
+
+    Run(mode).steps(loop, 6)

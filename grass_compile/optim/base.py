@@ -193,6 +193,9 @@ class GrassOptimizer(torch.optim.Optimizer):
 
     def _dense_step(self) -> None:
         """Move what is not projected, without running the hooks around a step once more."""
+        for group in self.param_groups:
+            if isinstance(group["lr"], Tensor) and group.get("foreach"):  # torch takes a tensor only where it may choose
+                dict.__setitem__(group, "foreach", None)
         step = super().step
         if getattr(step, "hooked", False):  # torch hooks the ``step`` of a class when the first plain optimizer of it is made
             step.__func__.__wrapped__(self)  # type: ignore[attr-defined]

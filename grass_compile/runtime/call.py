@@ -107,9 +107,11 @@ class Call:
         Raises:
             StateError: the weight is named in ``backward(inputs=...)``, which its compact gradient cannot reach.
         """
+        if not record.parameter.requires_grad:  # frozen since the forward
+            return False
         if _torch.will_run(record.leaf_node):
             return True
-        held = [parameter for parameter in self._others if registry.lookup(parameter) is not None]
+        held = [p for p in self._others if p.requires_grad and registry.lookup(p) is not None]
         named = [_torch.will_accumulate(_torch.accumulator(parameter)) for parameter in held]
         if (named and all(named)) or _torch.will_run(_torch.accumulator(record.parameter)):
             raise StateError(

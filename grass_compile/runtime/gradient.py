@@ -110,6 +110,8 @@ class CompactGrad(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in FINITENESS:  # a stand-in answers this too, so asking says nothing of a loop
             return FINITENESS[func](args[0].full())
+        if func == SET_DATA and isinstance(args[0], CompactGrad):
+            return args[0].copy_(args[1])
         return _torch.run_as_is(func, types, args, kwargs or {})
 
     @classmethod
@@ -294,6 +296,9 @@ FINITENESS = {
     Tensor.isinf: torch.isinf,
 }
 """How it is asked whether the elements of a tensor are finite."""
+
+SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+"""``gradient.data = other``."""
 
 _SAME = (aten.detach.default, aten.alias.default)
 _FROM_FULL = (aten.add_.Tensor, aten.sub_.Tensor, aten.copy_.default)

@@ -215,22 +215,22 @@ class ProjectionManager:
         for parameter, record in self.records.items():
             if isinstance(parameter.grad, MovedGrad) and not record.moved:
                 self._take_old(record, parameter.grad)
-            if record.moved and parameter.grad is None:
+            if record.moved and parameter.grad is not record.stand_in:
                 self.watch.failed("gradients are replaced or dropped between backward() and opt.step()")
-                raise record.stand_in.refusal("dropped")
+                raise record.stand_in.refusal("dropped" if parameter.grad is None else "replaced")
             if record.moved and record.seen != record.look():
                 self.watch.failed("weights are written between backward() and opt.step()")
                 raise StateError(
                     f"{record.label}: it was written between the backward, in which it has already moved, and opt.step(). Write "
                     "it after opt.step(), or make the optimizer with step_in_backward=False."
                 )
-            if record.assigned is None or parameter.grad is None or isinstance(parameter.grad, (CompactGrad, MovedGrad)):
+            if record.assigned is None or parameter.grad is None or isinstance(parameter.grad, MovedGrad):
                 continue
-            if record.moved:
-                raise StateError(
-                    f"{record.label}: it has already moved inside the backward, and then got another gradient, from outside of "
-                    "its compiled region. Make the optimizer with step_in_backward=False, or use step_in_backward='auto'."
-                )
+            if isinstance(parameter.grad, CompactGrad):
+                if record.delivered is None or record.delivered() is not parameter.grad:  # another weight's, or a copy
+                    parameter.grad = parameter.grad.full()
+                    reduce(record)
+                continue
             if record.chosen is None:
                 self._warn_full(record)
             reduce(record)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _torch
 from ..errors import StateError
-from .gradient import FINITENESS
+from .gradient import FINITENESS, SET_DATA
 
 aten = torch.ops.aten
 
@@ -87,6 +87,8 @@ class MovedGrad(Tensor):
             (grad,) = args
             answer = FINITENESS[func](grad._norm(grad.square_sum.dtype))
             return answer.expand(grad.shape)
+        if func == SET_DATA and isinstance(args[0], MovedGrad):
+            raise args[0].refusal("replaced")
         return _torch.run_as_is(func, types, args, kwargs or {})
 
     @classmethod
