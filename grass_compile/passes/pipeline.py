@@ -114,7 +114,8 @@ def find(
         The sites, and the same free of graph nodes.
     """
     context = PassContext(tuple(weights), num_fwd_outputs, tuple(disabled))
-    return context.findings.sites, _analyse(gm, context, joint_passes)
+    analysis = _analyse(gm, context, joint_passes)
+    return context.findings.sites, analysis
 
 
 def _analyse(gm: fx.GraphModule, context: PassContext, joint_passes: Sequence[Pass]) -> Analysis:

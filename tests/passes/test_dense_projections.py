@@ -19,10 +19,9 @@ from grass_compile.passes.kernel import step_graph
 
 from .. import forms, paper
 from ..harness import products
-from . import test_rewrite
+from .graphs import train
 
 aten = torch.ops.aten
-graphs, train = test_rewrite.graphs, test_rewrite.train
 
 NAMES = ("Linear", "LinearBias", "InOut", "Bmm", "EinsumHeads", "SplitWeight", "Twice")
 TOKENS = forms.B * forms.S

@@ -34,7 +34,7 @@ def halves(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
     return found
 
 
-@pytest.mark.parametrize("name", ["Linear", "InOut", "FusedQKV", "Slices", "HeadsInnermost", "ScaledRows"])
+@pytest.mark.parametrize("name", ["Linear", "InOut", "FusedQKV", "Slices", "HeadsInnermost"])
 def test_full_product_is_back(name: str, halves: list[Any]) -> None:
     model = forms.FORMS[name]()
     train(model, steps=1, axis="rows")
@@ -54,8 +54,9 @@ def test_values_follow_what_the_forward_saves(halves: list[Any]) -> None:
     train(forms.Linear(), steps=1, axis="columns")
     gm, plan = halves[0]
     restored = copy(gm)
-    (saved,) = [node for node in restored.graph.find_nodes(op="placeholder") if tuple(node.meta["val"].shape) == (15, forms.RANK)]
-    whole = saved.meta["val"].new_empty(15, forms.N)
+    shapes = {node: tuple(node.meta["val"].shape) for node in restored.graph.find_nodes(op="placeholder")}
+    (saved,) = [node for node, shape in shapes.items() if sorted(shape) == [forms.RANK, 15]]
+    whole = saved.meta["val"].new_empty([forms.N if size == forms.RANK else size for size in shapes[saved]])
     restore_full_grad(restored, PassContext(plan=plan, refresh=(True,), saved={saved.name: whole}))
     assert products(restored, (forms.M, forms.N)) == 1 and products(gm, (forms.M, forms.RANK)) == 1
 
