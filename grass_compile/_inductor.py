@@ -43,6 +43,28 @@ def fallback(op: Any) -> Callable[..., Any]:
     return handler
 
 
+def lower_as_write(op: Any) -> None:
+    """Lower an operator that writes some of its arguments as it is, after everything that reads them was computed.
+
+    An expression that no loop has computed yet reads its inputs when one does. Inductor sees to that before its own writes, not
+    before those of a custom operator (torch 2.13): it would read what has been written.
+    """
+    call = fallback(op)
+    written = [
+        number for number, argument in enumerate(op._schema.arguments) if argument.alias_info and argument.alias_info.is_write
+    ]
+
+    def lower(*args: Any) -> Any:
+        for number in written:
+            values = args[number] if isinstance(args[number], (list, tuple)) else [args[number]]
+            for value in values:
+                for reader in V.graph.name_to_users.get(value.get_name(), ()):
+                    reader.realize()
+        return call(*args)
+
+    lowering(op)(lower)
+
+
 def ops() -> Any:
     """The operations on single elements that make up the body of a loop."""
     return virtual_ops

@@ -52,7 +52,7 @@ class Captured:
         example_inputs: fake tensors of Dynamo's mode (real ones would keep activations alive), and plain numbers.
         tracing: Dynamo's tracing context at the time the backend was called.
         compile: its compile context.
-        parameters: ``(position, name)`` of each input that is a parameter.
+        parameters: ``(position, name)`` of each input that is a parameter, or another leaf tensor that requires a gradient.
     """
 
     graph: fx.GraphModule
@@ -82,11 +82,16 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[Captured
     names = gm.meta.get("dynamo_flat_name_to_original_fqn") or {}
     for position, (node, example) in enumerate(zip(nodes, example_inputs, strict=True)):
         fakes.append(node.meta.get("example_value", example) if isinstance(example, Tensor) else example)
-        if isinstance(example, torch.nn.Parameter):
+        if isinstance(example, torch.nn.Parameter) or _is_leaf(example):
             parameters.append((position, _qualified_name(node, names)))
             real.append(example)
     captured = Captured(_copy(gm), tuple(fakes), TracingContext.try_get(), CompileContext.try_get(), tuple(parameters))
     return captured, tuple(real)
+
+
+def _is_leaf(example: Any) -> bool:
+    """Whether an input is a tensor that an optimizer may hold, though it is no ``nn.Parameter``."""
+    return isinstance(example, Tensor) and example.is_leaf and example.requires_grad
 
 
 def _qualified_name(node: fx.Node, names: Mapping[str, str]) -> str:

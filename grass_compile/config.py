@@ -6,14 +6,19 @@ Nothing here looks at a tensor's values. Both are frozen and hashable, because w
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+import hashlib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, TypeAlias
 
 import torch
 
 from .checks import boolean, nearest, one_of
 from .errors import ConfigError
 from .keywords import KEYWORDS, PROJECT, STORED, AxisChoice, NonFinite, OnRefresh, ProjectionKind, Scores, Selection, completed
+
+UserPass: TypeAlias = Callable[..., int]
+"""``pass_(gm, context) -> changes``; changes an ``fx.GraphModule`` in place."""
 
 COMPILERS = ("inductor", "aot_eager")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -190,6 +195,9 @@ class BackendOptions:
         strict: raise `GraphError` when a weight that the optimizer wants projected is not.
         mode: as ``torch.compile(mode=...)``.
         inductor: Inductor config patches, handed through; a sorted tuple of items so that it can be hashed.
+        joint_passes: functions ``pass_(gm, context) -> changes`` over each joint graph, before ours
+            (see `grass_compile.passes.pipeline`); the same every time that they see a graph.
+        backward_passes: the same over each finished backward graph, before it is verified.
         project: for an unmodified script, what to ask of the weights that its own ``torch.optim`` optimizer holds: ``rank``
             and, beside it, other `grass_compile.keywords`; None without ``rank``.
     """
@@ -200,6 +208,13 @@ class BackendOptions:
     mode: str = "default"
     inductor: tuple[tuple[str, Any], ...] = ()
     project: GroupOptions | None = None
+    joint_passes: tuple[UserPass, ...] = dataclasses.field(default=(), repr=False)
+    backward_passes: tuple[UserPass, ...] = dataclasses.field(default=(), repr=False)
+
+    @property
+    def passes_key(self) -> str:
+        """What stands for the user's passes in the keys of compile caches."""
+        return ";".join(source_key(pass_) for pass_ in (*self.joint_passes, *self.backward_passes))
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None, mode: str | None, passes: Iterable[str]) -> BackendOptions:
@@ -238,8 +253,34 @@ class BackendOptions:
             strict=boolean("options['strict']", given.get("strict", False)),
             mode=one_of("mode", given.get("mode") or mode or "default", MODES),
             inductor=tuple(sorted(patches.items())),
+            joint_passes=_parse_passes("joint_passes", given),
+            backward_passes=_parse_passes("backward_passes", given),
             project=_parse_project({key: given[key] for key in PROJECT if key in given}),
         )
+
+
+def _parse_passes(key: str, given: Mapping[str, Any]) -> tuple[UserPass, ...]:
+    """The user's own passes.
+
+    Raises:
+        ConfigError: one of them is no function.
+    """
+    asked = given.get(key) or ()
+    passes = tuple(asked) if isinstance(asked, (list, tuple)) else (asked,)
+    for pass_ in passes:
+        if not callable(pass_) or not hasattr(pass_, "__name__"):
+            raise ConfigError(f"options[{key!r}] must be functions pass_(gm, context) -> changes, got {pass_!r}.")
+    return passes
+
+
+def source_key(function: Callable[..., Any]) -> str:
+    """A function's module, qualified name and the hash of its source; of its code where there is no source."""
+    try:
+        source = inspect.getsource(function).encode()
+    except (OSError, TypeError):
+        code = getattr(function, "__code__", None)
+        source = repr(code and (code.co_code, code.co_consts, code.co_names)).encode()
+    return f"{function.__module__}.{function.__qualname__}:{hashlib.sha256(source).hexdigest()[:16]}"
 
 
 def _parse_project(given: Mapping[str, Any]) -> GroupOptions | None:

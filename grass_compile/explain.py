@@ -88,7 +88,8 @@ def explain(model: nn.Module, *args: Any, optimizer: GrassOptimizer | None = Non
         torch.compile(model, backend=findings.backend)(*args, **kwargs)
     if findings.error is not None:
         raise findings.error
-    return Report(tuple(_row(name, parameter, findings) for name, parameter in model.named_parameters()))
+    moves = str(optimizer.fused) if isinstance(optimizer, GrassOptimizer) else ""
+    return Report(tuple(_row(name, parameter, findings) for name, parameter in model.named_parameters()), moves)
 
 
 def _check_held(model: nn.Module, optimizer: GrassOptimizer) -> None:

@@ -78,9 +78,11 @@ class Report:
 
     Attributes:
         rows: in the order of the model's parameters.
+        moves: where projected weights move at the optimizer's next step, and why; empty if no optimizer was asked.
     """
 
     rows: tuple[Row, ...]
+    moves: str = ""
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -140,8 +142,9 @@ class Report:
             ("gradient bytes", self.gradient_bytes, 2**20, "MiB"),
             ("optimizer state bytes", self.state_bytes, 2**20, "MiB"),
         )
+        moves = f"; they move {self.moves}" if self.moves else ""
         return [
-            f"{len(self.projected)} of {len(self.rows)} parameters projected",
+            f"{len(self.projected)} of {len(self.rows)} parameters projected{moves}",
             *(
                 f"{name:22} {total.dense / unit:9.2f} {symbol} -> {total.compact / unit:9.2f} {symbol}  ({total.ratio:.3f})"
                 for name, total, unit, symbol in quantities

@@ -12,6 +12,9 @@ import pytest
 os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 
 import torch
+from torch import fx
+
+from grass_compile.passes import pipeline
 
 
 @pytest.fixture(autouse=True)
@@ -21,3 +24,16 @@ def fresh() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def lint_after_each_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every graph that a pass leaves is well formed, and a pass that reports no change has made none to the operators."""
+    after_pass = pipeline.after_pass
+
+    def checked(name: str, gm: fx.GraphModule, changes: int, before: dict[str, int]) -> None:
+        gm.graph.lint()
+        assert isinstance(changes, int), name
+        after_pass(name, gm, changes, before)
+
+    monkeypatch.setattr(pipeline, "after_pass", checked)

@@ -132,6 +132,111 @@ class BothWays(Linear):
         return F.linear(F.linear(x, self.w).tanh(), self.w.t())
 
 
+class OneRow(nn.Module):
+    """A single row, whose product Inductor decomposes into the multiplication of a column by a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x[0, :1, :8])
+
+
+class OneVector(Linear):
+    """A matrix times a vector."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w @ x[0, 0]
+
+
+class Scaled(Linear):
+    """The weight times a number, and divided by one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.w * 0.5) + F.linear(x.flip(1), -self.w / 3).tanh()
+
+
+class ScaledRows(Linear):
+    """The weight times a number for each row and one for each column."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, columns = torch.linspace(0.5, 1, M).to(self.w), torch.linspace(1, 2, N).to(self.w)
+        return F.linear(x, self.w * rows[:, None] / columns)
+
+
+class ScaledJoined(JoinedWeights):
+    """Joined weights times a number for each of their rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, torch.cat([self.q, self.k, self.v]) * torch.linspace(0.5, 1, M).to(self.q)[:, None])
+
+
+class Masked(Linear):
+    """A pruned weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.arange(M * N).view(M, N) % 5 != 0
+        return F.linear(x, self.w * mask.to(self.w))
+
+
+class TrainedScale(Linear):
+    """A scale that is trained too, and needs the full gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.w * self.scale)
+
+
+class Slices(Linear):
+    """Slices of a weight used by themselves; a part of it is not used at all."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([F.linear(x, self.w[:8]), F.linear(x.flip(1), self.w[8:24])], -1)
+
+
+class Strided(Linear):
+    """Every second row used by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([F.linear(x, self.w[::2] * 2), F.linear(x.flip(1), self.w[1::2])], -1)
+
+
+class StridedColumns(Linear):
+    """Every second column used by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x[..., : N // 2], self.w[:, ::2]) + F.linear(x[..., N // 2 :], self.w[:, 1::2])
+
+
+class HeadsInnermost(Linear):
+    """``einsum`` over a weight viewed as heads, which lie inside of each."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bsi,khi->bshk", x, self.w.view(M // 4, 4, N)).flatten(2)
+
+
+class HeadsInnermostIn(Linear):
+    """The same for what comes in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bshk,okh->bso", x.unflatten(2, (4, N // 4)), self.w.view(M, N // 4, 4))
+
+
+class LowRank(Linear):
+    """A base weight beside a trained product, which needs its full gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.b, self.a = weight(M, 2), weight(2, N)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.w + 0.5 * (self.b @ self.a))
+
+
 class Autocast(Linear):
     """Under bf16 autocast: the product is bf16, the gradient is cast to fp32."""
 
@@ -151,7 +256,8 @@ FORMS: dict[str, Callable[[], nn.Module]] = {
     form.__name__: form
     for form in (
         Linear, LinearBias, Flat, InOut, Bmm, Einsum, EinsumHeads, FusedQKV, SplitWeight, JoinedWeights, Twice, BothWays,
-        Autocast, WideLogits,
+        OneRow, OneVector, Scaled, ScaledRows, ScaledJoined, Masked, TrainedScale, Slices, Strided, StridedColumns,
+        HeadsInnermost, HeadsInnermostIn, LowRank, Autocast, WideLogits,
     )
 }  # fmt: skip
 

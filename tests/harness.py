@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -216,6 +217,12 @@ def products(gm: fx.GraphModule, shape: tuple[int, ...]) -> int:
     targets = (torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm.default)
     shapes = [tuple(node.meta["val"].shape)[-2:] for node in gm.graph.nodes if node.target in targets]
     return sum(found in (shape, shape[::-1]) for found in shapes)
+
+
+def moving(*names: str) -> Any:
+    """The context of a backward in which these weights move."""
+    projections = [types.SimpleNamespace(name=name) for name in names]
+    return types.SimpleNamespace(planned=types.SimpleNamespace(projections=projections), actions=["step"] * len(names))
 
 
 class Attention(nn.Module):

@@ -242,11 +242,11 @@ def test_messages_name_the_parameter_as_the_model_does(build: Callable[[], nn.Mo
     loss_of(fast(x(0))).backward()
     optimizer.step()
     names = "|".join(map(re.escape, weights(model)))
-    with pytest.raises(StateError, match=rf"^({names}): aten.add_.Tensor would write into its compact gradient"):
-        loss_of(model(x(0))).backward()
+    with pytest.raises(StateError, match=rf"^({names}): .* would write into its compact gradient"):
+        next(iter(weights(model).values())).grad.normal_()  # type: ignore[union-attr]
     optimizer.zero_grad()
     loss_of(model(x(0))).backward()
-    with pytest.raises(StateError, match=rf"^{re.escape(next(iter(weights(model))))}: it is projected"):
+    with pytest.warns(GrassWarning, match=rf"^{re.escape(next(iter(weights(model))))}: it is projected, yet its gradient came"):
         optimizer.step()
 
 
@@ -327,7 +327,7 @@ def test_gradient_reads_like_the_full_one() -> None:
         twin.oracle.step()
 
 
-@pytest.mark.parametrize("write", [lambda g: g.add_(1.0), lambda g: g.copy_(torch.ones(WIDTH, 24)), lambda g: g.normal_()])
+@pytest.mark.parametrize("write", [lambda g: g.fill_(1.0), lambda g: g.normal_(), lambda g: g[0].zero_()])
 def test_other_values_written_into_a_compact_gradient_are_refused(write: Callable[[Tensor], Any]) -> None:
     model = net()
     optimizer, fast = adamw(model.parameters()), compiled(model)

@@ -100,6 +100,8 @@ def test_a_lean_loop_is_fused_from_its_third_step_on(selection: str) -> None:
     run.steps(loop)
     assert fused == [False, False, True, True, True, True, True]
     assert run.optimizer.fused and "nobody touched" in run.optimizer.fused.reason
+    report = str(grass_compile.explain(run.model, batch(0), optimizer=run.optimizer))
+    assert "2 of 5 parameters projected; they move inside the backward: 2 steps have passed" in report
 
 
 def clip(model: nn.Module) -> None:
@@ -786,3 +788,21 @@ def test_compact_gradients_that_are_full_are_what_they_stand_for() -> None:
     for p, q in zip(run.model.parameters(), run.twin.parameters(), strict=True):
         assert p.grad is not None and torch.allclose(p.grad + 0, q.grad)
     assert isinstance(run.model.second.weight.grad, CompactGrad)
+
+
+def test_a_step_that_is_first_traced_under_autocast_keeps_its_precision() -> None:
+    """Muon has products in its step, which autocast would compute in bf16."""
+
+    def train(autocast: bool) -> Tensor:
+        torch.manual_seed(0)
+        model = nn.Linear(11, WIDTH, bias=False)  # a shape of its own, so that its step is traced here
+        optimizer = grass_compile.Muon(model.named_parameters(), lr=1e-2, rank=4, seed=1, step_in_backward=False)
+        compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
+        for number in range(3):
+            compiled(torch.randn(5, 11, generator=torch.Generator().manual_seed(number))).square().mean().backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                optimizer.step()
+            optimizer.zero_grad()
+        return model.weight.detach()
+
+    assert torch.equal(train(True), train(False))

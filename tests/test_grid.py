@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import grass_compile
 from grass_compile.runtime.gradient import CompactGrad
+from grass_compile.runtime.moved import MovedGrad
 
 from . import paper
 from .forms import separated
@@ -110,7 +111,7 @@ def check_gradients(model: nn.Module, mode: str, waits: bool, step: int) -> None
         elif mode == "adopted" and step == 0:
             assert type(parameter.grad) is Tensor
         elif mode == "fused" and not waits:
-            assert parameter.grad is None
+            assert isinstance(parameter.grad, MovedGrad) and parameter.grad.shape == parameter.shape
         else:
             assert isinstance(parameter.grad, CompactGrad) and parameter.grad.shape == parameter.shape
             assert RANK in parameter.grad.compact.shape

@@ -47,7 +47,8 @@ class _Step:
         if compiled is None:
             plain = tuple((tuple(shape), *rest) for shape, *rest in specs)
             compiled = self._compiled[specs] = _compiled_step(*self._settings, plain)
-        compiled(*tensors)
+        with _torch.without_autocast():
+            compiled(*tensors)
 
 
 def run(options: BackendOptions, config: SiteConfig, dim: int, *tensors: Tensor) -> None:
@@ -73,6 +74,6 @@ def _compiled_step(options: BackendOptions, config: SiteConfig, dim: int, specs:
 def source_hash() -> str:
     """A hash over the source of this package, so that no cache serves a graph that other passes made."""
     digest = hashlib.sha256()
-    for path in sorted(pathlib.Path(__file__).parent.rglob("*.py")):
+    for path in sorted(pathlib.Path(__file__).parents[1].rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -14,8 +14,7 @@ from .. import _torch
 from ..config import BackendOptions
 from ..errors import GraphError
 from ..math.layout import SHARED_HYPER, graph_state
-from ..passes.pipeline import Plan
-from ..passes.records import Analysis, Projection, WeightInput
+from ..passes.records import Analysis, Plan, Projection, WeightInput
 from ..runtime import registry
 from ..runtime.call import manager_of
 from ..runtime.compact import Assigned, initial_state, leaf_like
@@ -64,6 +63,8 @@ def make_plan(
         leaders=leaders,
         disabled=options.disable_passes,
         clipped=clipped,
+        joint_passes=options.joint_passes,
+        backward_passes=options.backward_passes,
     )
 
 

@@ -21,8 +21,8 @@ from ..errors import ConfigError, GraphError, GrassError, GrassWarning
 from ..optim import adoption
 from ..optim.rules import AdamWRule
 from ..passes import pipeline
-from ..passes.pipeline import PASSES, Plan, PlanMismatch
-from ..passes.records import Analysis, WeightInput
+from ..passes.pipeline import PASSES, PlanMismatch
+from ..passes.records import Analysis, Plan, WeightInput
 from ..runtime import registry
 from ..runtime.call import Call, expected, in_graph
 from ..runtime.compact import Assigned
@@ -139,7 +139,8 @@ class Region:
         since = _torch.sequence_number()
         with variant.pair.forward.running(in_graph(held, refresh)), _torch.kept_in_place(written):
             results = variant.call(*given, *state, *map(leaf_of, held), *hyper, *norm_leaf(plan, held))
-        node = _torch.backward_node(results if isinstance(results, (list, tuple)) else (results,), since)
+        returned = results if isinstance(results, (list, tuple)) else (results,)
+        node = _torch.backward_node((*returned, *args), since)  # a region may do nothing but write to its inputs
         if node is not None:
             backward = variant.pair.backward
             call = Call(
@@ -176,7 +177,7 @@ class Region:
         if self.options.project is not None:
             self._wish(free)
             held = True
-        if not held:
+        if not held and any(isinstance(parameter, torch.nn.Parameter) for parameter in parameters):
             self._warn_unheld()
         elif weights and _torch.inside_ddp():
             raise ConfigError(
@@ -239,11 +240,10 @@ class Region:
         return self._analyses[weights]
 
     def _trace(self, weights: tuple[WeightInput, ...]) -> Analysis:
-        def only_look(gm: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **kwargs: Any) -> Any:
-            disabled = self.options.disable_passes
-            _, analysis = pipeline.find(gm, weights=weights, num_fwd_outputs=num_fwd_outputs, disabled=disabled)
-            raise PlanMismatch(analysis)
-
+        options = self.options
+        only_look = functools.partial(
+            pipeline.look, weights=weights, disabled=options.disable_passes, joint_passes=options.joint_passes
+        )
         gm = _torch.with_inputs(self.captured, (), ())
         try:
             self._compile(gm, self.captured.example_inputs, only_look)
@@ -300,7 +300,7 @@ class Region:
             mode=self.options.mode,
             patches=dict(self.options.inductor),
             partition=partition,
-            key=kernels.source_hash(),
+            key=kernels.source_hash() + self.options.passes_key,
             pair=pair,
         )
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .. import _torch
 from ..errors import GraphError
 from ..ops.once import once
 from ..ops.rank_update import rank_update
@@ -41,7 +42,8 @@ def run_eagerly(
     config: SiteConfig, dim: int, compact_grad: Tensor, weight: Tensor, hyper: Tensor, selector: Tensor, *state: Tensor
 ) -> None:
     """The step in place and not compiled, for a weight that no region has been compiled for yet (after a resume, say)."""
-    new_weight, *new_state = apply(config, dim, compact_grad, weight, hyper, selector, state)
+    with _torch.without_autocast():
+        new_weight, *new_state = apply(config, dim, compact_grad, weight, hyper, selector, state)
     weight.copy_(new_weight)
     for old, new in zip(state, new_state, strict=True):
         old.copy_(new)
@@ -219,8 +221,3 @@ def clip_scales(checked: bool, hyper: Tensor, *gradients: Tensor) -> tuple[Tenso
 def scaled(gradient: Tensor, scale: Tensor) -> tuple[Tensor]:
     """``gradient * scale`` in the gradient's dtype."""
     return ((gradient * scale).to(gradient.dtype),)
-
-
-def seed_of(seed: int, updates: int) -> int:
-    """The seed of one step's rounding: below ``2**23``, so that fp32 holds it and its successor exactly."""
-    return (seed * 2654435761 + (updates + 1) * 40503 * 2 + (updates >> 7) * 7919) % 2**23

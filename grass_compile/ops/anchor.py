@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .library import library
+from .library import library, refuse_to_run
 
 library.define(
     "anchor(Tensor gradient, Tensor weight, Tensor hyper, Tensor[] state, Tensor? energy, int[] shape, int number) -> Tensor"
@@ -30,6 +30,7 @@ def _fake_anchor(
     return gradient.new_empty(shape, dtype=torch.promote_types(gradient.dtype, torch.float32))
 
 
+library.impl("anchor", refuse_to_run, "CompositeExplicitAutograd")
 torch.library.register_fake("grass_compile::anchor", _fake_anchor)
 
 anchor = torch.ops.grass_compile.anchor.default

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import _inductor
 from ..math.noise import rounding_noise
 from ..math.rounding import round_stochastically
 from .library import library
@@ -48,3 +49,5 @@ rank_update = torch.ops.grass_compile.rank_update.default
 
 rank_update_ = torch.ops.grass_compile.rank_update_.default
 """The same in place: one matrix product that adds to the weight. Nothing else of the weight's size is made."""
+
+_inductor.lower_as_write(rank_update_)

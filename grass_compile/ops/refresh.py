@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _torch
+from .. import _inductor, _torch
 from ..math.refresh import refresh as choose_anew
 from .journal import writing
 from .library import library
@@ -46,3 +46,5 @@ refresh_ = torch.ops.grass_compile.refresh_.default
 """``refresh_(gradient [m, n], index int64[r], noise, state, dim, rank, on_refresh, selection, layouts, checked)`` returns the
 compact gradient of the rows that it has chosen; ``index`` and ``state`` are written. With the selection ``galore``, ``index`` is
 a basis, ``[m, r]``."""
+
+_inductor.lower_as_write(refresh_)

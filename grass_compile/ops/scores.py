@@ -21,6 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import _inductor
 from ..math import selection
 from ..math.noise import rounding_noise
 from .library import library
@@ -34,11 +35,14 @@ SKETCH = 16
 DUE = torch.tensor(False, device="cpu"), torch.tensor(True, device="cpu")
 """The two values of ``due``, on the host, so that nobody waits for a device to learn it."""
 
+BRANCHES = (torch.Tag.cudagraph_unsafe,)
+"""Of an operator that asks ``due``: a CUDA graph would repeat whatever it did when it was recorded."""
+
 library.define("sample(Tensor features, int stride, int group=0) -> Tensor")
-library.define("energy(Tensor features, Tensor due) -> Tensor")
+library.define("energy(Tensor features, Tensor due) -> Tensor", tags=BRANCHES)
 library.define("product_energy(Tensor own, Tensor other, int own_stride, int other_stride) -> Tensor")
-library.define("sketched_energy(Tensor own, Tensor other, Tensor hyper, Tensor due) -> Tensor")
-library.define("propose_(Tensor energy, Tensor? noise, Tensor(a!) proposed, Tensor? due, str selection) -> ()")
+library.define("sketched_energy(Tensor own, Tensor other, Tensor hyper, Tensor due) -> Tensor", tags=BRANCHES)
+library.define("propose_(Tensor energy, Tensor? noise, Tensor(a!) proposed, Tensor? due, str selection) -> ()", tags=BRANCHES)
 
 
 def _energy(features: Tensor, dim: int = 0) -> Tensor:
@@ -105,3 +109,5 @@ sketched_energy = torch.ops.grass_compile.sketched_energy.default
 propose_ = torch.ops.grass_compile.propose_.default
 """``propose_(energy [m], noise, proposed int64[r], due, selection)`` writes the rows to take next, if ``due`` does not say
 otherwise; those that stand there stay if the energies are not finite."""
+
+_inductor.lower_as_write(propose_)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .. import _inductor
 from .journal import writing
 from .library import library
 
@@ -27,3 +28,5 @@ torch.library.register_fake("grass_compile::step_", lambda *args: None)
 
 step_ = torch.ops.grass_compile.step_.default
 """``step_(gradient [r, n] or [m, r], weight [m, n], hyper, selector, state, kernel)`` moves the weight and its state."""
+
+_inductor.lower_as_write(step_)

@@ -223,8 +223,9 @@ class GrassOptimizer(torch.optim.Optimizer):
         if dense and not initialises and not any(self.state.get(parameter) for parameter in self._manager.records):
             self._warned = True
             warnings.warn(
-                f"{len(dense)} weights, {dense[0] or 'unnamed'} the first, got full gradients: no compiled "
-                'backward holds them. Compile the model: model = torch.compile(model, backend="grass").',
+                f"{len(dense)} weights, {dense[0] or 'unnamed'} the first, got full gradients: no compiled backward holds them. "
+                'Compile the model: model = torch.compile(model, backend="grass"). If it is compiled, Dynamo runs the part that '
+                'uses them uncompiled, as it does nn.LSTM and other recurrent layers; TORCH_LOGS="graph_breaks" says why.',
                 GrassWarning,
                 stacklevel=_torch.stacklevel_of_caller(),
             )

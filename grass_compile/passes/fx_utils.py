@@ -122,7 +122,10 @@ def propagate(gm: fx.GraphModule, changed: Collection[fx.Node]) -> None:
     """Recompute the fake values of some nodes, and of all that depend on them."""
     stale = set(changed)
     for node in gm.graph.nodes:
-        if node.op == "call_function" and (node in stale or any(source in stale for source in node.all_input_nodes)):
+        sources = node.all_input_nodes
+        if any(source.op == "get_attr" for source in sources):
+            continue  # an operator with graphs of its own: what it returns keeps its shape
+        if node.op == "call_function" and (node in stale or any(source in stale for source in sources)):
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
             node.meta["val"] = node.target(*args, **kwargs)
             stale.add(node)

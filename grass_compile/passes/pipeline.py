@@ -1,4 +1,4 @@
-"""The passes, in order, and what flows between them.
+"""The passes, in order.
 
 ::
 
@@ -6,39 +6,54 @@
                                                                                                |  min-cut partition
     forward graph, backward graph with anchors  <----------------------------------------------+
          |              |
-         |              +--undo, for weights that choose new rows--> batch_matmuls --> lower_anchors --> schedule_steps --> verify
+         |              +--restore_full_grad--> --batch_matmuls--> --lower_anchors--> --schedule_steps--> --verify-->
          |                                                           a backward for each way to use the gradients
-         +--undo--> a forward that keeps all of their activations
+         +--restore_full_grad, forget_samples--> a forward that keeps what that backward reads
 
 One trace and one partition serve every step: copies of the two halves are finished when they are first needed.
+
+Every pass is a function ``pass_(gm, context) -> changes`` that changes its graph in place; `PassContext` says what it may know,
+and carries what passes hand on.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
 from .. import _torch
-from ..math.layout import Action, graph_state
-from ..math.projection import SELECTORS
+from ..math.layout import Action
 from .backward.batch_matmuls import batch_matmuls
 from .backward.lower_anchors import lower_anchors
+from .backward.restore_full_grad import restore_full_grad
 from .backward.schedule_steps import schedule_steps
 from .backward.verify import verify
-from .fx_utils import copy, op_counts, placeholders, primals
+from .context import PassContext
+from .fx_utils import copy, op_counts
 from .joint import costs
 from .joint.anchor import anchor
-from .joint.detect import activations, detect, input_positions
+from .joint.detect import activations, detect
+from .joint.interface import interface, is_nested
 from .joint.normalize import normalize
-from .joint.rewrite import rewrite, undo
-from .joint.score import forget, score
-from .records import Analysis, Projection, Refusal, Site, WeightInput
+from .joint.rewrite import rewrite
+from .joint.score import forget_samples, score
+from .records import Analysis, Plan, Projection, Refusal, Site, WeightInput
 
 log = logging.getLogger(__name__)
+
+Pass = Callable[[fx.GraphModule, PassContext], int]
+
+JOINT: tuple[Pass, ...] = (normalize, detect, rewrite, score, anchor)
+"""Over the joint graph, before the partition. The user's own come first, so that `detect` sees what they leave."""
+
+FORWARD: tuple[Pass, ...] = (restore_full_grad, forget_samples)
+"""Over a copy of the forward, for a set of weights that choose new rows."""
+
+BACKWARD: tuple[Pass, ...] = (restore_full_grad, batch_matmuls, lower_anchors, schedule_steps, verify)
+"""Over a copy of the backward, for each way to use the gradients. The user's own come before `verify`, which checks them too."""
 
 PASSES = ("normalize", "detect", "rewrite", "score", "anchor", "batch_matmuls", "lower_anchors", "schedule_steps", "verify")
 """The names that ``options={"disable_passes": [...]}`` takes. Without detect, score, anchor, lower_anchors or schedule_steps
@@ -56,40 +71,35 @@ class PlanMismatch(Exception):
         self.analysis = analysis
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is compiled from one joint graph; hashable.
+def run(passes: Sequence[Pass], gm: fx.GraphModule, context: PassContext) -> None:
+    """Run passes over a graph, in order.
 
-    Attributes:
-        weights: what the optimizer asked for, refusals known beforehand included.
-        projections: the weights that are projected.
-        hyper: for each projection, which of the tensors of hyper-parameters it reads.
-        kernels: for each projection, the name under which `grass_compile.ops.operators` finds its step.
-        leaders: for each projection, the position of the weight whose rows it takes; its own, but for those that share.
-        disabled: names of passes to leave out.
-        clipped: positions of the dense parameters whose gradients are clipped along with the compact ones, inside the graph;
-            None if nothing is clipped there.
+    Args:
+        passes: all but those that are disabled are run; `rewrite` sees to it itself.
+        gm: changed in place.
+        context: for all of them.
     """
+    for pass_ in passes:
+        if pass_.__name__ in context.disabled and pass_ is not rewrite:
+            continue
+        before = op_counts(gm) if log.isEnabledFor(logging.DEBUG) else {}
+        changes = pass_(gm, context)
+        after_pass(pass_.__name__, gm, changes, before)
 
-    weights: tuple[WeightInput, ...]
-    projections: tuple[Projection, ...]
-    hyper: tuple[int, ...]
-    kernels: tuple[str, ...]
-    leaders: tuple[int, ...]
-    disabled: tuple[str, ...] = ()
-    clipped: tuple[int, ...] | None = None
 
-    @property
-    def input_names(self) -> tuple[str, ...]:
-        """Names of the inputs that follow those of the Dynamo graph: state tensors, leaves, hyper-parameters, the norm's leaf."""
-        state = [f"grass_{name}_{p.position}" for p in self.projections for name in graph_state(p.config)]
-        leaves = [f"grass_leaf_{p.position}" for p in self.projections]
-        norm = () if self.clipped is None else ("grass_norm",)
-        return (*state, *leaves, *(f"grass_hyper_{slot}" for slot in range(1 + max(self.hyper, default=-1))), *norm)
+def after_pass(name: str, gm: fx.GraphModule, changes: int, before: Mapping[str, int]) -> None:
+    """Log what a pass did to the operators of a graph. (The tests replace this, to check the graph too.)"""
+    if changes and log.isEnabledFor(logging.DEBUG):
+        log.debug("%s: %d changes, operators %s", name, changes, _difference(before, op_counts(gm)))
 
 
 def find(
-    gm: fx.GraphModule, *, weights: Sequence[WeightInput], num_fwd_outputs: int, disabled: Sequence[str] = ()
+    gm: fx.GraphModule,
+    *,
+    weights: Sequence[WeightInput],
+    num_fwd_outputs: int,
+    disabled: Sequence[str] = (),
+    joint_passes: Sequence[Pass] = (),
 ) -> tuple[tuple[Site, ...], Analysis]:
     """Run the analysing passes over a joint graph.
 
@@ -98,24 +108,45 @@ def find(
         weights: what the optimizer wants projected.
         num_fwd_outputs: how many of the outputs belong to the forward.
         disabled: names of passes to leave out.
+        joint_passes: the user's, to be run first.
 
     Returns:
         The sites, and the same free of graph nodes.
     """
-    missing = [name for name in ESSENTIAL if name in disabled]
+    context = PassContext(tuple(weights), num_fwd_outputs, tuple(disabled))
+    return context.findings.sites, _analyse(gm, context, joint_passes)
+
+
+def _analyse(gm: fx.GraphModule, context: PassContext, joint_passes: Sequence[Pass]) -> Analysis:
+    missing = [name for name in ESSENTIAL if name in context.disabled]
     if missing:
-        return (), Analysis((), tuple(Refusal(weight, f"pass {missing[0]!r} is disabled") for weight in weights))
-    if "normalize" not in disabled and (dropped := normalize(gm)):
-        log.info("normalize: dropped %d nodes", dropped)
-    sites, refusals = detect(gm, weights=weights, num_fwd_outputs=num_fwd_outputs)
-    log.info("detect: %d weights projected, %d dense", len(sites), len(refusals))
-    for site in sites:
-        log.debug("detect: %s: %s, rank %d: %s", site.weight.name, site.choice.axis, site.rank, site.choice.why)
-    for refusal in refusals:
-        log.debug("detect: %s stays dense: %s", refusal.weight.name, refusal.reason)
+        return Analysis((), tuple(Refusal(weight, f"pass {missing[0]!r} is disabled") for weight in context.weights))
+    run((*joint_passes, *JOINT[: 1 + JOINT.index(detect)]), gm, context)
     numbers: dict[Any, int] = {}
-    projections = [_projection(site, numbers.setdefault(activations(site), len(numbers))) for site in sites]
-    return sites, Analysis(tuple(projections), refusals)
+    found = context.findings
+    projections = [_projection(site, numbers.setdefault(activations(site), len(numbers))) for site in found.sites]
+    return Analysis(tuple(projections), found.refusals)
+
+
+def look(
+    gm: fx.GraphModule,
+    joint_inputs: Sequence[object],
+    *,
+    weights: Sequence[WeightInput],
+    disabled: Sequence[str] = (),
+    joint_passes: Sequence[Pass] = (),
+    num_fwd_outputs: int,
+    **kwargs: object,
+) -> Any:
+    """In place of a partitioner: run the analysing passes and go no further.
+
+    Raises:
+        PlanMismatch: always, with what was found; but for graphs inside of the graph, which are partitioned as torch does.
+    """
+    if is_nested(joint_inputs):
+        return _torch.min_cut_rematerialization_partition(gm, joint_inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
+    how = dict(num_fwd_outputs=num_fwd_outputs, disabled=disabled, joint_passes=joint_passes)
+    raise PlanMismatch(find(gm, weights=weights, **how)[1])  # type: ignore[arg-type]
 
 
 def _projection(site: Site, number: int) -> Projection:
@@ -160,22 +191,16 @@ def transform(
     Raises:
         PlanMismatch: the sites of this graph are not those of the plan.
     """
+    if is_nested(joint_inputs):
+        return partition(gm, joint_inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
     _torch.trace_graph("grass_joint_before", gm)
-    before = op_counts(gm)
-    sites, analysis = find(gm, weights=plan.weights, num_fwd_outputs=num_fwd_outputs, disabled=plan.disabled)
+    looked = PassContext(plan.weights, num_fwd_outputs, plan.disabled)
+    analysis = _analyse(gm, looked, plan.joint_passes)
     if analysis.projections != plan.projections:
         raise PlanMismatch(analysis)
-    inputs, nodes = _inputs(gm, plan)
-    leaders = {p.position: leader for p, leader in zip(plan.projections, plan.leaders, strict=True)}
-    index = {p.position: inputs[leaders[p.position]][SELECTORS[p.config.projection]] for p in plan.projections}
-    compact = rewrite(gm, sites=sites, index=index, from_slot="rewrite" in plan.disabled)
-    log.info("rewrite: %d weight gradients made compact", len(sites))
-    energy = score(gm, sites=sites, inputs=inputs, leaders=leaders)
-    slots = {node: num_fwd_outputs + i for i, node in enumerate(primals(gm))}
-    clipped = [nodes[position] for position in plan.clipped or () if position in nodes]
-    norm_leaf = None if plan.clipped is None else nodes[max(nodes)]
-    anchor(gm, sites=sites, compact=compact, energy=energy, inputs=inputs, slots=slots, clipped=clipped, norm_leaf=norm_leaf)
-    log.debug("anchor: operators %s", _difference(before, op_counts(gm)))
+    rest = JOINT[1 + JOINT.index(detect) :]
+    known = interface(gm, num_fwd_outputs)
+    run(rest, gm, PassContext(plan.weights, num_fwd_outputs, plan.disabled, plan, known, looked.findings))
     _torch.trace_graph("grass_joint_after", gm)
     return partition(gm, joint_inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
 
@@ -189,8 +214,7 @@ def finish_forward(gm: fx.GraphModule, plan: Plan, refresh: tuple[bool, ...]) ->
         refresh: for each projection, whether its backward chooses new rows.
     """
     gm = copy(gm)
-    undo(gm, _full(plan, refresh))
-    forget(gm, {projection.position for projection, new in zip(plan.projections, refresh, strict=True) if not new})
+    run(FORWARD, gm, PassContext(plan=plan, disabled=plan.disabled, refresh=refresh))
     gm.recompile()
     log.info("forward: %d of %d weights choose new rows", sum(refresh), len(refresh))
     _torch.trace_graph("grass_forward", gm)
@@ -211,43 +235,10 @@ def finish_backward(
     """
     refresh, actions, clip = key
     gm = copy(gm)
-    changed = [node for node in placeholders(gm) if node.name in saved and not _alike(node.meta["val"], saved[node.name])]
-    for node in changed:
-        node.meta["val"] = saved[node.name]
-    undo(gm, _full(plan, refresh), changed)
-    if "batch_matmuls" not in plan.disabled and (fewer := batch_matmuls(gm)):
-        log.info("batch_matmuls: %d products fewer", fewer)
-    lower_anchors(gm, projections=plan.projections, kernels=plan.kernels, refresh=refresh, actions=actions, clip=clip)
-    log.info("lower_anchors: %d weights, %s", len(actions), ", ".join(f"{actions.count(a)} {a}" for a in sorted(set(actions))))
-    schedule_steps(gm)
+    context = PassContext(plan=plan, disabled=plan.disabled, refresh=refresh, actions=actions, clip=clip, saved=saved)
+    run((*BACKWARD[:-1], *plan.backward_passes, *BACKWARD[-1:]), gm, context)
     _torch.trace_graph("grass_backward", gm)
-    if "verify" not in plan.disabled:
-        verify(gm, names=[p.name for p, action in zip(plan.projections, actions, strict=True) if action == "step"])
     return gm
-
-
-def _full(plan: Plan, refresh: tuple[bool, ...]) -> set[int]:
-    """Positions of the weights whose full gradients are formed."""
-    chosen = (projection for projection, new in zip(plan.projections, refresh, strict=True) if new)
-    return {projection.position for projection in chosen if projection.config.scores == "exact"}
-
-
-def _alike(one: Any, other: Any) -> bool:
-    return not isinstance(one, Tensor) or (one.shape == other.shape and one.stride() == other.stride())
-
-
-def _inputs(gm: fx.GraphModule, plan: Plan) -> tuple[dict[int, dict[str, fx.Node]], dict[int, fx.Node]]:
-    """For each projected weight, its placeholder and those of its state, leaf and hyper-parameters, by name; and the
-    placeholders of all inputs by position."""
-    nodes = dict(zip(input_positions(gm), primals(gm), strict=True))
-    first = 1 + max(nodes) - len(plan.input_names)
-    added = {name: nodes[first + i] for i, name in enumerate(plan.input_names)}
-    inputs = {}
-    for projection, slot in zip(plan.projections, plan.hyper, strict=True):
-        position = projection.position
-        named = {name: added[f"grass_{name}_{position}"] for name in (*graph_state(projection.config), "leaf")}
-        inputs[position] = {"weight": nodes[position], "hyper": added[f"grass_hyper_{slot}"], **named}
-    return inputs, nodes
 
 
 def _difference(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, int]:

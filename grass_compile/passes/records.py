@@ -13,8 +13,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx
 
-from ..config import SiteConfig
+from ..config import SiteConfig, UserPass
 from ..keywords import Axis
+from ..math.layout import graph_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,56 @@ class Concat:
     dim: int
 
 
-Gradient: TypeAlias = "Product | Cast | Sum | Concat"
+@dataclasses.dataclass(frozen=True)
+class Factor:
+    """What a gradient is multiplied or divided by.
+
+    Attributes:
+        value: a node, a number, or None (of a negation).
+        dims: for each stored dimension, the dimension of ``value`` that it is; None where all rows (columns) have the same.
+        starts: for each stored dimension, the first index of ``value`` that belongs to the weight.
+        lengths: for each, the number of them.
+    """
+
+    value: Any
+    dims: tuple[int | None, int | None] = (None, None)
+    starts: tuple[int, int] = (0, 0)
+    lengths: tuple[int, int] = (0, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """``G = target(inner, factor)``: the weight was multiplied by something before use."""
+
+    inner: Gradient
+    target: Any
+    factor: Factor
+
+
+@dataclasses.dataclass(frozen=True)
+class Padded:
+    """The rows ``start, start + step, ...`` of ``G`` (columns for ``dim`` 1), which has ``size``, are those of ``inner``, and the
+    others are zero: a slice of the weight was used."""
+
+    inner: Gradient
+    dim: int
+    start: int
+    step: int
+    size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Reordered:
+    """The rows of ``G`` (columns for ``dim`` 1) are those of ``inner``, viewed as ``sizes`` and permuted by ``order``: the weight
+    was used with its heads innermost."""
+
+    inner: Gradient
+    dim: int
+    sizes: tuple[int, ...]
+    order: tuple[int, ...]
+
+
+Gradient: TypeAlias = "Product | Cast | Sum | Concat | Scale | Padded | Reordered"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +163,7 @@ class Site:
         out_dim: the stored dimension that holds out-features (0 for ``nn.Linear``, 1 for GPT-2's ``Conv1D``).
         choice: the axis taken, and why.
         rank: the rank after clamping to the axis' length.
+        needed: what else needs the full gradient, so that it is formed anyway and its rows are taken from it; None if nothing.
     """
 
     weight: WeightInput
@@ -123,6 +174,7 @@ class Site:
     out_dim: int
     choice: Choice
     rank: int
+    needed: str | None = None
 
     @property
     def dim(self) -> int:
@@ -172,11 +224,58 @@ class Analysis:
     refusals: tuple[Refusal, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is compiled from one joint graph; hashable.
+
+    Attributes:
+        weights: what the optimizer asked for, refusals known beforehand included.
+        projections: the weights that are projected.
+        hyper: for each projection, which of the tensors of hyper-parameters it reads.
+        kernels: for each projection, the name under which `grass_compile.ops.operators` finds its step.
+        leaders: for each projection, the position of the weight whose rows it takes; its own, but for those that share.
+        disabled: names of passes to leave out.
+        clipped: positions of the dense parameters whose gradients are clipped along with the compact ones, inside the graph;
+            None if nothing is clipped there.
+        joint_passes: the user's, which see the joint graph first.
+        backward_passes: the user's, which see each finished backward graph before it is verified.
+    """
+
+    weights: tuple[WeightInput, ...]
+    projections: tuple[Projection, ...]
+    hyper: tuple[int, ...]
+    kernels: tuple[str, ...]
+    leaders: tuple[int, ...]
+    disabled: tuple[str, ...] = ()
+    clipped: tuple[int, ...] | None = None
+    joint_passes: tuple[UserPass, ...] = ()
+    backward_passes: tuple[UserPass, ...] = ()
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Names of the inputs that follow those of the Dynamo graph: state tensors, leaves, hyper-parameters, the norm's leaf."""
+        state = [f"grass_{name}_{p.position}" for p in self.projections for name in self.state_names(p)]
+        leaves = [f"grass_leaf_{p.position}" for p in self.projections]
+        norm = () if self.clipped is None else ("grass_norm",)
+        return (*state, *leaves, *(f"grass_hyper_{slot}" for slot in range(1 + max(self.hyper, default=-1))), *norm)
+
+    @staticmethod
+    def state_names(projection: Projection) -> tuple[str, ...]:
+        """The names of the state tensors of a projected weight that are inputs of its graphs."""
+        return tuple(graph_state(projection.config))
+
+
+def parts_of(gradient: Gradient) -> tuple[Gradient, ...]:
+    """The expressions that a gradient is made of; a product has none."""
+    if isinstance(gradient, Product):
+        return ()
+    if isinstance(gradient, Sum):
+        return gradient.terms
+    return gradient.parts if isinstance(gradient, Concat) else (gradient.inner,)
+
+
 def products_of(gradient: Gradient) -> list[Product]:
     """Every `Product` in a gradient expression, in order."""
     if isinstance(gradient, Product):
         return [gradient]
-    if isinstance(gradient, Cast):
-        return products_of(gradient.inner)
-    parts: tuple[Any, ...] = gradient.terms if isinstance(gradient, Sum) else gradient.parts
-    return [product for part in parts for product in products_of(part)]
+    return [product for part in parts_of(gradient) for product in products_of(part)]

@@ -338,9 +338,8 @@ class ProjectionManager:
             record.settle(gradient)
             gradient.fresh = False
         hyper, dim = self.hyper(record, fresh), record.assigned.dim
-        with _torch.without_autocast():
-            run = record.kernel or run_eagerly
-            run(record.config(), dim, gradient.compact, parameter, hyper, *record.tensors())
+        run = record.kernel or run_eagerly
+        run(record.config(), dim, gradient.compact, parameter, hyper, *record.tensors())
         gradient.applied = True
         record.count(fresh)
         if gradient.next_rows is not None:

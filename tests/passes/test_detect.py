@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from grass_compile.passes.context import PassContext
 from grass_compile.passes.joint.detect import detect
-from grass_compile.passes.joint.walk import Refused, aligned
+from grass_compile.passes.joint.reasons import Refused
+from grass_compile.passes.joint.shapes import aligned
 from grass_compile.passes.records import Concat, Product, Sum
 
 from .. import forms
@@ -44,8 +46,12 @@ class Pieces(nn.Module):
             return x * self.w
         if self.kind == "experts":
             return torch.bmm(x, self.w)
-        if self.kind == "scaled":
-            return F.linear(x, self.w * 0.5)
+        if self.kind == "where":
+            return F.linear(x, torch.where(self.w > 0, self.w, 0.0))
+        if self.kind == "power":
+            return F.linear(x, self.w * self.w)
+        if self.kind == "cond":
+            return torch.cond(x.sum() > 0, lambda x: F.linear(x, self.w), lambda x: F.linear(x, 2 * self.w), (x,))
         if self.kind == "elementwise":
             return F.linear(x, self.w) + self.w[0]
         if self.kind == "embedding":
@@ -58,7 +64,8 @@ REASONS = {
     "small": "it is smaller than the rank: 3x2 against rank 4",
     "vector": "it has 1 dimensions; only matrices of fixed size can be projected",
     "experts": "it has 3 dimensions; only matrices of fixed size can be projected",
-    "scaled": "its gradient is computed by aten.mul.Tensor, not by a matrix product",
+    "where": "its gradient is computed by aten.where.self, not by a matrix product",
+    "cond": "it is used inside torch.cond, whose own graph is not rewritten",
     "embedding": "it is an embedding table: its gradient is a scatter over tokens, not a matrix product",
 }
 
@@ -76,17 +83,12 @@ def test_tied_embedding_is_refused() -> None:
     assert "tied weights" in analysis.refusals[0].reason
 
 
-def test_weight_that_needs_elements_of_itself_is_refused() -> None:
-    sites, analysis = joint_graph(Pieces("elementwise"), forms.batch(torch.float32)).find()
-    assert not sites and analysis.refusals[0].reason.startswith("its gradient is")
-
-
 def test_reason_known_beforehand_is_kept() -> None:
     sites, analysis = joint_graph(forms.Linear(), forms.batch(torch.float32)).find(w="it has a tensor hook")
     assert not sites and analysis.refusals[0].reason == "it has a tensor hook"
 
 
-def test_gradient_used_elsewhere_is_refused() -> None:
+def test_gradient_used_elsewhere_is_formed_and_its_rows_are_taken_from_it() -> None:
     joint = joint_graph(forms.Linear(), forms.batch(torch.float32))
     output = next(iter(joint.gm.graph.find_nodes(op="output")))
     loss, grad, *_ = output.args[0]
@@ -94,15 +96,16 @@ def test_gradient_used_elsewhere_is_refused() -> None:
         norm = joint.gm.graph.call_function(torch.ops.aten.sum.default, (grad,))
         norm.meta["val"] = torch.ops.aten.sum.default(grad.meta["val"])
     output.args = ((loss, grad, norm),)
-    sites, analysis = joint.find()
-    assert not sites
-    assert "its gradient is also used elsewhere, by node sum" in analysis.refusals[0].reason
+    (site,), _ = joint.find()
+    assert site.needed == "node sum_default (aten.sum.default)"
+    assert "its full gradient is formed anyway, for node sum_default" in site.choice.why
 
 
 def test_analysis_changes_nothing() -> None:
     joint = joint_graph(forms.Linear(), forms.batch(torch.float32))
     before, graph = str(joint.gm.graph), joint.gm.graph
-    detect(joint.gm, weights=joint.weights(), num_fwd_outputs=joint.num_fwd_outputs)
+    context = PassContext(joint.weights(), joint.num_fwd_outputs)
+    assert detect(joint.gm, context) == 0 and len(context.findings.sites) == 1
     assert joint.gm.graph is graph and str(joint.gm.graph) == before
 
 
@@ -128,11 +131,43 @@ def test_expressions_of_compound_gradients() -> None:
     assert len({part.matmul for part in parts}) == 1  # type: ignore[union-attr]
 
 
-def test_joined_weight_that_stays_dense_keeps_the_others_dense() -> None:
+def test_joined_weight_that_stays_dense_needs_the_product_of_all() -> None:
     joint = joint_graph(forms.JoinedWeights(), forms.batch(torch.float32))
     sites, analysis = joint.find(k="its name matches exclude='k'")
-    assert not sites  # the shared product is needed anyway, so nothing would be saved
-    assert "also used elsewhere" in analysis.refusals[0].reason or "also used elsewhere" in analysis.refusals[1].reason
+    assert [site.weight.name for site in sites] == ["q", "v"] and all(site.needed for site in sites)
+    assert [refusal.reason for refusal in analysis.refusals] == ["its name matches exclude='k'"]
+
+
+def test_slot_shared_with_a_dense_parameter_is_needed() -> None:
+    """Both are added before use, so that one node is the gradient of both."""
+
+    class Added(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = forms.weight(), forms.weight()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.one + self.other)
+
+    joint = joint_graph(Added(), forms.batch(torch.float32))
+    assert [site.needed for site in joint.find()[0]] == [None, None]
+    (site,), _ = joint.find(other="it has a tensor hook")
+    assert site.needed == "an output of the graph"
+
+
+def test_factor_of_another_weight_needs_the_full_gradient() -> None:
+    """Of ``W + B A``: what trains B and A reads the gradient of W."""
+
+    class LowRank(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.b, self.a = forms.weight(), forms.weight(forms.M, 4), forms.weight(4, forms.N)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.w + 0.5 * (self.b @ self.a))
+
+    sites, _ = joint_graph(LowRank(), forms.batch(torch.float32)).find()
+    assert {site.weight.name: site.needed is not None for site in sites} == {"w": True, "b": False, "a": False}
 
 
 class SplitOverTwoInputs(forms.SplitWeight):

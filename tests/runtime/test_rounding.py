@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from grass_compile import ops
 from grass_compile.math.noise import rounding_noise
 from grass_compile.math.rounding import round_stochastically
-from grass_compile.math.update import seed_of
+from grass_compile.runtime.schedule import seed_of
 
 from .. import forms, paper
 

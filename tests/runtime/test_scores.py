@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from grass_compile.errors import ConfigError
 from grass_compile.math.noise import rounding_noise
 from grass_compile.math.reference import CompactState, ReferenceAdamW
-from grass_compile.math.update import seed_of
 from grass_compile.ops import scores
 from grass_compile.passes import pipeline
+from grass_compile.runtime.schedule import seed_of
 from tests.harness import KEYWORDS
 
 from .. import paper

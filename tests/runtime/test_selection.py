@@ -186,7 +186,7 @@ def test_staggering_compiles_each_pattern_once(counts: dict[str, int]) -> None:
     assert counts == {"transform": 1, "finish_forward": 4, "finish_backward": 4}  # both, neither, the first, the second
 
 
-@pytest.mark.parametrize("keywords", [dict(on_refresh="carry"), dict(scores="estimate")])
+@pytest.mark.parametrize("keywords", [dict(on_refresh="carry"), dict(share_index=True)])
 def test_drawing_blindly_needs_one_graph(keywords: dict[str, Any], counts: dict[str, int]) -> None:
     """A refresh is a regular step: what it takes depends on no gradient."""
     model = TwoLayers()

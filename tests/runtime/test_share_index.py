@@ -26,7 +26,8 @@ class Run:
     def __init__(self, compiler: str = "aot_eager", queries: dict[str, Any] | None = None, **keywords: Any) -> None:
         torch.manual_seed(1)
         self.model = Attention()
-        own = dict(rank=RANK, axis="columns", scores="sampled", update_proj_gap=GAP, share_index=True, seed=5, lr=1e-2)
+        scores = "exact" if keywords.get("selection") == "uniform" else "sampled"
+        own = dict(rank=RANK, axis="columns", scores=scores, update_proj_gap=GAP, share_index=True, seed=5, lr=1e-2)
         first, *others = self.model.named_parameters()
         groups: list[Any] = [{"params": others}, {"params": [first], **(queries or {})}]
         self.optimizer = paper.AdamW(self.model.named_parameters() if queries is None else groups, **{**own, **keywords})
@@ -139,7 +140,7 @@ def test_one_gather_serves_all(how: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert alone[0] - together[0] >= 2 * 33 * RANK * 4, "two gathered copies less are saved"
 
 
-@pytest.mark.parametrize("keywords", [dict(selection="norm"), dict(stagger=3), dict(scores="estimate", selection="uniform")])
+@pytest.mark.parametrize("keywords", [dict(selection="norm"), dict(stagger=3), dict(selection="uniform")])
 def test_draws_agree(keywords: dict[str, Any]) -> None:
     run = Run(**keywords)
     seen = set()
@@ -276,7 +277,7 @@ def test_report_names_whom_a_weight_shares_with() -> None:
 
 
 def test_exact_scores_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"share_index=True .* Use scores='sampled' or 'estimate'"):
+    with pytest.raises(ConfigError, match=r"share_index=True .* Use selection='uniform', or scores='sampled' or 'estimate'"):
         Run(scores="exact")
 
 

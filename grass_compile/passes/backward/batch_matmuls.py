@@ -23,12 +23,13 @@ Only neighbours are joined: a gradient that is known waits for no product but th
 gradients. (Every layer of a decoder reads the encoder's output; their steps must not wait for the first layer's.)
 
 Contract: what the gradients are used for stands after the last of them; nothing else moves. Runs on backward graphs, in which
-every weight that forms its full gradient already does (`undo`), so that only compact ones are left to join.
+every weight that forms its full gradient already does (`restore_full_grad`), so that only compact ones are left to join.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,9 +38,11 @@ from torch import fx
 from torch.utils.flop_counter import flop_registry
 
 from ... import ops
+from ..context import PassContext
 from ..fx_utils import PROVENANCE, call, is_view, provenance, shape_of
 
 aten = torch.ops.aten
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +65,12 @@ class Compact:
         return _nodes(self.gather.args[1])
 
 
-def batch_matmuls(gm: fx.GraphModule) -> int:
+def batch_matmuls(gm: fx.GraphModule, context: PassContext) -> int:
     """Join products in place.
 
     Args:
         gm: a backward graph with anchors.
+        context: not read.
 
     Returns:
         How many products fewer there are.
@@ -79,6 +83,8 @@ def batch_matmuls(gm: fx.GraphModule) -> int:
                 _join(gm, products, users)
                 fewer += len(products) - 1
     gm.recompile()
+    if fewer:
+        log.info("batch_matmuls: %d products fewer", fewer)
     return fewer
 
 

@@ -20,6 +20,7 @@ Contract: what is written is an input of the graph; `schedule_steps` gives each 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,37 +32,34 @@ from ...math.layout import Action, graph_state, layout_of, step_state
 from ...math.projection import SELECTORS
 from ...math.update import clip_scales, kept, scaled, selected
 from ...ops import scores
+from ..context import PassContext
 from ..fx_utils import call, inline, outputs, provenance, set_outputs, specs_of, trace
 from ..joint.anchor import anchors
 from ..records import Projection
 
+log = logging.getLogger(__name__)
 
-def lower_anchors(
-    gm: fx.GraphModule,
-    *,
-    projections: Sequence[Projection],
-    kernels: Sequence[str],
-    refresh: Sequence[bool],
-    actions: Sequence[Action],
-    clip: bool = False,
-) -> None:
+
+def lower_anchors(gm: fx.GraphModule, context: PassContext) -> int:
     """Replace every anchor, in place.
 
     Args:
         gm: a backward graph.
-        projections: what the anchors' numbers stand for.
-        kernels: for each projection, the name of its compiled step.
-        refresh: for each projection, whether its anchor holds the full gradient.
-        actions: for each projection, what to do.
-        clip: whether to clip all gradients by their common norm; every action is then ``step``.
+        context: says what to do with each gradient, and which anchors hold a full one.
+
+    Returns:
+        How many anchors there were.
 
     Raises:
         GraphError: a tensor that has to be written is not an input of the backward graph.
     """
+    plan, actions = context.planned, context.actions
+    projections, kernels, refresh = plan.projections, plan.kernels, context.refresh
+    log.info("lower_anchors: %d weights, %s", len(actions), ", ".join(f"{actions.count(a)} {a}" for a in sorted(set(actions))))
     norms = list(gm.graph.find_nodes(op="call_function", target=ops.norm))
-    if clip:
+    if context.clip:
         _clipped(gm, norms[0], projections, kernels, refresh)
-        return
+        return len(actions)
     values = outputs(gm)
     for node in norms:
         values[values.index(node)] = None
@@ -78,6 +76,7 @@ def lower_anchors(
                 _step(gm, node, gradient, projection, kernels[number])
             values[values.index(node)] = None if action == "step" else _trace(gm, kept, (), [gradient])[0]
     set_outputs(gm, values)
+    return len(actions)
 
 
 def _clipped(

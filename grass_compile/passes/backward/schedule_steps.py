@@ -19,17 +19,28 @@ from __future__ import annotations
 from torch import fx
 
 from ... import ops
+from ..context import PassContext
 from ..fx_utils import PROVENANCE, placeholders, readers
 from ..joint.rewrite import OF_SELECTOR
 
 
-def schedule_steps(gm: fx.GraphModule) -> None:
-    """Finish a backward graph in place."""
+def schedule_steps(gm: fx.GraphModule, context: PassContext) -> int:
+    """Finish a backward graph in place.
+
+    Args:
+        gm: a backward graph without anchors.
+        context: not read.
+
+    Returns:
+        How many nodes stand at another place than before.
+    """
+    before = {node: node.prev for node in gm.graph.nodes}
     gm.graph.eliminate_dead_code()
     _hoist(gm)
     for node in reversed([node for node in gm.graph.nodes if OF_SELECTOR in node.meta]):
         min(node.users).prepend(node)
     gm.recompile()
+    return sum(before[node] is not node.prev for node in gm.graph.nodes)
 
 
 def steps(gm: fx.GraphModule) -> list[fx.Node]:

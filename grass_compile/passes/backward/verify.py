@@ -8,17 +8,16 @@ Raises:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import fx
 
 from ... import ops
 from ...errors import GraphError
+from ..context import PassContext
 from ..fx_utils import PROVENANCE, readers
 from .schedule_steps import refreshes, steps, written
 
 
-def verify(gm: fx.GraphModule, *, names: Sequence[str]) -> None:
+def verify(gm: fx.GraphModule, context: PassContext) -> int:
     """Check the writes of a backward graph.
 
     Each projected weight that has to move gets exactly one step; nothing reads a tensor after its step has written it, or
@@ -26,8 +25,13 @@ def verify(gm: fx.GraphModule, *, names: Sequence[str]) -> None:
 
     Args:
         gm: the backward graph after `schedule_steps`.
-        names: the qualified names of the weights that have to move.
+        context: says which weights have to move.
+
+    Returns:
+        0, since the graph stays as it is.
     """
+    pairs = zip(context.planned.projections, context.actions, strict=True)
+    names = [projection.name for projection, action in pairs if action == "step"]
     if gm.graph.find_nodes(op="call_function", target=ops.anchor):
         raise GraphError("an anchor is left in the backward graph; please report this.")
     found = {node: str(node.meta.get(PROVENANCE, ("", "a weight"))[1]) for node in steps(gm)}
@@ -43,3 +47,4 @@ def verify(gm: fx.GraphModule, *, names: Sequence[str]) -> None:
         for node in written(refresh):
             if early := [user for user in readers(node) if order[user] < order[refresh]]:
                 raise GraphError(f"{node.name}: {early[0].name} reads it before the refresh has written it.")
+    return 0

@@ -17,64 +17,53 @@ backward, and one partition serves every action: `lower_anchors` replaces the an
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 import torch
 from torch import fx
 
 from ... import ops
 from ...math.layout import graph_state
+from ..context import PassContext
 from ..fx_utils import call, output_node, outputs, provenance, set_outputs, shape_of
-from ..records import Site
 
 
-def anchor(
-    gm: fx.GraphModule,
-    *,
-    sites: tuple[Site, ...],
-    compact: Mapping[int, fx.Node],
-    energy: Mapping[int, fx.Node],
-    inputs: Mapping[int, Mapping[str, fx.Node]],
-    slots: Mapping[fx.Node, int],
-    clipped: Sequence[fx.Node] = (),
-    norm_leaf: fx.Node | None = None,
-) -> None:
+def anchor(gm: fx.GraphModule, context: PassContext) -> int:
     """Insert the anchors, in place.
 
     Args:
         gm: the joint graph.
-        sites: in the order of the plan's projections.
-        compact: compact gradients by weight position.
-        energy: what new rows are proposed by, for the weights where they are.
-        inputs: for each weight position, the placeholders ``weight``, ``hyper``, ``leaf`` and those of its state.
-        slots: for each primal, the position of its gradient slot among all outputs.
-        clipped: dense parameters whose gradients are clipped along with the compact ones.
-        norm_leaf: the input in whose slot the common norm is returned; None if nothing is clipped in the graph.
+        context: has the sites, in the order of the plan's projections, their compact gradients and what new rows are proposed by.
+
+    Returns:
+        How many anchors were inserted.
     """
+    plan, inputs, nodes, found = context.planned, context.inputs, context.nodes, context.findings
+    assert context.interface is not None
+    slots = {nodes[position]: slot for position, slot in context.interface.slots.items()}
     values, made = outputs(gm), []
-    for number, site in enumerate(sites):
+    for number, site in enumerate(found.sites):
         position = site.weight.position
         named = inputs[position]
-        gradient = compact[position]
+        gradient = found.compact[position]
         state = [named[name] for name in graph_state(site.weight.config)]
         shape = list(shape_of(named["leaf"]))
         with provenance(gm, "anchor", site.weight.name, site.slot), gm.graph.inserting_before(output_node(gm)):
             node = call(
-                gm.graph, ops.anchor, gradient, named["weight"], named["hyper"], state, energy.get(position), shape, number
+                gm.graph, ops.anchor, gradient, named["weight"], named["hyper"], state, found.energy.get(position), shape, number
             )
         node.meta["partitioner_tag"] = "must_be_in_backward"
         values[slots[named["weight"]]], values[slots[named["leaf"]]] = None, node
         made.append(node)
-    if norm_leaf is not None:
-        dense = [values[slots[primal]] for primal in clipped]
+    if plan.clipped is not None:
+        dense = [values[slots[nodes[position]]] for position in plan.clipped if position in nodes]
         dense = [value for value in dense if isinstance(value, fx.Node)]
         with provenance(gm, "anchor", "norm", made[0]), gm.graph.inserting_before(output_node(gm)):
             norm = call(gm.graph, ops.norm, made, dense)
         norm.meta["partitioner_tag"] = "must_be_in_backward"
-        values[slots[norm_leaf]] = norm
+        values[slots[nodes[max(nodes)]]] = norm
     set_outputs(gm, values)
     gm.graph.eliminate_dead_code()
     gm.recompile()
+    return len(made)
 
 
 def anchors(gm: fx.GraphModule) -> list[fx.Node]:

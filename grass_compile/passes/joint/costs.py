@@ -49,22 +49,20 @@ def total_bytes(axis: Axis) -> sympy.Expr:
     return FLOPS[axis] / FLOPS_PER_BYTE + STATE_BYTES[axis] + ACTIVATION_BYTES[axis]
 
 
-def choose_axes(sites: tuple[Site, ...], selectable: Callable[[Any, int], bool]) -> tuple[Site, ...]:
+def choose_axes(sites: tuple[Site, ...], selectable: Callable[[Site, int], bool]) -> tuple[Site, ...]:
     """Settle the axis and the rank of every site.
 
     Args:
         sites: sites whose ``choice`` is still open.
-        selectable: tells whether a gradient can be computed along a stored dimension alone.
+        selectable: tells whether the gradient of a site can be computed along a stored dimension alone.
     """
     readers = collections.Counter(activation(product).node for site in sites for product in site.products[:1])
     return tuple(_settle(site, readers[activation(site.products[0]).node], selectable) for site in sites)
 
 
-def _settle(site: Site, sharers: int, selectable: Callable[[Any, int], bool]) -> Site:
+def _settle(site: Site, sharers: int, selectable: Callable[[Site, int], bool]) -> Site:
     asked = site.weight.config.axis
-    possible: list[Axis] = [
-        axis for axis in AXES if selectable(site.gradient, site.out_dim if axis == "rows" else 1 - site.out_dim)
-    ]
+    possible: list[Axis] = [axis for axis in AXES if selectable(site, site.out_dim if axis == "rows" else 1 - site.out_dim)]
     if asked != "auto":
         choice = Choice(asked, "asked for")
     elif site.weight.config.projection != "grass" and len(possible) == 2:
@@ -73,6 +71,8 @@ def _settle(site: Site, sharers: int, selectable: Callable[[Any, int], bool]) ->
         choice = Choice(possible[0], "the only axis along which a split weight can be computed")
     else:
         choice = cheaper(site, sharers)
+    if site.needed is not None:
+        choice = dataclasses.replace(choice, why=f"{choice.why}; its full gradient is formed anyway, for {site.needed}")
     decided = dataclasses.replace(site, choice=choice)
     return dataclasses.replace(decided, rank=rank_along(site.weight.config.rank, site.shape[decided.dim]))
 

@@ -9,68 +9,77 @@ From each weight's gradient slot the pass walks back to the products of ``dY`` a
     return (loss, ..., convert)
 
 Contract: every weight asked for comes back either as a `Site` or as a `Refusal` with a reason; the expression of a site
-equals its slot for all inputs; each dense product is needed by projected weights alone.
+equals its slot for all inputs; a site says whether somebody else needs its full gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import collections
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import fx
 
-from ..fx_utils import depends_on, is_tangent, outputs, primals, shape_of
-from ..records import Cast, Gradient, Product, Refusal, Site, Sum, WeightInput, products_of
+from ..context import PassContext
+from ..fx_utils import depends_on, is_tangent, outputs, shape_of
+from ..records import Cast, Concat, Gradient, Product, Refusal, Scale, Site, WeightInput, parts_of, products_of
 from . import costs
-from .walk import Frame, Refused, Walk
+from .interface import interface
+from .reasons import Refused
+from .walk import Frame, Walk
+
+log = logging.getLogger(__name__)
 
 
-def detect(
-    gm: fx.GraphModule, *, weights: Sequence[WeightInput], num_fwd_outputs: int
-) -> tuple[tuple[Site, ...], tuple[Refusal, ...]]:
-    """Find the sites of ``weights`` in a joint graph.
+def detect(gm: fx.GraphModule, context: PassContext) -> int:
+    """Find the sites of the weights that are asked for, and a refusal for every weight without one.
 
     Args:
         gm: the joint graph; returns forward outputs, then one gradient slot per primal.
-        weights: what the optimizer wants projected.
-        num_fwd_outputs: how many of the outputs belong to the forward.
+        context: gets ``sites``, in the order of its ``weights``, and ``refusals``.
 
     Returns:
-        The sites in the order of ``weights``, and a refusal for every weight without one.
+        0, since the graph stays as it is.
     """
-    slots = dict(zip(input_positions(gm), outputs(gm)[num_fwd_outputs:], strict=True))
-    inputs = dict(zip(input_positions(gm), primals(gm), strict=True))
+    sites, refusals = _find(gm, context.weights, context.num_fwd_outputs)
+    context.findings.sites, context.findings.refusals = sites, refusals
+    log.info("detect: %d weights projected, %d dense", len(sites), len(refusals))
+    for site in sites:
+        log.debug("detect: %s: %s, rank %d: %s", site.weight.name, site.choice.axis, site.rank, site.choice.why)
+    for refusal in refusals:
+        log.debug("detect: %s stays dense: %s", refusal.weight.name, refusal.reason)
+    return 0
+
+
+def _find(
+    gm: fx.GraphModule, weights: Sequence[WeightInput], num_fwd_outputs: int
+) -> tuple[tuple[Site, ...], tuple[Refusal, ...]]:
+    """The sites and the refusals of ``weights``."""
+    graph_inputs, values = interface(gm, num_fwd_outputs), outputs(gm)
     in_backward = depends_on(gm, is_tangent)
     found: dict[int, Site] = {}
     reasons: dict[int, str] = {}
     for weight in weights:
         try:
-            found[weight.position] = _site(weight, inputs[weight.position], slots[weight.position], in_backward)
+            position = weight.position
+            if position in graph_inputs.wrapped:
+                raise Refused("its gradient is a tensor subclass, as an input or a tangent is one")
+            slot = values[graph_inputs.slots[position]] if position in graph_inputs.slots else None
+            found[position] = _site(weight, graph_inputs.nodes.get(position), slot, in_backward)
         except Refused as refused:
             reasons[weight.position] = str(refused)
-    found = _drop_shared(found, reasons)
-    sites = costs.choose_axes(tuple(found.values()), selectable)
+    sites = costs.choose_axes(tuple(_mark_needed(found).values()), lambda site, dim: obstacle(site, dim) is None)
     for site in sites:
-        if not selectable(site.gradient, site.dim):
-            reasons[site.weight.position] = (
-                f"it is split into parts that read different activations, so axis={site.choice.axis!r} is not possible"
-            )
+        if why := obstacle(site, site.dim):
+            reasons[site.weight.position] = f"{why}, so axis={site.choice.axis!r} is not possible"
     sites = tuple(site for site in sites if site.weight.position not in reasons)
     refusals = tuple(Refusal(w, reasons[w.position]) for w in weights if w.position in reasons)
     return sites, refusals
 
 
-def input_positions(gm: fx.GraphModule) -> list[int]:
-    """For each primal, its position among the inputs of the Dynamo graph (-1 for inputs that AOTAutograd added)."""
-    nodes = primals(gm)
-    described: list[Any] = [node.meta.get("desc") for node in nodes]
-    if all(desc is None for desc in described):
-        return list(range(len(nodes)))
-    added = iter(range(-1, -len(nodes) - 1, -1))
-    return [desc.idx if type(desc).__name__ == "PlainAOTInput" else next(added) for desc in described]
-
-
-def _site(weight: WeightInput, node: fx.Node, slot: Any, in_backward: set[fx.Node]) -> Site:
+def _site(weight: WeightInput, node: fx.Node | None, slot: Any, in_backward: set[fx.Node]) -> Site:
     """The site of one weight.
 
     Raises:
@@ -78,6 +87,8 @@ def _site(weight: WeightInput, node: fx.Node, slot: Any, in_backward: set[fx.Nod
     """
     if weight.refusal is not None:
         raise Refused(weight.refusal)
+    if node is None:
+        raise Refused("it is a tensor subclass, which the compiler takes apart")
     shape = shape_of(node)
     if len(shape) != 2 or not all(isinstance(size, int) for size in shape):
         raise Refused(f"it has {len(shape)} dimensions; only matrices of fixed size can be projected")
@@ -97,50 +108,57 @@ def _site(weight: WeightInput, node: fx.Node, slot: Any, in_backward: set[fx.Nod
     return Site(weight, slot, gradient, frozenset(walk.chain), shape, out_dim, undecided, 0)
 
 
-def _drop_shared(found: dict[int, Site], reasons: dict[int, str]) -> dict[int, Site]:
-    """Refuse sites whose dense product is needed by somebody else, until none is left."""
+def _mark_needed(found: dict[int, Site]) -> dict[int, Site]:
+    """Note of each site whose full gradient somebody else reads what that is, until nothing more is found."""
     while True:
-        owned = {node for site in found.values() for node in site.chain}
-        shared = {
-            position: next(user for node in site.chain for user in node.users if not _own(user, owned, site, node))
-            for position, site in found.items()
-            if any(not _own(user, owned, site, node) for node in site.chain for user in node.users)
-        }
-        if not shared:
+        alone = [site for site in found.values() if site.needed is None]
+        owned = {node for site in alone for node in site.chain}
+        factors = {(p.matmul, factor) for site in alone for p in site.products for factor in p.matmul.all_input_nodes}
+        slots = collections.Counter(site.slot for site in alone)
+        marked = False
+        for position, site in found.items():
+            readers = (user for node in site.chain for user in node.users if not _own(user, node, owned, factors, slots))
+            if site.needed is None and (user := next(readers, None)) is not None:
+                what = "an output of the graph" if user.op == "output" else f"node {user.name} ({user.target})"
+                found[position], marked = dataclasses.replace(site, needed=what), True
+        if not marked:
             return found
-        for position, user in shared.items():
-            what = "an output of the graph" if user.op == "output" else f"node {user.name} ({user.target})"
-            reasons[position] = f"its gradient is also used elsewhere, by {what}"
-        found = {position: site for position, site in found.items() if position not in shared}
 
 
-def _own(user: fx.Node, owned: set[fx.Node], site: Site, node: fx.Node) -> bool:
-    """Whether a user of a chain node is part of a projected gradient itself, or the gradient slot of that site."""
+def _own(
+    user: fx.Node, node: fx.Node, owned: set[fx.Node], factors: set[tuple[fx.Node, fx.Node]], slots: Mapping[fx.Node, int]
+) -> bool:
+    """Whether what a user makes of a chain node is part of a gradient that is projected: not as a factor of another product."""
     if user.op == "output":
-        returned = user.args[0] if isinstance(user.args[0], (list, tuple)) else [user.args[0]]
-        return node is site.slot and sum(value is node for value in returned) == 1
-    return user in owned
+        return slots[node] == sum(value is node for value in _returned(user))
+    return user in owned and (user, node) not in factors
+
+
+def _returned(output: fx.Node) -> list[Any]:
+    values = output.args[0]
+    return list(values) if isinstance(values, (list, tuple)) else [values]
 
 
 def activations(site: Site) -> Any:
     """What is equal for sites whose columns are columns of the same activations, as `normalize` leaves them; None for others."""
     gradient = site.gradient
-    while isinstance(gradient, Cast):
+    while isinstance(gradient, (Cast, Scale)):
         gradient = gradient.inner
     if not isinstance(gradient, Product) or gradient.operand(site.dim).is_grad_out:
         return None
     return gradient.operand(site.dim)
 
 
-def selectable(gradient: Gradient, dim: int) -> bool:
-    """Whether rows along stored dimension ``dim`` can be computed without the others."""
-    if isinstance(gradient, Product):
-        return True
-    if isinstance(gradient, Cast):
-        return selectable(gradient.inner, dim)
-    if isinstance(gradient, Sum):
-        return all(selectable(term, dim) for term in gradient.terms)
-    if gradient.dim != dim:
-        return all(selectable(part, dim) for part in gradient.parts)
-    products = [part for part in gradient.parts if isinstance(part, Product)]
-    return len(products) == len(gradient.parts) and len({p.operand(1 - dim) for p in products}) == 1
+def obstacle(site: Site, dim: int) -> str | None:
+    """Why rows along stored dimension ``dim`` cannot be computed without the others; None if they can, or need not be."""
+    return None if site.needed is not None else _obstacle(site.gradient, dim, site.weight.config.projection)
+
+
+def _obstacle(gradient: Gradient, dim: int, projection: str) -> str | None:
+    if isinstance(gradient, Scale) and projection != "grass" and gradient.factor.dims[dim] is not None:
+        return f"it is scaled by a tensor, which projection={projection!r} would have to project too"
+    if isinstance(gradient, Concat) and gradient.dim == dim:
+        products = [part for part in gradient.parts if isinstance(part, Product)]
+        if len(products) != len(gradient.parts) or len({p.operand(1 - dim) for p in products}) != 1:
+            return "it is split into parts that read different activations"
+    return next((why for part in parts_of(gradient) if (why := _obstacle(part, dim, projection))), None)

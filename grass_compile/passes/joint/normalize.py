@@ -17,13 +17,22 @@ Contract: every output has the same value as before. The partitioner does the sa
 
 from __future__ import annotations
 
+import logging
+
 from torch import fx
 
 from ... import _torch
+from ..context import PassContext
+
+log = logging.getLogger(__name__)
 
 
-def normalize(gm: fx.GraphModule) -> int:
+def normalize(gm: fx.GraphModule, context: PassContext) -> int:
     """Simplify a joint graph in place.
+
+    Args:
+        gm: a joint graph.
+        context: not read.
 
     Returns:
         How many nodes were dropped.
@@ -31,4 +40,6 @@ def normalize(gm: fx.GraphModule) -> int:
     before = len(gm.graph.nodes)
     gm.graph.eliminate_dead_code()
     gm.graph = _torch.common_subexpressions(gm.graph)
-    return before - len(gm.graph.nodes)
+    if dropped := before - len(gm.graph.nodes):
+        log.info("normalize: dropped %d nodes", dropped)
+    return dropped

@@ -24,8 +24,8 @@ view. It checks no bounds: the index is ours, and always valid.
 With a dense projection, ``mm(grad_out, basis)`` or ``mm(x, basis)`` takes the gather's place, and everything else is the same.
 The basis ``f32[m, r]`` is an input (``galore``), or computed from the key right there (``gaussian``).
 
-On a refresh, `undo` takes the gathers out of a copy of the forward and of the backward graph again. What remains forms the full
-gradient; the output of the forward that held the gathered activations holds all of ``x``.
+On a refresh, `restore_full_grad` takes the gathers out of a copy of the forward and of the backward graph again. What remains
+forms the full gradient; the output of the forward that held the gathered activations holds all of ``x``.
 
 Contract: adds nodes only; the value made for a site equals ``slot[idx]`` (``slot[:, idx]``) up to rounding, in the slot's
 dtype. The dense product dies with its slot, which `lower_anchors` gives a new meaning.
@@ -34,19 +34,21 @@ dtype. The dense product dies with its slot, which `lower_anchors` gives a new m
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
-from typing import NamedTuple
+import logging
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
 from ... import ops
-from ...math.projection import basis_of
-from ..fx_utils import call, inline, propagate, provenance, shape_of, specs_of, trace
-from ..records import Cast, Gradient, Operand, Product, Site, Sum
+from ...math.projection import SELECTORS, basis_of
+from ..context import PassContext
+from ..fx_utils import call, inline, provenance, shape_of, specs_of, trace
+from ..records import Cast, Concat, Factor, Gradient, Operand, Padded, Product, Reordered, Scale, Site, parts_of
 
 aten = torch.ops.aten
 prims = torch.ops.prims
+log = logging.getLogger(__name__)
 
 
 SELECTION = "grass_compile_selection"
@@ -69,36 +71,41 @@ class Selection(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class Rows:
     """Which rows of a gradient to compute: those at ``index``, for the weight at ``position``, along stored dimension ``dim``;
-    with a dense projection, which ``rank`` sums of rows."""
+    with a dense projection, which ``rank`` sums of rows. ``maps`` say where the weight has the rows of the expression at hand,
+    the innermost first."""
 
     index: fx.Node
     position: int
     dim: int
     projection: str
     rank: int
+    maps: tuple[Padded | Reordered, ...] = ()
 
 
-def rewrite(
-    gm: fx.GraphModule, *, sites: tuple[Site, ...], index: Mapping[int, fx.Node], from_slot: bool = False
-) -> dict[int, fx.Node]:
+def rewrite(gm: fx.GraphModule, context: PassContext) -> int:
     """Insert the compact gradient of every site.
 
     Args:
         gm: the joint graph, changed in place.
-        sites: what `detect` found.
-        index: for each site's weight position, the placeholder that holds ``idx``, ``int64[r]``, the basis or the key.
-        from_slot: take the rows from the dense gradient instead of computing them alone (to debug the rewrite).
+        context: has the sites; gets for each weight position the compact gradient, ``[r, n]`` or ``[m, r]`` in stored
+            orientation. Where ``rewrite`` is disabled, the rows are taken from the dense gradient instead of being computed
+            alone (to debug the rewrite).
 
     Returns:
-        For each weight position, the compact gradient, ``[r, n]`` or ``[m, r]`` in stored orientation.
+        How many were inserted.
     """
-    compact = {}
-    for site in sites:
-        position = site.weight.position
-        rows = Rows(index[position], position, site.dim, site.weight.config.projection, site.rank)
+    inputs, leaders, from_slot = context.inputs, context.leaders, "rewrite" in context.disabled
+    for site in context.findings.sites:
+        position, config = site.weight.position, site.weight.config
+        index = inputs[leaders[position]][SELECTORS[config.projection]]
+        rows = Rows(index, position, site.dim, config.projection, site.rank)
         with provenance(gm, "rewrite", site.weight.name, site.slot), gm.graph.inserting_before(site.slot.next):
-            compact[position] = _from_slot(gm.graph, site, rows) if from_slot else _select(gm.graph, site.gradient, rows)
-    return compact
+            formed = from_slot or site.needed is not None
+            made = _from_slot(gm.graph, site, rows) if formed else _select(gm.graph, site.gradient, rows)
+        context.findings.compact[position] = made
+    if changes := len(context.findings.sites):
+        log.info("rewrite: %d weight gradients made compact", changes)
+    return changes
 
 
 def _from_slot(graph: fx.Graph, site: Site, rows: Rows) -> fx.Node:
@@ -113,51 +120,91 @@ def _from_slot(graph: fx.Graph, site: Site, rows: Rows) -> fx.Node:
     return chosen
 
 
-def undo(gm: fx.GraphModule, positions: Collection[int], changed: Collection[fx.Node] = ()) -> None:
-    """Form the full gradients of some weights again, in place.
-
-    Args:
-        gm: a copy of a forward or of a backward graph.
-        positions: of the weights.
-        changed: inputs whose values are others than when the graph was traced.
-    """
-    changed = {user for node in changed for user in node.users}
-    for node in list(gm.graph.nodes):
-        selection = node.meta.get(SELECTION)
-        if node.op != "call_function" or selection is None or selection.position not in positions:
-            continue
-        features = node.all_input_nodes[0]
-        if node.target is ops.gather and selection.length != shape_of(features)[1]:
-            with gm.graph.inserting_before(node):
-                end = selection.start + selection.length
-                features = call(gm.graph, aten.slice.Tensor, features, 1, selection.start, end)
-        changed.update(node.users)
-        node.replace_all_uses_with(features)
-        gm.graph.erase_node(node)
-    propagate(gm, changed)
-
-
 def _select(graph: fx.Graph, gradient: Gradient, rows: Rows) -> fx.Node:
     """These rows of ``gradient``."""
     dim = rows.dim
     if isinstance(gradient, Product):
         operand = gradient.operand(dim)
-        features = features_last(graph, operand, whole=True)
-        gathered = _gather(graph, features, rows, operand.start, operand.length)
+        if rows.maps:
+            gathered = _gather_mapped(graph, features_last(graph, operand), rows)
+        else:
+            gathered = _gather(graph, features_last(graph, operand, whole=True), rows, operand.start, operand.length)
         return _matmul(graph, gathered, features_last(graph, gradient.operand(1 - dim)), rows)
+    if isinstance(gradient, Concat) and gradient.dim == dim:
+        products = [part for part in gradient.parts if isinstance(part, Product)]
+        joined = call(graph, aten.cat.default, [features_last(graph, p.operand(dim)) for p in products], 1)
+        return _matmul(graph, _gather_mapped(graph, joined, rows), features_last(graph, products[0].operand(1 - dim)), rows)
+    if isinstance(gradient, (Padded, Reordered)) and gradient.dim == dim:
+        return _select(graph, gradient.inner, dataclasses.replace(rows, maps=(gradient, *rows.maps)))
+    parts = [_select(graph, part, rows) for part in parts_of(gradient)]
     if isinstance(gradient, Cast):
-        return call(graph, prims.convert_element_type.default, _select(graph, gradient.inner, rows), gradient.dtype)
-    if isinstance(gradient, Sum):
-        total, *rest = [_select(graph, term, rows) for term in gradient.terms]
-        for term in rest:
-            total = call(graph, aten.add.Tensor, total, term)
-        return total
-    if gradient.dim != dim:
-        return call(graph, aten.cat.default, [_select(graph, part, rows) for part in gradient.parts], gradient.dim)
-    products = [part for part in gradient.parts if isinstance(part, Product)]
-    joined = call(graph, aten.cat.default, [features_last(graph, p.operand(dim)) for p in products], 1)
-    gathered = _gather(graph, joined, rows, 0, shape_of(joined)[1])
-    return _matmul(graph, gathered, features_last(graph, products[0].operand(1 - dim)), rows)
+        return call(graph, prims.convert_element_type.default, parts[0], gradient.dtype)
+    if isinstance(gradient, Scale):
+        return call(graph, gradient.target, parts[0], *_factor(graph, gradient, rows))
+    if isinstance(gradient, (Padded, Reordered)):
+        return mapped(graph, parts[0], gradient, gradient.dim)
+    if isinstance(gradient, Concat):
+        return call(graph, aten.cat.default, parts, gradient.dim)
+    total, *rest = parts
+    for term in rest:
+        total = call(graph, aten.add.Tensor, total, term)
+    return total
+
+
+def _gather_mapped(graph: fx.Graph, features: fx.Node, rows: Rows) -> fx.Node:
+    """The selected ones of features that are first put where the weight has them."""
+    for place in rows.maps:
+        features = mapped(graph, features, place, 1)
+    return _gather(graph, features, rows, 0, shape_of(features)[1])
+
+
+def _factor(graph: fx.Graph, scale: Scale, rows: Rows) -> list[Any]:
+    """The factor of the selected rows, if there is one."""
+    factor = scale.factor
+    if factor.value is None:
+        return []
+    if factor.dims[rows.dim] is None:
+        return [factor.value if factor.dims[1 - rows.dim] is None else as_matrix(graph, factor)]
+    value = as_matrix(graph, factor)
+    for place in rows.maps:
+        value = mapped(graph, value, place, rows.dim, fill=1)  # what it scales there is zero; nothing is divided by zero
+    chosen = call(graph, aten.index.Tensor, value, [None, rows.index] if rows.dim else [rows.index])
+    chosen.meta[SELECTION] = Selection(rows.position, 0, shape_of(value)[rows.dim])
+    return [chosen]
+
+
+def as_matrix(graph: fx.Graph, factor: Factor) -> fx.Node:
+    """A factor as a matrix in stored orientation; it has a single row or column where they are all the same."""
+    node: fx.Node = factor.value
+    kept = [dim for dim in factor.dims if dim is not None]
+    others = [dim for dim in range(len(shape_of(node))) if dim not in kept]
+    shape = [1 if dim is None else shape_of(node)[dim] for dim in factor.dims]
+    if [*others, *kept] != list(range(len(shape_of(node)))):
+        node = call(graph, aten.permute.default, node, [*others, *kept])
+    node = call(graph, aten.reshape.default, node, shape)
+    for dim in (0, 1):
+        start, length = factor.starts[dim], factor.lengths[dim]
+        if factor.dims[dim] is not None and length != shape[dim]:
+            node = call(graph, aten.slice.Tensor, node, dim, start, start + length)
+    return node
+
+
+def mapped(graph: fx.Graph, value: fx.Node, place: Padded | Reordered, dim: int, fill: float = 0) -> fx.Node:
+    """A matrix whose rows (columns for ``dim`` 1) are put where ``place`` says, with ``fill`` between them."""
+    if dim == 0:
+        turned = call(graph, aten.permute.default, value, [1, 0])
+        return call(graph, aten.permute.default, mapped(graph, turned, place, 1, fill), [1, 0])
+    if isinstance(place, Reordered):
+        split = call(graph, aten.reshape.default, value, [-1, *place.sizes])
+        ordered = call(graph, aten.permute.default, split, [0, *(1 + number for number in place.order)])
+        return call(graph, aten.reshape.default, ordered, [-1, shape_of(value)[1]])
+    length = shape_of(value)[1]
+    if place.step > 1:
+        apart = call(
+            graph, aten.constant_pad_nd.default, call(graph, aten.unsqueeze.default, value, 2), [0, place.step - 1], fill
+        )
+        value, length = call(graph, aten.reshape.default, apart, [-1, length * place.step]), length * place.step
+    return call(graph, aten.constant_pad_nd.default, value, [place.start, place.size - place.start - length], fill)
 
 
 def _gather(graph: fx.Graph, features: fx.Node, rows: Rows, start: int, length: int) -> fx.Node:
@@ -198,7 +245,7 @@ def features_last(graph: fx.Graph, operand: Operand, whole: bool = False) -> fx.
     if operand.dims != tuple(range(len(operand.dims))):
         node = call(graph, aten.permute.default, node, list(operand.dims))
     features = shape_of(node)[-1]
-    if len(shape_of(node)) > 2:
+    if len(shape_of(node)) != 2:
         node = call(graph, aten.reshape.default, node, [-1, features])
     if not whole and operand.length != features:
         node = call(graph, aten.slice.Tensor, node, 1, operand.start, operand.start + operand.length)

@@ -14,20 +14,19 @@ Columns, ``scores="estimate"``::
     scores: f32[n] = grass_compile.energy(x, due)                                   <- in the forward, saved
 
 Contract: adds nodes only. What ``estimate`` adds obeys ``due`` and stays in every step's graph; the sample that a forward keeps
-takes memory, so `forget` takes it out of a copy for steps that do not choose.
+takes memory, so `forget_samples` takes it out of a copy for steps that do not choose.
 """
 
 from __future__ import annotations
-
-from collections.abc import Collection, Mapping
 
 import torch
 from torch import fx
 
 from ...ops import scores as ops
-from ..fx_utils import call, output_node, propagate, provenance
-from ..records import Cast, Concat, Gradient, Operand, Product, Site, Sum
-from .rewrite import features_last
+from ..context import PassContext
+from ..fx_utils import call, output_node, propagate, provenance, shape_of
+from ..records import Concat, Gradient, Operand, Padded, Product, Reordered, Scale, Site, parts_of
+from .rewrite import as_matrix, features_last, mapped
 
 aten = torch.ops.aten
 
@@ -41,28 +40,21 @@ Readers = dict[Operand, set[int]]
 """Which weights score by a sample of one operand."""
 
 
-def score(
-    gm: fx.GraphModule,
-    *,
-    sites: tuple[Site, ...],
-    inputs: Mapping[int, Mapping[str, fx.Node]],
-    leaders: Mapping[int, int],
-) -> dict[int, fx.Node]:
+def score(gm: fx.GraphModule, context: PassContext) -> int:
     """Insert the energies of the rows of every site that asks for them.
 
     Args:
         gm: the joint graph, changed in place.
-        sites: what `detect` found.
-        inputs: for each site's weight position, the placeholders of its hyper-parameters and state.
-        leaders: for each site's weight position, that of the weight whose rows it takes.
+        context: has the sites; gets for each such weight position the energies, ``[m]`` along the indexed dimension. Weights
+            with the same leader have their sum.
 
     Returns:
-        For each such weight position, the energies, ``[m]`` along the indexed dimension; weights with the same leader have their
-        sum.
+        How many weights are scored.
     """
+    inputs, leaders = context.inputs, context.leaders
     found: dict[int, fx.Node] = {}
     readers: Readers = {}
-    for site in sites:
+    for site in context.findings.sites:
         if site.weight.config.scores != "exact":
             position = site.weight.position
             with provenance(gm, "score", site.weight.name, site.slot), gm.graph.inserting_before(site.slot.next):
@@ -74,25 +66,33 @@ def score(
         total = totals.get(leaders[position])
         with gm.graph.inserting_before(output_node(gm)):
             totals[leaders[position]] = energy if total is None else call(gm.graph, aten.add.Tensor, total, energy)
-    return {position: totals[leaders[position]] for position in found}
+    context.findings.energy.update({position: totals[leaders[position]] for position in found})
+    return len(found)
 
 
-def forget(gm: fx.GraphModule, positions: Collection[int]) -> None:
-    """Sample nothing for the scores of some weights, in place.
+def forget_samples(gm: fx.GraphModule, context: PassContext) -> int:
+    """Sample nothing for the scores of weights that choose no rows in this step.
 
     Args:
-        gm: a copy of a forward graph.
-        positions: of weights that choose no rows in this step.
+        gm: a copy of a forward graph, changed in place.
+        context: says which weights choose.
+
+    Returns:
+        How many samples were taken out.
     """
+    resting = {p.position for p, new in zip(context.planned.projections, context.refresh, strict=True) if not new}
     changed: set[fx.Node] = set()
+    changes = 0
     for node in list(gm.graph.nodes):
-        if SAMPLED in node.meta and node.meta[SAMPLED] <= set(positions):
+        if SAMPLED in node.meta and node.meta[SAMPLED] <= resting:
             changed.update(node.users)
             with gm.graph.inserting_before(node):
-                empty = call(gm.graph, aten.new_empty.default, node.args[0], [0] * node.meta["val"].dim())
+                empty = call(gm.graph, aten.new_empty.default, node.args[0], [0, shape_of(node)[1]])
             node.replace_all_uses_with(empty)
             gm.graph.erase_node(node)
+            changes += 1
     propagate(gm, changed)
+    return changes
 
 
 Numbers = tuple[fx.Node, fx.Node | None]
@@ -102,18 +102,35 @@ Numbers = tuple[fx.Node, fx.Node | None]
 def _energy(graph: fx.Graph, site: Site, gradient: Gradient, numbers: Numbers, readers: Readers) -> fx.Node:
     """The energies of the rows of ``gradient``; of a sum, those of the terms, whose common part is left out."""
     dim = site.dim
-    if isinstance(gradient, Cast):
-        return _energy(graph, site, gradient.inner, numbers, readers)
     if isinstance(gradient, Product):
         return _product(graph, site, gradient, numbers, readers)
-    parts = gradient.terms if isinstance(gradient, Sum) else gradient.parts
-    energies = [_energy(graph, site, part, numbers, readers) for part in parts]
+    energies = [_energy(graph, site, part, numbers, readers) for part in parts_of(gradient)]
+    if isinstance(gradient, Scale):
+        return _scaled(graph, energies[0], gradient, dim)
+    if isinstance(gradient, (Padded, Reordered)):
+        if gradient.dim != dim:
+            return energies[0]
+        row = call(graph, aten.unsqueeze.default, energies[0], 0)
+        return call(graph, aten.squeeze.dim, mapped(graph, row, gradient, 1), 0)
     if isinstance(gradient, Concat) and gradient.dim == dim:
         return call(graph, aten.cat.default, energies, 0)
     total, *rest = energies
     for energy in rest:
         total = call(graph, aten.add.Tensor, total, energy)
     return total
+
+
+def _scaled(graph: fx.Graph, energy: fx.Node, scale: Scale, dim: int) -> fx.Node:
+    """The energies of scaled rows: exact for a factor of each row, and by the mean square of the factors within a row."""
+    factor = scale.factor
+    if factor.value is None:
+        return energy
+    value = factor.value
+    if isinstance(value, fx.Node) and factor.dims != (None, None):
+        matrix = as_matrix(graph, factor)
+        square = call(graph, aten.mean.dim, call(graph, aten.mul.Tensor, matrix, matrix), [1 - dim])
+        return call(graph, scale.target, energy, square)
+    return call(graph, scale.target, call(graph, scale.target, energy, value), value)
 
 
 def _product(graph: fx.Graph, site: Site, product: Product, numbers: Numbers, readers: Readers) -> fx.Node:

@@ -1,26 +1,28 @@
 """The walk from a weight's gradient slot back to the matrix products of ``dY`` and ``X`` that make it.
 
-One method per kind of operator on the way: permutes and reshapes move the weight's rows and columns about, casts and sums are
-kept as expressions, slices and concatenations cut a window, and a matmul ends the walk.
+One method per kind of operator on the way: permutes and reshapes move the weight's rows and columns about, casts, sums, scales
+and what puts rows elsewhere are kept as expressions, slices and concatenations cut a window. A matmul ends the walk, or the
+multiplication of a column by a row that a matmul over a single token is decomposed into.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx
 
 from ..fx_utils import shape_of
-from ..records import Cast, Concat, Gradient, Operand, Product, Sum
+from ..records import Cast, Concat, Factor, Gradient, Operand, Padded, Product, Reordered, Scale, Sum
+from .reasons import EMBEDDING, PADDED, TIED, Refused, reason
+from .shapes import PERMUTES, Dims, aligned, arguments, extent, is_one, is_same, peel, permutation
 
 aten = torch.ops.aten
 prims = torch.ops.prims
 
-PERMUTES = (aten.permute.default, aten.t.default, aten.transpose.int)
 RESHAPES = (
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default,
     aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
@@ -28,25 +30,8 @@ RESHAPES = (
 ALIASES = (aten.alias.default, aten.clone.default, aten.detach.default)
 CASTS = (prims.convert_element_type.default, aten._to_copy.default)
 SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
-
-EMBEDDING = "it is an embedding table: its gradient is a scatter over tokens, not a matrix product"
-TIED = "it is also used as an embedding table (tied weights), so its gradient is not a matrix product alone"
-REASONS: dict[str, str] = {
-    "embedding_dense_backward": EMBEDDING,
-    "index_put": EMBEDDING,
-    "_unsafe_index_put": EMBEDDING,
-    "_unsafe_masked_index_put_accumulate": EMBEDDING,
-    "convolution_backward": "it is the weight of a convolution; only matrix products can be projected",
-    "slice_scatter": "only a slice of it is used, so its gradient is padded with zeros",
-    "constant_pad_nd": "only a slice of it is used, so its gradient is padded with zeros",
-}
-
-
-class Refused(Exception):
-    """Raised inside the walk with the reason why a gradient is not understood; caught by `detect`."""
-
-
-Dims: TypeAlias = "tuple[int, ...]"
+SCALES = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.neg.default)
+ZEROS = (aten.full.default, aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default, aten.full_like.default)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +62,16 @@ class Frame:
             raise Refused("a part of a head or of a batch of it is cut out or joined")
         return self.dims.index((dim,))
 
+    def covers(self, dim: int, size: Any) -> bool:
+        """Whether the weight has all ``size`` indices of a node along stored dimension ``dim``."""
+        return self.starts[dim] == 0 and is_same(self.lengths[dim], size)
+
+    def resized(self, dim: int, length: int) -> Frame:
+        """The same window with another length along stored dimension ``dim``."""
+        lengths = list(self.lengths)
+        lengths[dim] = length
+        return dataclasses.replace(self, lengths=(lengths[0], lengths[1]))
+
     def shifted(self, dim: int, start: int) -> Frame:
         """The window in a tensor of which the present one is a slice along ``dim`` from ``start``."""
         starts = list(self.starts)
@@ -101,7 +96,7 @@ class Walk:
             raise Refused("its gradient is an input of the graph or a constant")
         handler = self._handler(node.target)
         if handler is None:
-            raise Refused(_reason(node))
+            raise Refused(reason(node))
         self.chain.add(node)
         return handler(node, frame)
 
@@ -118,6 +113,8 @@ class Walk:
             ((aten.mm.default, aten.bmm.default), self._product),
             ((aten.addmm.default,), self._addmm),
             ((aten.sum.dim_IntList,), self._sum_over_batch),
+            (SCALES, self._scale),
+            ((aten.slice_scatter.default,), self._padded),
         ):
             if target in targets:
                 return handler
@@ -128,24 +125,32 @@ class Walk:
         return self.parse(node.args[0], frame.moved(lambda dims: tuple(order[dim] for dim in dims)))
 
     def _reshape(self, node: fx.Node, frame: Frame) -> Gradient:
-        """Dimensions may be split and merged, as long as rows stay rows and columns stay columns."""
-        source = node.args[0]
+        """Dimensions may be split, merged and reordered, as long as rows stay rows and columns stay columns."""
+        source, shape = node.args[0], shape_of(node)
         assert isinstance(source, fx.Node)
-        blocks = aligned(shape_of(node), shape_of(source))
-
-        def where(dims: Dims) -> Dims:
-            mine = [(new, old) for new, old in blocks if set(new) <= set(dims)]
-            if tuple(dim for new, _ in mine for dim in new) != tuple(d for d in dims if not _is_one(shape_of(node)[d])):
+        blocks = aligned(shape, shape_of(source))
+        dims: list[Dims] = []
+        reordered: list[tuple[int, Dims, Dims]] = []
+        for stored in (0, 1):
+            asked = tuple(dim for dim in frame.dims[stored] if not is_one(shape[dim]))
+            mine = [(new, old) for new, old in blocks if set(new) <= set(asked)]
+            found = tuple(dim for new, _ in mine for dim in new)
+            if set(found) != set(asked):
                 raise Refused("its gradient is reshaped in a way that mixes rows and columns")
-            return tuple(dim for _, old in mine for dim in old)
-
-        return self.parse(source, frame.moved(where))
+            if found != asked:  # heads innermost
+                sizes = tuple(shape[dim] for dim in found)
+                reordered.append((stored, sizes, tuple(found.index(dim) for dim in asked)))
+            dims.append(tuple(dim for _, old in mine for dim in old))
+        gradient = self.parse(source, dataclasses.replace(frame, dims=(dims[0], dims[1])))
+        for stored, sizes, order in reordered:
+            gradient = Reordered(gradient, stored, sizes, order)
+        return gradient
 
     def _cast(self, node: fx.Node, frame: Frame) -> Gradient:
         return Cast(self.parse(node.args[0], frame), node.meta["val"].dtype)
 
     def _slice(self, node: fx.Node, frame: Frame) -> Gradient:
-        source, dim, start, _, step = (*_arguments(node), None, None, None, None)[:5]
+        source, dim, start, _, step = (*arguments(node), None, None, None, None)[:5]
         assert isinstance(source, fx.Node)
         dim, start = int(dim or 0), start or 0
         if step not in (None, 1) or not isinstance(start, int):
@@ -156,8 +161,8 @@ class Walk:
     def _split_part(self, node: fx.Node, frame: Frame) -> Gradient:
         split, part = node.args
         if not isinstance(split, fx.Node) or split.target not in SPLITS:
-            raise Refused(_reason(split if isinstance(split, fx.Node) else node))
-        source, sizes, dim = (*_arguments(split), 0)[:3]
+            raise Refused(reason(split if isinstance(split, fx.Node) else node))
+        source, sizes, dim = (*arguments(split), 0)[:3]
         assert isinstance(source, fx.Node) and isinstance(part, int)
         start = part * sizes if isinstance(sizes, int) else sum(sizes[:part])
         if not isinstance(start, int):
@@ -166,23 +171,47 @@ class Walk:
         return self.parse(source, frame.shifted(int(dim) % len(shape_of(source)), start))
 
     def _concat(self, node: fx.Node, frame: Frame) -> Gradient:
-        parts, dim = (*_arguments(node), 0)[:2]
+        parts, dim = (*arguments(node), 0)[:2]
         dim = int(dim) % len(shape_of(node))
         stored = frame.stored(dim)
-        if frame.starts[stored] != 0 or frame.lengths[stored] != shape_of(node)[dim]:
+        if not frame.covers(stored, shape_of(node)[dim]):
             raise Refused("its gradient is a part of a concatenation")
-        found = []
-        for part in parts:
-            lengths = list(frame.lengths)
-            lengths[stored] = shape_of(part)[dim]
-            found.append(self.parse(part, dataclasses.replace(frame, lengths=(lengths[0], lengths[1]))))
-        return Concat(tuple(found), stored)
+        return Concat(tuple(self.parse(part, frame.resized(stored, shape_of(part)[dim])) for part in parts), stored)
+
+    def _padded(self, node: fx.Node, frame: Frame) -> Gradient:
+        """``slice_scatter(zeros, part, dim, start, end, step)``: the gradient of a slice of the weight."""
+        zeros, part, dim, start, _, step = (*arguments(node), 0, None, None, 1)[:6]
+        size = shape_of(node)[dim]
+        stored, start, step = frame.stored(int(dim) % len(shape_of(node))), start or 0, 1 if step is None else step
+        if not (_is_zero(zeros) and isinstance(start, int) and isinstance(size, int) and frame.covers(stored, size)):
+            raise Refused(PADDED)
+        start = start + size if start < 0 else start
+        return Padded(self.parse(part, frame.resized(stored, shape_of(part)[dim])), stored, start, step, size)
+
+    def _scale(self, node: fx.Node, frame: Frame) -> Gradient:
+        """A factor beside the gradient, be it a number or a tensor; or, of a column and a row, the gradient itself."""
+        left, right = (*arguments(node), None)[:2]
+        if product := self._outer(node, node, frame, ()):
+            return product
+        candidates = [(left, right)] if node.target not in (aten.mul.Tensor, aten.mul.Scalar) else [(left, right), (right, left)]
+        sources = [(inner, factor) for inner, factor in candidates if isinstance(inner, fx.Node)]
+        sources = [(inner, factor) for inner, factor in sources if shape_of(inner) == shape_of(node)] or sources[:1]
+        sources.sort(key=lambda pair: pair[0] not in self.in_backward)
+        reasons: list[str] = []
+        for inner, factor in sources:
+            known = set(self.chain)
+            try:
+                return Scale(self.parse(inner, frame), node.target, _factor(node, factor, frame))
+            except Refused as refused:
+                self.chain = known
+                reasons.append(str(refused))
+        raise Refused(reasons[0] if reasons else reason(node))
 
     def _add(self, node: fx.Node, frame: Frame) -> Gradient:
         if node.kwargs.get("alpha", 1) != 1:
             raise Refused("its gradient is a weighted sum")
         terms, reasons = [], []
-        for term in _arguments(node):
+        for term in arguments(node):
             if isinstance(term, fx.Node) and shape_of(term) != shape_of(node):
                 raise Refused("its gradient is a sum of tensors of different shapes")
             try:
@@ -203,97 +232,78 @@ class Walk:
 
     def _sum_over_batch(self, node: fx.Node, frame: Frame) -> Gradient:
         """``sum(bmm(dY^T, X), 0)``: one product over all tokens of all batches."""
-        source, dims, keepdim = (*_arguments(node), False)[:3]
-        if not isinstance(source, fx.Node) or source.target is not aten.bmm.default or list(dims) != [0]:
-            raise Refused("its gradient is a sum that is not over the batch of a bmm")
-        self.chain.add(source)
-        inner = frame if keepdim else frame.moved(lambda dims: tuple(dim + 1 for dim in dims))
-        return self._operands(source, source.args[0], source.args[1], inner)
+        source, dims, keepdim = (*arguments(node), False)[:3]
+        if isinstance(source, fx.Node) and list(dims) == [0]:
+            inner = frame if keepdim else frame.moved(lambda dims: tuple(dim + 1 for dim in dims))
+            if source.target is aten.bmm.default:
+                self.chain.add(source)
+                return self._operands(source, source.args[0], source.args[1], inner)
+            if source.target is aten.mul.Tensor and (product := self._outer(source, source, inner, (0,))):
+                self.chain.add(source)
+                return product
+        raise Refused("its gradient is a sum that is not over the batch of a bmm")
 
     def _product(self, node: fx.Node, frame: Frame) -> Gradient:
-        if node.target is aten.bmm.default and not _is_one(shape_of(node)[0]):
+        if node.target is aten.bmm.default and not is_one(shape_of(node)[0]):
             raise Refused("its gradient is a batch of products (one matrix per batch entry)")
         return self._operands(node, node.args[0], node.args[1], frame)
+
+    def _outer(self, node: fx.Node, matmul: fx.Node, frame: Frame, tokens: Dims) -> Product | None:
+        """``mul(column, row)``, summed over ``tokens`` afterwards: what a matmul over a single token is decomposed into. None if
+        the multiplication is another one."""
+        shape, factors = shape_of(node), arguments(node)
+        rank = len(shape)
+        if node.target is not aten.mul.Tensor or any(len(dims) != 1 for dims in frame.dims):
+            return None
+        own = frame.dims[0][0], frame.dims[1][0]
+        if any(dim not in (*own, *tokens) and not is_one(size) for dim, size in enumerate(shape)):
+            return None
+        for pair in (factors, factors[::-1]):
+            if not all(isinstance(factor, fx.Node) for factor in pair):
+                return None
+            other = is_one(extent(pair[0], own[1], rank)) and is_one(extent(pair[1], own[0], rank))
+            if other and all(
+                is_same(extent(x, dim, rank), shape[dim]) for x, d in zip(pair, own, strict=True) for dim in (d, *tokens)
+            ):
+                return Product(matmul, *(self._operand(pair[stored], own[stored], rank, frame, stored) for stored in (0, 1)))
+        return None
+
+    def _operand(self, node: fx.Node, features: int, rank: int, frame: Frame, stored: int) -> Operand:
+        """A factor that is broadcast to ``rank`` dimensions, of which ``features`` is stored dimension ``stored``."""
+        missing = rank - len(shape_of(node))
+        tokens = tuple(dim - missing for dim in range(missing, rank) if dim != features)
+        source, dims = peel(node, (*tokens, features - missing))
+        return Operand(source, dims, frame.starts[stored], frame.lengths[stored], node in self.in_backward)
 
     def _operands(self, matmul: fx.Node, left: Any, right: Any, frame: Frame) -> Product:
         """Assign the two factors of ``matmul`` to the stored dimensions."""
         rank = len(shape_of(matmul))
         if sorted(frame.dims) != [(rank - 2,), (rank - 1,)]:
             raise Refused("its gradient mixes a batch, rows and columns")
-        factors: dict[Dims, tuple[Any, int]] = {(rank - 2,): (left, rank - 2), (rank - 1,): (right, rank - 1)}
-        operands = []
-        for stored in (0, 1):
-            node, features = factors[frame.dims[stored]]
-            tokens = tuple(dim for dim in range(rank) if dim != features)
-            node, dims = _peel(node, (*tokens, features))
-            start, length = frame.starts[stored], frame.lengths[stored]
-            operands.append(Operand(node, dims, start, length, node in self.in_backward))
-        return Product(matmul, operands[0], operands[1])
+        factors = {rank - 2: left, rank - 1: right}
+        own = frame.dims[0][0], frame.dims[1][0]
+        return Product(matmul, *(self._operand(factors[own[stored]], own[stored], rank, frame, stored) for stored in (0, 1)))
 
 
-def aligned(new: Sequence[Any], old: Sequence[Any]) -> list[tuple[Dims, Dims]]:
-    """Split two shapes of one reshape into the smallest blocks of consecutive dimensions with equal products.
+def _is_zero(node: Any) -> bool:
+    """Whether a node is a tensor of zeros."""
+    if not isinstance(node, fx.Node) or node.target not in ZEROS:
+        return False
+    return not node.target.__name__.startswith("full") or arguments(node)[1] == 0
 
-    Dimensions of size 1 belong to no block. Symbolic sizes match only themselves.
+
+def _factor(node: fx.Node, factor: Any, frame: Frame) -> Factor:
+    """What a gradient is multiplied or divided by, seen in the weight's stored dimensions.
 
     Raises:
-        Refused: the shapes do not align.
+        Refused: it differs along a dimension that is only a part of a stored one.
     """
-    left, right = ([dim for dim, size in enumerate(shape) if not _is_one(size)] for shape in (new, old))
-    blocks: list[tuple[Dims, Dims]] = []
-    while left or right:
-        mine, theirs = left[:1], right[:1]
-        a, b = (shape[dims[0]] if dims else 1 for shape, dims in ((new, mine), (old, theirs)))
-        while a is not b and not (isinstance(a, int) and isinstance(b, int) and a == b):
-            if not (isinstance(a, int) and isinstance(b, int)) or max(len(mine), len(theirs)) > len(new) + len(old):
-                raise Refused("its gradient is reshaped along a dynamic dimension")
-            if a < b and len(mine) < len(left):
-                mine = left[: len(mine) + 1]
-                a *= new[mine[-1]]
-            elif b < a and len(theirs) < len(right):
-                theirs = right[: len(theirs) + 1]
-                b *= old[theirs[-1]]
-            else:
-                raise Refused("its gradient is reshaped in a way that mixes rows and columns")
-        blocks.append((tuple(mine), tuple(theirs)))
-        left, right = left[len(mine) :], right[len(theirs) :]
-    return blocks
-
-
-def _peel(node: fx.Node, dims: Dims) -> tuple[fx.Node, Dims]:
-    """Look through permutations, so that ``dims`` orders the source's dimensions as tokens, then features."""
-    while node.op == "call_function" and node.target in PERMUTES:
-        order = permutation(node)
-        node, dims = _arguments(node)[0], tuple(order[dim] for dim in dims)
-    return node, dims
-
-
-def permutation(node: fx.Node) -> list[int]:
-    """The order of source dimensions that a permute, t or transpose node gives."""
-    rank = len(shape_of(node))
-    _, *dims = _arguments(node)
-    if node.target is aten.permute.default:
-        return [int(dim) % rank for dim in dims[0]]
-    order = list(range(rank))
-    first, second = (0, rank - 1) if node.target is aten.t.default else (int(dim) % rank for dim in dims)
-    order[first], order[second] = order[second], order[first]
-    return order
-
-
-def _arguments(node: fx.Node) -> tuple[Any, ...]:
-    """The positional arguments of a node, whose kinds the operator's schema fixes."""
-    return node.args
-
-
-def _is_one(size: Any) -> bool:
-    """Whether a size is 1, without a guard on symbolic sizes (a symbolic size is taken as not 1)."""
-    return isinstance(size, int) and size == 1
-
-
-def _reason(node: fx.Node) -> str:
-    """The sentence for an operator that ends the walk."""
-    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
-        return _reason(node.args[0])
-    name = getattr(node.target, "overloadpacket", node.target)
-    name = getattr(name, "__name__", str(name))
-    return REASONS.get(name, f"its gradient is computed by {node.target}, not by a matrix product")
+    if not isinstance(factor, fx.Node):
+        return Factor(factor)
+    rank, dims = len(shape_of(node)), []
+    for stored in (0, 1):
+        varied = [dim for dim in frame.dims[stored] if not is_one(extent(factor, dim, rank))]
+        if varied and len(frame.dims[stored]) > 1:
+            raise Refused("its gradient is scaled by a tensor that has a dimension for the heads")
+        dims.append(varied[0] - rank + len(shape_of(factor)) if varied else None)
+    return Factor(factor, (dims[0], dims[1]), frame.starts, frame.lengths)
