@@ -213,7 +213,7 @@ class BackendOptions:
 
     @property
     def passes_key(self) -> str:
-        """What stands for the user's passes in the keys of compile caches."""
+        """The part of the keys of compile caches that stands for the user's passes."""
         return ";".join(source_key(pass_) for pass_ in (*self.joint_passes, *self.backward_passes))
 
     @classmethod
