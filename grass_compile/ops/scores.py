@@ -36,7 +36,7 @@ DUE = torch.tensor(False, device="cpu"), torch.tensor(True, device="cpu")
 """The two values of ``due``, on the host, so that nobody waits for a device to learn it."""
 
 BRANCHES = (torch.Tag.cudagraph_unsafe,)
-"""Of an operator that asks ``due``: a CUDA graph would repeat whatever it did when it was recorded."""
+"""The tags of an operator that asks ``due``: a CUDA graph would repeat whatever it did when it was recorded."""
 
 library.define("sample(Tensor features, int stride, int group=0) -> Tensor")
 library.define("energy(Tensor features, Tensor due) -> Tensor", tags=BRANCHES)

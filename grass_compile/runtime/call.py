@@ -242,7 +242,7 @@ def expected(records: Sequence[ProjectedParameter], refresh: tuple[bool, ...], c
 
 
 def _action(record: ProjectedParameter, step: bool, refresh: bool, clip: bool) -> Action:
-    """What to do with one gradient, given whether its weight may move and whether all gradients are clipped on the way."""
+    """The action for one gradient, given whether its weight may move and whether all gradients are clipped on the way."""
     if step and (clip or manager_of(record).max_norm is None):
         return "step"
     return "choose" if refresh and not record.waits else "keep"
