@@ -1,4 +1,4 @@
-"""What our operators need of Inductor to be lowered: beside `grass_compile._torch` the only file that knows private torch names.
+"""The parts of Inductor that lower our operators: beside `grass_compile._torch` the only file that knows private torch names.
 
 Inductor is imported when the first lowering is registered, which is at import: it costs nothing that ``torch.compile`` does not
 pay anyway.
@@ -66,7 +66,7 @@ def lower_as_write(op: Any) -> None:
 
 
 def ops() -> Any:
-    """The operations on single elements, of which the body of a loop is made."""
+    """The operations on single elements that make up the body of a loop."""
     return virtual_ops
 
 

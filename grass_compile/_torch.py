@@ -1,4 +1,4 @@
-"""The importer of private torch names, beside `grass_compile._inductor`. What differs between torch versions is settled here.
+"""The importer of private torch names, beside `grass_compile._inductor`. Differences between torch versions are settled here.
 
 Nothing of ours is imported, so that any module may use this one.
 """
@@ -226,7 +226,7 @@ def kept_buffers(original: fx.GraphModule, finished: fx.GraphModule) -> Iterator
 
 
 class Halves(Protocol):
-    """What compiles the two halves of a joint graph; see `grass_compile.backend.lazy.CompiledPair`."""
+    """The compilers of the two halves of a joint graph; see `grass_compile.backend.lazy.CompiledPair`."""
 
     @property
     def forward(self) -> Any: ...
@@ -399,7 +399,7 @@ def strip_dynamo_prefix(name: str) -> str:
 
 
 def run_as_is(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-    """What a ``__torch_function__`` does with a function that it has no answer for: results keep their own class."""
+    """The default of a ``__torch_function__`` that has no answer of its own: results keep their own class."""
     return torch._C._disabled_torch_function_impl(func, types, args, kwargs)
 
 

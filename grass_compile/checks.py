@@ -65,8 +65,8 @@ def matching(name: str, patterns: Iterable[str]) -> str | None:
 
 
 def name_patterns(what: str, value: Any) -> tuple[str, ...]:
-    """Return ``value`` as a tuple if it is a list of name patterns; a string, whose letters would each be one, is refused, and
-    so is what can be read but once."""
+    """Return ``value`` as a tuple if it is a list of name patterns. A string is refused, since each letter would be a pattern,
+    and so is an iterator, which can be read only once."""
     patterns = tuple(value) if isinstance(value, Iterable) and not isinstance(value, (str, Iterator)) else (None,)
     if not all(isinstance(pattern, str) for pattern in patterns):
         raise ConfigError(f"{what} must be a list of name patterns such as ['*lm_head*'], got {value!r}.")

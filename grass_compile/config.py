@@ -26,7 +26,7 @@ MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagrap
 
 @dataclasses.dataclass(frozen=True)
 class SiteConfig:
-    """What the optimizer asks of one weight. Hashable: part of the key of what is compiled.
+    """The optimizer's request for one weight. Hashable: part of the key of compiled graphs.
 
     Attributes:
         rank: number of rows (columns) that move at a time; a float is a fraction of the weight's size along the axis.
@@ -65,7 +65,7 @@ class SiteConfig:
 
     @property
     def chosen_by(self) -> str:
-        """What a refresh makes of the full gradient: a selection of rows, or ``galore``."""
+        """The use that a refresh makes of the full gradient: a selection of rows, or ``galore``."""
         return self.selection if self.projection == "grass" else self.projection
 
     @property
@@ -111,7 +111,7 @@ class GroupOptions:
         return self.scores == "estimate"
 
     def site(self, axis: AxisChoice, decays: bool, rule: Any) -> SiteConfig:
-        """What these keywords ask of one weight; ``rank`` must not be None."""
+        """The request of these keywords for one weight; ``rank`` must not be None."""
         assert self.rank is not None
         common = {field.name for field in dataclasses.fields(SiteConfig)} & {field.name for field in dataclasses.fields(self)}
         asked = {name: getattr(self, name) for name in common if name != "axis"}
@@ -153,7 +153,7 @@ def _check_scores(values: Mapping[str, Any]) -> None:
     """
     if values["scores"] != "exact" and values["selection"] == "uniform":
         raise ConfigError(
-            f"scores={values['scores']!r} is what selection='top' and 'norm' go by; selection='uniform' looks at none. Leave "
+            f"scores={values['scores']!r} is for selection='top' and 'norm'; selection='uniform' looks at no scores. Leave "
             "scores out, or name one of these selections."
         )
     if values["share_index"] and values["scores"] == "exact" and values["selection"] != "uniform":
@@ -164,7 +164,7 @@ def _check_scores(values: Mapping[str, Any]) -> None:
 
 
 def _check_dense_projection(values: Mapping[str, Any]) -> None:
-    """Refuse keywords that are about selected rows, of which a dense projection has none.
+    """Refuse keywords about selected rows, which a dense projection does not have.
 
     Raises:
         ConfigError: naming the keyword.
@@ -213,7 +213,7 @@ class BackendOptions:
 
     @property
     def passes_key(self) -> str:
-        """What stands for the user's passes in the keys of compile caches."""
+        """The part of the keys of compile caches that stands for the user's passes."""
         return ";".join(source_key(pass_) for pass_ in (*self.joint_passes, *self.backward_passes))
 
     @classmethod
@@ -287,7 +287,7 @@ def _parse_project(given: Mapping[str, Any]) -> GroupOptions | None:
     """The keywords that the backend takes in place of a grass optimizer.
 
     Raises:
-        ConfigError: there is no ``rank`` among them, or one is invalid.
+        ConfigError: ``rank`` is missing, or one is invalid.
     """
     if not given:
         return None

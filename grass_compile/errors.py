@@ -30,4 +30,4 @@ class NonFiniteError(StateError, FloatingPointError):
 
 
 class GrassWarning(UserWarning):
-    """Training goes on, though not as the user probably expects."""
+    """Training goes on, though probably not as the user expects."""

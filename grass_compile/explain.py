@@ -1,4 +1,4 @@
-"""``grass_compile.explain``: what the backend would do to a model, without training it."""
+"""``grass_compile.explain``: which weights of a model the backend would project, without training it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .runtime.compact import Assigned, initial_state
 
 
 class Findings:
-    """What the regions of a model say about its parameters, collected while the model runs once."""
+    """The verdicts of a model's regions on its parameters, collected while the model runs once."""
 
     def __init__(self) -> None:
         self.projections: dict[Tensor, Projection] = {}

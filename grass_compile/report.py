@@ -1,4 +1,4 @@
-"""What was projected and what was not, for people (`Report`)."""
+"""`Report`: which weights were projected and which were not, for people to read."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Report:
         """The row of a parameter.
 
         Raises:
-            KeyError: there is no such parameter.
+            KeyError: no parameter has this name.
         """
         for row in self.rows:
             if row.name == name:

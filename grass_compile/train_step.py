@@ -36,16 +36,16 @@ def train_step(
     Args:
         optimizer: a grass optimizer, or one of torch's with ``options={"rank": ...}``.
         accumulate: calls per update; each call is a micro-batch whose loss counts ``1 / accumulate``.
-        options: as of ``torch.compile(..., backend="grass", options=...)``.
-        mode: as of ``torch.compile``.
+        options: same as in ``torch.compile(..., backend="grass", options=...)``.
+        mode: same as in ``torch.compile``.
 
     Returns:
         A decorator. The function that it makes takes the same arguments and returns the same values, detached; ``loss`` as the
         function computed it.
 
     Raises:
-        ConfigError: ``accumulate`` is no positive whole number, or (when called) the function returned neither a scalar loss nor
-            a tuple that begins with one.
+        ConfigError: ``accumulate`` is not a positive whole number, or (when called) the function returned neither a scalar loss
+            nor a tuple that begins with one.
         NonFiniteError: (when called) as ``optimizer.step()``; the gradients are cleared, and the next call starts afresh.
     """
     count = positive_int("accumulate", accumulate)

@@ -16,7 +16,7 @@ from ..ops.journal import Journal, recording
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What the next call of a half has to do.
+    """The task of the next call of a half.
 
     Attributes:
         key: which of its compiled forms.
@@ -32,8 +32,8 @@ class Run:
 class LazyGraph:
     """The forward or the backward of one graph, compiled for each key when it first runs with it.
 
-    AOTAutograd calls it with the graph's inputs alone, so what to do travels beside the call: whoever starts it says so in the
-    same thread right before (`will_run`). Two threads that run one graph never see each other's.
+    AOTAutograd calls it with the graph's inputs alone, so the task of a call travels beside it: whoever starts the call names the
+    task right before, in the same thread (`will_run`). Two threads that run one graph never see each other's.
     """
 
     def __init__(self, finish: Callable[[fx.GraphModule, Any], fx.GraphModule], expected: tuple[Any, ...]) -> None:
@@ -64,14 +64,14 @@ class LazyGraph:
         return self
 
     def outputs(self) -> list[Any]:
-        """What the unfinished graph returns, as nodes."""
+        """The outputs of the unfinished graph, as nodes."""
         assert self._gm is not None
         return _returned(self._gm)
 
     # ---------------------------------------------------------------------------------------------------------- a call
 
     def will_run(self, run: Run) -> None:
-        """Say what the next call in this thread has to do. A backward inside of another one comes back before it."""
+        """Name the task of the next call in this thread. A backward inside of another one comes back before it."""
         runs = self._waiting()
         while runs and runs[-1].task >= run.task >= 0:  # of a backward that never got here
             runs.pop()

@@ -151,7 +151,7 @@ class Region:
         return results
 
     def ask(self, parameters: Sequence[Tensor]) -> tuple[tuple[WeightInput, ...], dict[int, ProjectedParameter]]:
-        """What the optimizers want of the parameters that came in.
+        """Look up what the optimizers want of the parameters that came in.
 
         Args:
             parameters: in the order of the graph's inputs.
@@ -182,7 +182,7 @@ class Region:
         elif weights and _torch.inside_ddp():
             raise ConfigError(
                 f"{weights[0].name}: the model runs inside DistributedDataParallel, which is not supported yet: the ranks would "
-                "drift apart without a word. Train on one device, or use another backend."
+                "drift apart silently. Train on one device, or use another backend."
             )
         return tuple(weights), records
 
@@ -203,7 +203,7 @@ class Region:
         if not self._warned:
             self._warned = True
             warnings.warn(
-                "no grass optimizer holds the parameters of this model, so it is compiled like Inductor does. Write: "
+                "no grass optimizer holds the parameters of this model, so it is compiled as by Inductor alone. Write: "
                 "opt = grass_compile.AdamW(model.named_parameters(), lr=..., rank=...) before the first backward, or keep your "
                 "torch.optim.AdamW, Adam or SGD and compile with options={'rank': ...}.",
                 GrassWarning,
@@ -213,7 +213,7 @@ class Region:
     # ---------------------------------------------------------------------------------------------------- the plans
 
     def plan(self, parameters: Mapping[int, Tensor]) -> tuple[Plan | None, dict[int, ProjectedParameter]]:
-        """What to do with the parameters of a call, by position; None if nothing is projected. With the records of the weights
+        """The plan for the parameters of a call, by position; None if nothing is projected. With the records of the weights
         that could be.
 
         Raises:

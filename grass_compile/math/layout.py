@@ -18,8 +18,8 @@ clipped, the largest norm allowed."""
 
 
 Action = Literal["step", "choose", "keep", "skip"]
-"""What a backward does with the gradient of one weight: ``step`` moves the weight; ``keep`` leaves the compact gradient for
-``opt.step()``; ``choose`` (on a refresh) chooses new rows first, and then leaves theirs; ``skip`` does nothing, since the
+"""The use that a backward makes of one weight's gradient: ``step`` moves the weight; ``keep`` leaves the compact gradient for
+``opt.step()``; ``choose`` (on a refresh) chooses new rows first, and then leaves their gradient; ``skip`` does nothing, since the
 backward is not for the weights."""
 
 
@@ -39,12 +39,12 @@ def settled_state(config: SiteConfig) -> tuple[str, ...]:
 
 
 def layout_of(rule: Rule, name: str) -> str:
-    """What a tensor of `step_state` has a number for."""
+    """The `Layout` of a tensor of `step_state`."""
     return "selected" if name == "step" else rule.layout(name)
 
 
 def graph_state(config: SiteConfig) -> tuple[str, ...]:
-    """What a compiled region takes for one weight: `step_state`, the noise that draws new rows if any is needed, and, if it
+    """The inputs of a compiled region for one weight: `step_state`, the noise that draws new rows if any is needed, and, if it
     proposes rows to take next, where it puts them, and whether they are due if every step's graph can propose."""
     noise, proposed, due = config.selection in DRAWN_BY_SCORE, config.scores != "exact", config.scores == "estimate"
     return (*step_state(config), *(("noise",) * noise), *(("proposed",) * proposed), *(("due",) * due))

@@ -1,7 +1,7 @@
-"""What takes a gradient into its compact space: a selection of rows, or a dense projection.
+"""Ways to take a gradient into its compact space: a selection of rows, or a dense projection.
 
 With ``P`` of ``[m, r]`` the compact gradient is ``P^T G = (P^T dY^T) X`` and the update ``W -= P u``, so that between refreshes
-``G`` is never formed. (Of columns: ``G P`` with ``P`` of ``[n, r]``, and ``W -= u P^T``.)
+``G`` is never formed. (With columns: ``G P`` with ``P`` of ``[n, r]``, and ``W -= u P^T``.)
 
 * ``galore`` (arXiv 2403.03507): the first ``r`` singular vectors of the gradient at the last refresh, kept in the state.
 * ``gaussian`` (Flora, arXiv 2402.03293): independent normal numbers of variance ``1/r``, so that ``E[P P^T]`` is one. They are a

@@ -1,8 +1,8 @@
-"""What a refresh does to one weight: choose new rows from the full gradient, and reset or carry the compact state.
+"""A refresh of one weight: choose new rows from the full gradient, and reset or carry the compact state.
 
-This runs eagerly, as one operator of the compiled backward (`grass_compile.ops.operators.refresh`): it is a handful of
+This runs eagerly, as one operator of the compiled backward (`grass_compile.ops.refresh`): it is a handful of
 small kernels every ``update_proj_gap`` steps, so generated code would gain nothing and cost a kernel per weight to compile.
-What comes out feeds the same traced step as on any other day. Being opaque, it also keeps Inductor from fusing the refreshes
+Its results feed the same traced step as on a regular step. Being opaque, it also keeps Inductor from fusing the refreshes
 of several weights, which would keep all their full gradients alive.
 """
 
@@ -70,7 +70,7 @@ def settled(
     Args:
         on_refresh: ``reset``: zero; ``keep``: slot by slot that of the old rows; ``carry``: rows that ``old_index`` already
             held keep theirs, the others start from zero.
-            (With a dense projection, whose ``index`` are no rows, there is no ``carry``.)
+            (A dense projection has no rows, so it has no ``carry``.)
         layouts: for each tensor of ``state``, ``f`` (full), ``s`` (of each selected row) or ``o`` and ``w`` (of each other
             feature or of the weight as a whole, which rows have in common).
         length: number of rows of the weight along ``dim``.

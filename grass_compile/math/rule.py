@@ -1,4 +1,4 @@
-"""What an update rule is."""
+"""`Rule`, the base of update rules."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 Layout = Literal["full", "selected", "others", "whole"]
-"""What a state tensor has a number for: each element of the compact gradient, each selected row, each of the features that the
-rows have, or the weight as a whole. On a refresh, what belongs to rows goes with them; ``others`` and ``whole`` stay, unless
+"""A state tensor has a number for each element of the compact gradient, for each selected row, for each feature of the rows, or
+for the weight as a whole. On a refresh, numbers that belong to rows go with them; ``others`` and ``whole`` stay, unless
 everything is reset."""
 
 

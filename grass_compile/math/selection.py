@@ -1,10 +1,10 @@
 """The rules that choose the rows (columns) of a weight that move until the next refresh.
 
 Each is a function of scores, noise and the rank. ``top`` takes the largest scores. The others draw ``r`` distinct rows one after
-another with probabilities proportional to a weight: the norm (``norm``) or one (``uniform``), those drawn already left out. That
-is what the ``r`` largest of ``log(weight) + Gumbel noise`` are (Gumbel-top-k: Vieira 2014; Kool et al., arXiv 1903.06059). Except
-for ``uniform``, whose rows are all included with probability ``r/m``, no weights are known that would make the sum of what is
-drawn unbiased, and none are applied: ``row_scale`` is one.
+another with probabilities proportional to a weight: the norm (``norm``) or one (``uniform``), those drawn already left out. The
+``r`` largest of ``log(weight) + Gumbel noise`` are such a draw (Gumbel-top-k: Vieira 2014; Kool et al., arXiv 1903.06059).
+``uniform`` includes every row with probability ``r/m``. For ``norm`` no weights are known that would make the sum of the drawn
+rows unbiased. No weights are applied: ``row_scale`` is one.
 
 Scores may hold zeros, infinities and NaN: ``r`` distinct rows are returned all the same.
 """
@@ -37,7 +37,7 @@ def top(scores: Tensor, rank: int) -> Tensor:
 
 
 def keys(selection: str, scores: Tensor, noise: Tensor) -> Tensor:
-    """What a sampled selection takes the ``r`` largest of: ``log(weight) + Gumbel``.
+    """The keys of a sampled selection, ``log(weight) + Gumbel``; it takes the ``r`` largest.
 
     Args:
         selection: one of `SAMPLED`.

@@ -70,7 +70,7 @@ def apply(
 ) -> tuple[Tensor, ...]:
     """The step itself: the new weight, and the new state after ``selector``.
 
-    Where gradients are checked and this one is not finite, all of it comes out as it went in, but for the count of such steps.
+    Where gradients are checked and this one is not finite, all of it comes out as it went in, except the count of such steps.
     """
     rule, wide = config.rule, torch.promote_types(weight.dtype, torch.float32)
     numbers = dict(zip((*rule.hyper_names, *SHARED_HYPER), hyper.unbind(), strict=True))

@@ -33,7 +33,7 @@ library.impl("gather", _gather, "CompositeExplicitAutograd")
 torch.library.register_fake("grass_compile::gather", _gather_fake)
 
 gather = torch.ops.grass_compile.gather.default
-"""``gather([features [b, m]], [index int64[r]]) -> [b, r]``; ``index`` must be in range. Of several, the results side by side.
+"""``gather([features [b, m]], [index int64[r]]) -> [b, r]``; ``index`` must be in range. Several: side by side.
 
 On a GPU token after token, so that neighbouring threads read neighbouring memory. On a CPU feature after feature, so that the
 product of the transposed takes it as it is: oneDNN needs up to 1.5 times as long with a transposed operand in bf16."""

@@ -1,4 +1,4 @@
-"""What the compiled code that runs in this thread has written, for the case that it breaks off.
+"""A record of what the compiled code of this thread has written, in case it breaks off.
 
 A backward that raises (out of memory, Ctrl-C) has moved some weights and not others, and nobody but the operators that write
 knows which. They note it here; whoever runs the compiled code opens a journal around it.
@@ -22,11 +22,11 @@ class Journal:
 
     def __init__(self) -> None:
         self.stepped: set[int] = set()
-        """Of weights whose step is complete."""
+        """Weights whose step is complete."""
         self.refreshed: set[int] = set()
-        """Of indices that were chosen anew, along with the state that goes with them."""
+        """Indices that were chosen anew, along with the state that goes with them."""
         self.torn: set[int] = set()
-        """Of tensors whose write began and did not end."""
+        """Tensors whose write began and did not end."""
 
 
 _open = threading.local()

@@ -11,7 +11,7 @@ library = torch.library.Library("grass_compile", "DEF")
 
 
 def refuse_to_run(*args: object) -> Tensor:
-    """What an operator does that only stands for something else in graphs, and is replaced before they run.
+    """Refuse to run an operator that only stands for something else in graphs and is replaced before they run.
 
     Raises:
         StateError: always.

@@ -1,4 +1,4 @@
-"""What ranks the rows of a weight gradient without forming it: the operators behind ``scores="sampled"`` and ``"estimate"``.
+"""The operators behind ``scores="sampled"`` and ``"estimate"``: they rank the rows of a weight gradient without forming it.
 
 The exact score of row ``j`` of ``G = dY^T X`` is its norm. Its square, the row's *energy*, is also the expectation of
 
@@ -6,10 +6,10 @@ The exact score of row ``j`` of ``G = dY^T X`` is its norm. Its square, the row'
 - ``|(dY^T (X S))_j|^2 / k`` for random signs ``S [n, k]`` (``estimate`` of rows): exact in expectation over ``S``, with a
   relative standard deviation of at most ``sqrt(2 / k)``, at the cost of ``k`` rows.
 
-Of columns ``X_j`` the backward has only the selected ones. ``sampled`` keeps every ``s``-th token of ``X`` for it on the steps
-that choose; ``estimate`` takes ``|X_j|^2``, which the forward knows: up to a common factor a bound, blind to ``dY``.
+With columns, the backward has only the selected ``X_j``. ``sampled`` keeps every ``s``-th token of ``X`` for it on the steps that
+choose; ``estimate`` takes ``|X_j|^2``, which the forward knows: up to a common factor a bound, blind to ``dY``.
 
-Factors that all rows share are left out, since no selection depends on them. What is chosen serves from the next step on: a step
+Factors that all rows share are left out, since no selection depends on them. The chosen rows serve from the next step on: a step
 that chooses is an ordinary step of the old rows, and `propose_` leaves the new ones for `grass_compile.runtime.parameter`.
 
 With ``estimate``, which keeps nothing for it, every step's graph can choose: ``due``, a truth value on the host, says whether it
@@ -27,16 +27,16 @@ from ..math.noise import rounding_noise
 from .library import library
 
 STRIDE = 8
-"""Of the tokens, ``sampled`` takes every eighth."""
+"""``sampled`` takes every eighth token."""
 
 SKETCH = 16
 """Random directions of an ``estimate``."""
 
 DUE = torch.tensor(False, device="cpu"), torch.tensor(True, device="cpu")
-"""What ``due`` may be: on the host, so that nobody waits for a device to learn it."""
+"""The two values of ``due``, on the host, so that nobody waits for a device to learn it."""
 
 BRANCHES = (torch.Tag.cudagraph_unsafe,)
-"""Of an operator that asks ``due``: a CUDA graph would repeat whatever it did when it was recorded."""
+"""The tags of an operator that asks ``due``: a CUDA graph would repeat whatever it did when it was recorded."""
 
 library.define("sample(Tensor features, int stride, int group=0) -> Tensor")
 library.define("energy(Tensor features, Tensor due) -> Tensor", tags=BRANCHES)

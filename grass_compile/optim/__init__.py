@@ -1,1 +1,1 @@
-"""What users construct: optimizers, parameter groups, update rules."""
+"""The part that users construct: optimizers, parameter groups, update rules."""

@@ -36,7 +36,7 @@ from .rules import AdamRule, AdamWRule, SGDRule
 
 @dataclasses.dataclass(frozen=True)
 class Wish:
-    """What a region would do with a weight if an optimizer held it that we know."""
+    """How a region would project a weight, once an optimizer that we know turns out to hold it."""
 
     name: str
     options: GroupOptions
@@ -52,8 +52,8 @@ _finder: list[Any] = []
 
 
 def wish(parameter: Tensor, wished: Wish) -> None:
-    """Note that a region could project ``parameter``. From the first wish on, every optimizer's ``step()`` is looked at, until
-    all wishes have come true; an optimizer that one comes true for has hooks of its own from then on."""
+    """Note that a region could project ``parameter``. From the first wish on, a hook looks at every optimizer's ``step()``, until
+    all wishes have come true; an optimizer that holds such a parameter gets hooks of its own."""
     _wishes[parameter] = wished
     if not _finder:
         _finder.append(register_optimizer_step_pre_hook(_find))

@@ -1,4 +1,4 @@
-"""What every grass optimizer shares: groups, the step, clipping, checkpoints. `optimizers` holds the classes that users see."""
+"""The base of every grass optimizer: groups, the step, clipping, checkpoints. `optimizers` holds the classes that users see."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ COMMON = tuple(keyword.name for keyword in KEYWORDS if keyword.whole)
 
 
 class GrassOptimizer(torch.optim.Optimizer):
-    """What every grass optimizer shares: a manager for the projected weights. The dense rest is stepped by the class that comes
-    next, most often torch's own.
+    """The base of every grass optimizer: it has a manager for the projected weights, and the class that comes next among its
+    bases, most often torch's own, steps the dense rest.
 
     A parameter is *projected* once a compiled backward has found its gradient. From then on its ``.grad`` is a `CompactGrad` and
     it moves in `step`, or it moves inside the backward and its ``.grad`` is a `MovedGrad`, a stand-in.
@@ -65,7 +65,7 @@ class GrassOptimizer(torch.optim.Optimizer):
         self._manager.checked = parse_group(group).checked
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy of the optimizer, or a pickle of it, is made from."""
+        """The contents of a copy or a pickle of the optimizer."""
         own = {key: value for key, value in self.__dict__.items() if key in ("rule", "_given", "_momentum")}
         return {**super().__getstate__(), **own}
 
@@ -235,7 +235,7 @@ class GrassOptimizer(torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """What ``GradScaler.step`` asks first.
+        """``GradScaler.step`` reads this first.
 
         Raises:
             StateError: the gradients of the weights that moved inside the backward were scaled.
@@ -250,7 +250,7 @@ class GrassOptimizer(torch.optim.Optimizer):
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
-        """What torch's fused optimizers write; ours is answered above."""
+        """Torch's fused optimizers write this; here the getter above answers."""
 
     def accumulate(self) -> contextlib.AbstractContextManager[None]:
         """For every micro-batch but the last: inside, ``backward()`` leaves compact gradients and moves nothing.
@@ -264,15 +264,14 @@ class GrassOptimizer(torch.optim.Optimizer):
 
     @property
     def fused(self) -> Fusion:
-        """Whether projected weights move inside ``loss.backward()`` now, and why or why not: true or false, and with a "
-        "``reason``."""
+        """Whether projected weights move inside ``loss.backward()`` now; true or false, and its ``reason`` says why."""
         return self._manager.watch.status
 
     @property
     def grad_norm(self) -> Tensor | None:
         """The gradient norm before the last clipping, 0-d, on the device; None if nothing was clipped yet.
 
-        The norm is that of what is computed: the dense gradients, and of each projected weight the selected rows, without their
+        The norm is that of what is computed: the dense gradients, and the selected rows of each projected weight, without their
         row scale. It is therefore smaller than the norm of all full gradients. Unless ``nonfinite="propagate"``, a gradient
         whose norm is not finite is left out.
         """
@@ -295,7 +294,7 @@ class GrassOptimizer(torch.optim.Optimizer):
         return self._manager.clip(max_norm, norm_type)
 
     def compact_grad(self, parameter: Tensor) -> Tensor | None:
-        """The compact gradient of a projected weight that waits for `step`: ``[r, n]`` or ``[m, r]``; None if there is none.
+        """The compact gradient of a projected weight that waits for `step`: ``[r, n]`` or ``[m, r]``; None without one.
 
         Raises:
             ConfigError: the optimizer does not hold this parameter.

@@ -1,4 +1,4 @@
-"""The groups in ``optimizer.param_groups``: what is assigned to one in mid-run takes effect, or is refused."""
+"""The groups in ``optimizer.param_groups``: a value assigned during training takes effect, or is refused."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Owner(Protocol):
 class ParamGroup(dict[str, Any]):
     """One parameter group. Copies and pickles of it are plain dicts.
 
-    Of our keywords those that may change in mid-run (`Keyword.live`) go to the optimizer at once, and with them those that belong
-    to it as a whole go into its other groups; the others shape the state of the projected weights, and assigning another value
+    Keywords of ours that may change during training (`Keyword.live`) go to the optimizer at once; those that belong to it as a
+    whole go into its other groups too. The other keywords shape the state of the projected weights, and assigning another value
     raises `ConfigError`. Torch's own (``lr``, ``betas``, ...) are read at every step.
     """
 
@@ -43,7 +43,7 @@ class ParamGroup(dict[str, Any]):
         """Assign all, or, if one of them is refused, none.
 
         Raises:
-            ConfigError: a value is invalid, or one that cannot change in mid-run would.
+            ConfigError: a value is invalid, or one would change that cannot.
             StateError: a forward waits for its backward that was made with the old value.
         """
         new = dict(*args, **values)
@@ -126,7 +126,7 @@ def flags_of(rule: Rule) -> set[str]:
 
 
 def check_flags(group: Mapping[str, Any], optimizer: Owner) -> None:
-    """Refuse a group that wants what the compact step has built in otherwise than its optimizer.
+    """Refuse a group whose flags differ from its optimizer's: the compact step has them built in.
 
     Raises:
         ConfigError: naming the flag.

@@ -1,4 +1,4 @@
-"""`Optimizer`: what every optimizer of this package is, and, by itself, any update rule."""
+"""`Optimizer`: the class of every optimizer of this package, and by itself an optimizer for any update rule."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Optimizer(GrassOptimizer):
                     self._move(parameter, dict(zip(names, numbers.unbind(), strict=True)), group, wide)
 
     def _move(self, parameter: Tensor, hyper: Mapping[str, Tensor], group: Mapping[str, Any], wide: torch.dtype) -> None:
-        """One dense parameter, seen as a matrix of which all rows are selected; a vector is a single row."""
+        """Move one dense parameter, seen as a matrix with all rows selected; a vector is a single row."""
         assert parameter.grad is not None
         rule, state = self.rule, self.state[parameter]
         shape = (parameter.shape[0], -1) if parameter.dim() > 1 else (1, -1)
@@ -107,7 +107,7 @@ class TorchRest(Optimizer):
 
 
 def _check_numbers(what: str, chosen: Mapping[str, Any]) -> None:
-    """Refuse what no rule can mean.
+    """Refuse numbers that make no sense for any rule.
 
     Raises:
         ConfigError: a negative learning rate or weight decay, or a beta outside of [0, 1).

@@ -20,8 +20,8 @@ from .rules.contrib import ApolloRule, SketchyRule
 class AdamW(TorchRest, torch.optim.AdamW):
     """AdamW with structured sparse gradients (Grass, arXiv 2406.17660), fused into the compiled backward.
 
-    Of the gradient ``m x n`` of each linear weight only ``rank`` rows or columns are ever computed; the moments have that
-    size, and only these rows of the weight move until the next refresh chooses others. Everything else is trained by
+    Each linear weight has a gradient ``m x n``; only ``rank`` of its rows or columns are ever computed. The moments have that
+    size, and only these rows or columns of the weight move until the next refresh chooses others. Everything else is trained by
     ``torch.optim.AdamW``, whose arguments keep their names, order and defaults. With ``rank`` equal to the weight's size along
     ``axis`` training equals ``torch.optim.AdamW`` to rounding.
 
@@ -81,7 +81,7 @@ class AdamW8bit(TorchRest, torch.optim.AdamW):
     ``grass_compile.optim.rules`` says what the codes stand for, and their errors.
 
     Args:
-        params: as for `AdamW`, and so are the others, but for ``state_dtype``, which is refused.
+        params: as for `AdamW`, like all other arguments except ``state_dtype``, which is refused.
         lr: learning rate.
         betas: decay rates of the moments.
         eps: added to the root of the second moment.
@@ -245,7 +245,7 @@ class Muon(TorchRest, torch.optim.AdamW):
         super().__init__(params, rule, project, **numbers, foreach=True)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As for `AdamW`; ``momentum``, of which torch's AdamW knows nothing, is a keyword of a group like the others.
+        """As for `AdamW`; ``momentum``, which torch's AdamW does not know, is a keyword of a group like the others.
 
         Raises:
             ConfigError: as for `AdamW`; a momentum outside of [0, 1).

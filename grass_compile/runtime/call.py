@@ -17,8 +17,8 @@ from .moved import MovedGrad
 from .parameter import ProjectedParameter
 
 Key = tuple[tuple[bool, ...], tuple[Action, ...], bool]
-"""What a backward does: for each weight, whether its graph is that of a refresh; for each, what to do with its gradient; whether
-all gradients are clipped by their common norm."""
+"""The work of one backward: for each weight, whether its graph is that of a refresh; for each, what to do with its gradient; and
+whether all gradients are clipped by their common norm."""
 
 Start = Callable[[Key, Callable[[Journal], None]], None]
 """Says what the backward that is about to run in this thread has to do, and whom to tell if it breaks off."""
@@ -229,7 +229,7 @@ def _check(record: ProjectedParameter, updates: int) -> None:
 
 
 def manager_of(record: ProjectedParameter) -> ProjectionManager:
-    """What manages a record whose optimizer lives."""
+    """The manager of a record whose optimizer lives."""
     manager = record.owner
     assert isinstance(manager, ProjectionManager)
     return manager
@@ -256,7 +256,7 @@ def expected(records: Sequence[ProjectedParameter], refresh: tuple[bool, ...], c
 
 
 def _action(record: ProjectedParameter, step: bool, refresh: bool, clip: bool) -> Action:
-    """What to do with one gradient, given whether its weight may move and whether all gradients are clipped on the way."""
+    """The action for one gradient, given whether its weight may move and whether all gradients are clipped on the way."""
     if step and (clip or manager_of(record).max_norm is None):
         return "step"
     return "choose" if refresh and not record.waits else "keep"

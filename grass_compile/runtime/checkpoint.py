@@ -40,7 +40,7 @@ def fitting(record: ProjectedParameter, entry: Mapping[str, Any]) -> tuple[Assig
         raise refuse(f"lacks {missing}")
     tensors = {name: entry[name] for name in names}
     if loose := [name for name, value in tensors.items() if not isinstance(value, Tensor)]:
-        raise refuse(f"has a {loose[0]} that is no tensor")
+        raise refuse(f"has a {loose[0]} that is not a tensor")
     dim, axis, updates = entry["dim"], entry["axis"], entry["updates"]
     if dim not in (0, 1) or axis not in ("rows", "columns") or type(updates) is not int or updates < 0:
         raise refuse(f"has dim={dim!r}, axis={axis!r} and updates={updates!r}, which makes no sense")
@@ -76,7 +76,7 @@ def _rank_of(projection: str, selector: Tensor, wanted: int) -> int:
 
 
 def _damage(projection: str, selector: Tensor, rank: int, length: int) -> str:
-    """What is wrong with an index, a basis or a key of a weight, or nothing."""
+    """The damage to an index, a basis or a key of a weight, in words; empty if it is sound."""
     if projection == "grass":
         sound = len(selector.unique()) == rank and bool(((selector >= 0) & (selector < length)).all())
         return "" if sound else f"index must hold {rank} different rows or columns"
@@ -134,7 +134,7 @@ def _as_bytes(value: Tensor) -> Any:
 
 
 def unprotect(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """What `protect` wrapped. Leaves alone what was not wrapped."""
+    """Unwrap what `protect` has wrapped; leave everything else alone."""
     plain = dict(entry)
     for key, value in entry.items():
         if isinstance(value, dict):

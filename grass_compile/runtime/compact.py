@@ -1,4 +1,4 @@
-"""The compact state of one weight: which tensors there are, and of which shapes and dtypes."""
+"""The compact state of one weight: its tensors, with their shapes and dtypes."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def initial_state(
 
 
 def _initial_selector(parameter: Tensor, assigned: Assigned, projection: str) -> dict[str, Tensor]:
-    """What says where the compact gradient lies, before anything was chosen."""
+    """The tensors that say where the compact gradient lies, before anything was chosen."""
     rank, device = assigned.rank, parameter.device
     if projection == "galore":
         return {"basis": torch.zeros(parameter.shape[assigned.dim], rank, dtype=parameter.dtype, device=device)}

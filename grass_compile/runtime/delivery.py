@@ -1,11 +1,13 @@
 """How the gradient of a projected weight reaches its ``.grad``: always from here, whoever made it.
 
 A compiled region never hands a gradient to the weight itself. It is given the weight without its place in the autograd graph, and
-a *leaf* beside it: an input of the compact gradient's shape, without storage, that no forward reads. What the backward returns
-for the leaf, autograd adds up over all calls of one backward, and `_deliver` makes a `CompactGrad` of the sum. So whatever else
-reaches the weight's own accumulator comes from outside of the regions that project it, before a backward runs it is known whether
-anything will (`grass_compile.runtime.call`), and in whichever order the two arrive, their sum is the same: the selected rows of
-the full gradient are added.
+a *leaf* beside it: an input of the compact gradient's shape, without storage, that no forward reads. The backward returns the
+compact gradient as that of the leaf, autograd adds it up over all calls of one backward, and `_deliver` makes a `CompactGrad` of
+the sum.
+
+So only code outside of the regions that project a weight reaches the weight's own accumulator, and whether it will is known
+before a backward runs (`grass_compile.runtime.call`). The two may arrive in any order. Their sum is the same: the selected rows
+of the full gradient are added.
 """
 
 from __future__ import annotations
@@ -37,8 +39,8 @@ def leaf_of(record: ProjectedParameter) -> Tensor:
 
 
 def twin_of(record: ProjectedParameter) -> Tensor:
-    """A dense parameter as the input of a graph that clips all gradients: what comes back for it is the clipped gradient, and the
-    parameter's own accumulator is left to what comes from outside."""
+    """A dense parameter as the input of a graph that clips all gradients: the clipped gradient comes back for it, and the
+    parameter's own accumulator is left to gradients from outside."""
     twin = record.parameter.detach().requires_grad_()
     _on_arrival(record, twin, _deliver_dense)
     return twin
@@ -80,7 +82,7 @@ def _deliver_dense(record: ProjectedParameter, values: Tensor) -> None:
 
 
 def reduced(record: ProjectedParameter, full: Tensor) -> CompactGrad:
-    """A weight's full gradient, from code outside of any region that projects it, as the compact gradient that its step wants.
+    """The compact form of a weight's full gradient, which came from code outside of any region that projects it.
 
     Rows that a gradient of the same step was computed for stay; otherwise, on a refresh, the full gradient chooses.
     """

@@ -1,4 +1,4 @@
-"""``.grad`` of a projected weight whose step waits for ``opt.step()``: the compact gradient, in the guise of the full one."""
+"""``.grad`` of a projected weight whose step waits for ``opt.step()``: a compact gradient that behaves like the full one."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ aten = torch.ops.aten
 class CompactGrad(Tensor):
     """A gradient of shape ``[m, n]`` that is zero outside of ``r`` rows (columns), and holds only these.
 
-    With a dense projection ``P`` it is ``P C``, and holds ``C``. Its norm is then that of ``C``: the same for the orthonormal
-    basis of ``galore``; for ``gaussian``, whose ``P`` is not, an estimate of the norm of the gradient itself.
+    With a dense projection ``P`` it is ``P C``, and holds ``C``. Its norm is then that of ``C``. With the orthonormal basis of
+    ``galore`` this is the norm of ``P C`` too; with the random ``P`` of ``gaussian`` it estimates the norm of the full gradient.
 
-    What scripts do to gradients between ``backward()`` and ``step()`` works and is exact: norms, clipping by norm or value,
-    scaling, unscaling by ``GradScaler``, ``zero_grad``. A full gradient that is added or copied into it gives its selected rows:
-    the compact gradient of the sum. Everything else that only reads it gets the full tensor, made for the purpose. What would
-    write single elements is refused.
+    Norms, clipping by norm or value, scaling, unscaling by ``GradScaler`` and ``zero_grad`` work and are exact. A full gradient
+    that is added or copied into it leaves its selected rows there: the result is the compact gradient of the sum. Any other
+    operator that only reads it gets the full tensor, made for the purpose. An operator that would write single elements is
+    refused.
 
     Attributes:
         compact: the values, ``[r, n]`` or ``[m, r]``, at least fp32.
@@ -37,7 +37,7 @@ class CompactGrad(Tensor):
         zeroed: whether ``zero_grad(set_to_none=False)`` has emptied it, so that nothing waits in it.
         task: the number of the backward that delivered it, or -1.
         applied: whether `opt.step()` has moved the weight by it and not come to its end yet.
-        touched: what a script did to it that a gradient which has already been applied could not stand, or "".
+        touched: what a script did to it that a gradient which was already applied would have to refuse, or "".
     """
 
     compact: Tensor
@@ -94,7 +94,7 @@ class CompactGrad(Tensor):
         return full.index_add_(self.along, self.rows, self.compact).to(self.dtype)
 
     def part_of(self, gradient: Tensor) -> Tensor:
-        """What a full gradient, or a compact one of other rows, has where this one has its values; ``[r, n]`` or ``[m, r]``."""
+        """The values of a full gradient, or of a compact one of other rows, in the rows of this one; ``[r, n]`` or ``[m, r]``."""
         if isinstance(gradient, CompactGrad):
             if gradient.rows is self.rows or torch.equal(gradient.rows, self.rows):
                 return gradient.compact
@@ -158,8 +158,8 @@ class CompactGrad(Tensor):
 
 
 def _note(what: str, args: Any) -> None:
-    """Remember what was done to the compact gradients among the arguments of an operator. What the backward adds that has
-    delivered them is no script's doing."""
+    """Remember what was done to the compact gradients among the arguments of an operator, unless the backward that has delivered
+    them does it."""
     if not what:
         return
     task = _torch.graph_task()
@@ -170,7 +170,7 @@ def _note(what: str, args: Any) -> None:
 
 
 class Reading(Tensor):
-    """A view of a full gradient that was made for reading: what would write into it is refused, for it would be lost."""
+    """A view of a full gradient that was made for reading. Writing into it is refused, since the values would be lost."""
 
     full: Tensor
     name_: str
@@ -189,11 +189,11 @@ class Reading(Tensor):
         return repr(self.full)
 
     def tolist(self) -> Any:
-        """What it holds, as nested lists."""
+        """Its values as nested lists."""
         return self.full.tolist()
 
     def numpy(self, *, force: bool = False) -> Any:
-        """What it holds, as an array."""
+        """Its values as an array."""
         return self.full.numpy(force=force)
 
     @classmethod
@@ -260,7 +260,7 @@ def _inner(gradient: Tensor, clamped: bool = True) -> Tensor:
         return gradient
     if clamped and gradient.projection != "grass":
         raise StateError(
-            f"{gradient.name_}: it is projected with {gradient.projection!r}, so that its elements cannot be clamped one by one. "
+            f"{gradient.name_}: it is projected with {gradient.projection!r}, so its elements cannot be clamped one by one. "
             "Clip by norm, or keep this weight dense with exclude=."
         )
     return gradient.compact
@@ -268,7 +268,7 @@ def _inner(gradient: Tensor, clamped: bool = True) -> Tensor:
 
 def _clamp_(gradient: Tensor, low: Any = None, high: Any = None) -> Tensor:
     if (low is not None and low > 0) or (high is not None and high < 0):
-        raise StateError("a compact gradient is zero outside of its rows, which this clamp would change.")
+        raise StateError("a compact gradient is zero outside of its rows, and this clamp would change that. Clamp around zero.")
     return gradient.clamp_(low, high)
 
 
@@ -295,7 +295,7 @@ FINITENESS = {
     Tensor.isnan: torch.isnan,
     Tensor.isinf: torch.isinf,
 }
-"""How it is asked whether the elements of a tensor are finite."""
+"""The functions that ask whether the elements of a tensor are finite."""
 
 SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 """``gradient.data = other``."""

@@ -1,4 +1,4 @@
-"""What stands between an optimizer and the compiled regions: its records, its numbers, and the steps that wait for it."""
+"""`ProjectionManager`, between an optimizer and the compiled regions: its records, its numbers, and the steps that wait."""
 
 from __future__ import annotations
 
@@ -295,8 +295,8 @@ class ProjectionManager:
             assert began is not None
             raise StateError(
                 f"{changed[0]} was changed from {began[changed[0]]!r} to {now[changed[0]]!r} after the backward, in which "
-                f"{len(moved)} weights ({moved[0].label} the first) have moved by the former. Write it before the backward, or "
-                "make the optimizer with step_in_backward=False."
+                f"{len(moved)} weights ({moved[0].label} the first) have moved by the old value. Write it before the backward, "
+                "or make the optimizer with step_in_backward=False."
             )
 
     def _look_back(self) -> None:

@@ -17,8 +17,8 @@ aten = torch.ops.aten
 class MovedGrad(Tensor):
     """A gradient that has been applied and is gone.
 
-    Shape, dtype and device, ``is None``, ``zero_grad``, its 2-norm (which the step has computed) and whether it is finite are
-    answered. Whatever else would read, scale, clip or replace its values is refused, for it would be too late.
+    It answers shape, dtype and device, ``is None``, ``zero_grad``, its 2-norm (which the step has computed) and whether it is
+    finite. Reading, scaling, clipping or replacing its values comes too late and is refused.
 
     Attributes:
         square_sum: the squared 2-norm of the compact gradient by which the weight has moved, ``[1]``.
@@ -44,7 +44,7 @@ class MovedGrad(Tensor):
         return f"MovedGrad(shape={tuple(self.shape)}, already applied)"
 
     def refusal(self, what: str) -> StateError:
-        """The error for something that comes too late."""
+        """The error for an operation that comes too late."""
         return StateError(
             f"{self.name_}: it has already moved inside the backward, so its gradient can no longer be {what}. Use "
             "max_grad_norm= to clip, or make the optimizer with step_in_backward=False."

@@ -1,4 +1,4 @@
-"""Steps that are skipped since their gradient is not finite: what the host knows of them, and says.
+"""Steps that are skipped because their gradient is not finite: what the host knows of them, and reports.
 
 `grass_compile.math.finite` says what counts as finite. With ``nonfinite="raise"`` or ``"skip"`` the compiled step looks at the
 compact gradient first, and one that is not finite changes nothing but the count ``state["nonfinite"]``. A refresh looks at the
@@ -59,7 +59,7 @@ def _listed(counts: Mapping[ProjectedParameter, int]) -> str:
 
 
 class Skips:
-    """What the host knows of the steps that devices have skipped.
+    """The host's knowledge of the steps that devices have skipped.
 
     The counts of an NVIDIA GPU are copied without waiting, and looked at one step later, when the copy has long arrived.
     """
@@ -93,7 +93,7 @@ class Skips:
         self._sent.clear()
 
     def _take(self, only_known: bool = False) -> dict[ProjectedParameter, int]:
-        """What has come, or all that was sent for, as differences to what was known."""
+        """The counts that have come, or all that were sent for, as differences to the known ones."""
         news = {}
         for sent in list(self._sent):
             records, counts, event = sent

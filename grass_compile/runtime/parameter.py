@@ -1,4 +1,4 @@
-"""What is known of one parameter of an optimizer that projects: how it is projected, which rows it has, what comes next.
+"""`ProjectedParameter`: how one parameter of an optimizer is projected, which rows it has, and what comes next.
 
 A compiled graph serves many parameters, so nothing about a parameter is baked into one: at each call the backend looks its
 `ProjectedParameter` up (`grass_compile.runtime.registry`).
@@ -36,7 +36,7 @@ Kernel = Callable[..., None]
 
 
 class Owner(Protocol):
-    """What a parameter needs of the manager that holds it; see `grass_compile.runtime.manager.ProjectionManager`."""
+    """The part of its manager that a parameter needs; see `grass_compile.runtime.manager.ProjectionManager`."""
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None: ...
@@ -63,7 +63,7 @@ class ProjectedParameter:
             every call in the same graph has contributed), or None.
         rows: the index of that gradient; with a dense projection, the basis or the key.
         proposes: whether the backward of that gradient has proposed the rows to take next.
-        trained_dense: whether full moments are known to be no mere zeros.
+        trained_dense: whether full moments are known to hold something else than zeros.
         refreshed: whether the last update was the first of rows chosen by its gradient.
         skipped: how many of its steps are known to have been skipped, see `grass_compile.runtime.nonfinite`.
         chosen: rows, whether they were chosen by it, and those to take next, of the gradient that was delivered since the last
@@ -134,7 +134,7 @@ class ProjectedParameter:
     # ----------------------------------------------------------------------------------------------- how it is projected
 
     def config(self) -> SiteConfig:
-        """What is asked of this weight now; the axis is fixed once it is assigned."""
+        """The optimizer's wishes for this weight now; the axis is fixed once it is assigned."""
         decays = self.group["weight_decay"] != 0
         axis = self.assigned.axis if self.assigned else self.options.axis
         key = (decays, axis, self.options)
@@ -248,7 +248,7 @@ class ProjectedParameter:
 
     @property
     def stand_in(self) -> MovedGrad:
-        """What ``.grad`` is after a backward that has moved the weight."""
+        """The ``.grad`` of the weight after a backward that has moved it."""
         if self._stand_in is None:
             self._stand_in = MovedGrad(self.parameter, self.square_sum, self.label)
         return self._stand_in
@@ -386,7 +386,7 @@ class ProjectedParameter:
         return selection.select(config.selection, scores, noise, self.assigned.rank)
 
     def drawn(self) -> Tensor:
-        """What the refresh that is due takes, where that depends on no gradient: rows, or a key."""
+        """The rows, or the key, that the due refresh takes where they depend on no gradient."""
         assert self.assigned is not None
         if self.options.projection == "gaussian":
             return to_device(new_key(self.options.seed, self.number, self.state["updates"]), self.parameter.device)

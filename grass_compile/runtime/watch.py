@@ -1,9 +1,9 @@
-"""``step_in_backward="auto"``: a loop proves that its weights may move inside the backward, and is deferred until it has.
+"""``step_in_backward="auto"``: a loop proves that its weights may move inside the backward, and is deferred until then.
 
-What cannot be known before a backward is what the script will do *after* it: read, clip, scale or replace a gradient, write
-another learning rate, drop the step. So the first steps are deferred and watched. When `CLEAN_STEPS` of them have gone by without
-any of this, the weights move inside the backward; a loop that does any of it once is deferred for good. (What can be known before
-a backward is decided there, for each weight: `grass_compile.runtime.call`.)
+Before a backward nobody can know what the script will do *after* it: read, clip, scale or replace a gradient, write another
+learning rate, drop the step. So the first steps are deferred and watched. When `CLEAN_STEPS` of them have gone by without any of
+this, the weights move inside the backward; a loop that does any of it once is deferred for good. (Everything that can be known
+before a backward is decided there, for each weight: `grass_compile.runtime.call`.)
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Fusion:
 
 
 class LoopWatch:
-    """What a loop has shown so far.
+    """The watch over a loop, and its verdict so far.
 
     Attributes:
         mode: ``step_in_backward`` as the optimizer was given it.

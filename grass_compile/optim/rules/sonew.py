@@ -69,7 +69,7 @@ def precondition(vector: Tensor, diagonal: Tensor, off_diagonal: Tensor, eps: An
     Args:
         vector: ``[r, n]``.
         diagonal: ``[r, n]``.
-        off_diagonal: ``[r, n]``, of which the last column is zero.
+        off_diagonal: ``[r, n]``; its last column is zero.
         eps: added to the diagonal.
         gamma: edges whose conditional variance is not above this share of the diagonal are left out.
     """

@@ -80,7 +80,7 @@ def leading(stacked: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor
 
     Returns:
         The eigenvalues ``[count]``; their eigenvectors ``[count, n]``, zero where the eigenvalue is mere noise; the eigenvalue
-        that comes next, 0-d; and below what an eigenvalue is noise. What is noise is zero.
+        that comes next, 0-d; and the bound below which an eigenvalue is noise. Noise is returned as zero.
     """
     rows, features = stacked.shape
     product = stacked @ stacked.t() if rows <= features else stacked.t() @ stacked
