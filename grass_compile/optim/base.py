@@ -62,7 +62,7 @@ class GrassOptimizer(torch.optim.Optimizer):
         if self._manager.watch.mode != group["step_in_backward"]:
             self._manager.watch.set_mode(group["step_in_backward"])
         self._manager.max_norm = None if group["max_grad_norm"] is None else float(group["max_grad_norm"])
-        self._manager.checked = parse_group(group).checked
+        self._manager.nonfinite.checked = parse_group(group).checked
 
     def __getstate__(self) -> dict[str, Any]:
         """The contents of a copy or a pickle of the optimizer."""
@@ -180,7 +180,7 @@ class GrassOptimizer(torch.optim.Optimizer):
             manager.clip(manager.max_norm)
         waiting = manager.pending()
         manager.apply(waiting)
-        hidden = {**waiting, **manager.stand_ins(), **manager.withhold()}
+        hidden = {**waiting, **manager.stand_ins(), **manager.nonfinite.withhold(manager.records)}
         try:
             for parameter in hidden:
                 parameter.grad = None

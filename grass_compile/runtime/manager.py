@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from .. import _torch
 from ..config import GroupOptions
 from ..errors import GrassWarning, StateError
-from ..math.finite import clip_, not_finite
+from ..math.finite import clip_
 from ..math.rule import Rule
 from ..math.transfer import to_device
 from ..math.update import run_eagerly
@@ -23,7 +22,7 @@ from . import registry
 from .delivery import reduce
 from .gradient import CompactGrad
 from .moved import MovedGrad
-from .nonfinite import Skips, report
+from .nonfinite import NonFinite
 from .parameter import ProjectedParameter
 from .watch import LoopWatch, Mode
 
@@ -36,7 +35,7 @@ class ProjectionManager:
         records: one for each of its parameters.
         watch: whether weights may move inside the backward, as far as the loop is concerned.
         max_norm: the largest common norm of all gradients, or None.
-        checked: whether gradients of dense parameters that are not finite are to be kept from the optimizer's own code.
+        nonfinite: what is known of gradients that are not finite.
         clipped: whether the gradients of this step have been clipped inside the backward.
         grad_norm: the gradient norm at the last clipping, 0-d, on the device.
         hidden: gradients that are taken out of ``.grad`` while torch's own code takes its step.
@@ -48,7 +47,7 @@ class ProjectionManager:
         self.records: dict[Tensor, ProjectedParameter] = {}
         self.watch = LoopWatch(mode)
         self.max_norm: float | None = None
-        self.checked = False
+        self.nonfinite = NonFinite()
         self.clipped = False
         self.grad_norm: Tensor | None = None
         self.hidden: dict[Tensor, Tensor] = {}
@@ -59,9 +58,6 @@ class ProjectionManager:
         self._began: dict[str, Any] | None = None
         self._forwards = 0
         self._warned: set[str] = set()
-        self._skips = Skips()
-        self._withheld: list[ProjectedParameter] = []
-        self._taken: dict[ProjectedParameter, Tensor] = {}
         self._hyper: dict[object, tuple[tuple[float, ...], Tensor]] = {}
 
     @property
@@ -128,10 +124,7 @@ class ProjectionManager:
     def forget_numbers(self) -> None:
         """The groups or the state were replaced; the counts in a loaded state are known as they are."""
         self._hyper.clear()
-        self._skips.forget()
-        for record in self._taken:
-            record.skipped = 0
-        self._taken.clear()
+        self.nonfinite.forget()
 
     # ----------------------------------------------------------------------------------------------- around a backward
 
@@ -144,14 +137,7 @@ class ProjectionManager:
         if task == self._task:
             return
         self._task = task
-        if self.watch.watching:
-            held = [record for record in self.records.values() if record.chosen is not None]
-            if held and not self._accumulating and self._began is not None:
-                lost = any(record.parameter.grad is None for record in held)
-                dropped = "gradients were dropped without opt.step()"
-                self.watch.failed(dropped if lost else "several backwards come before one opt.step()")
-            if any(record.waits and record.chosen is None for record in self.records.values()):
-                self.watch.failed("gradients are not cleared after opt.step()")
+        self.watch.before_backward(self.records.values(), again=not self._accumulating and self._began is not None)
         if not self._accumulating:
             self._began = self._numbers()
 
@@ -211,7 +197,7 @@ class ProjectionManager:
             if parameter.grad is not None and registry.lookup(parameter) is not record:
                 raise StateError(f"{record.label}: another optimizer has taken it over; this one must not be used any more.")
         self._check_numbers()
-        self._look_back()
+        self.watch.look_back(self.records.values())
         for parameter, record in self.records.items():
             if isinstance(parameter.grad, MovedGrad) and not record.moved:
                 self._take_old(record, parameter.grad)
@@ -299,22 +285,6 @@ class ProjectionManager:
                 "or make the optimizer with step_in_backward=False."
             )
 
-    def _look_back(self) -> None:
-        """Note what the script has done to the gradients of this step."""
-        if not self.watch.watching:
-            return
-        for parameter, record in self.records.items():
-            gradient = parameter.grad
-            if record.chosen is None:
-                if record.assigned is not None and gradient is not None and not isinstance(gradient, MovedGrad):
-                    self.watch.failed(f"{record.label} gets its gradient from outside of its compiled region")
-            elif gradient is None or record.delivered is None or record.delivered() is not gradient:
-                self.watch.failed("gradients are replaced or dropped between backward() and opt.step()")
-            elif record.seen != record.look():
-                self.watch.failed("weights are written between backward() and opt.step()")
-            elif isinstance(gradient, CompactGrad) and gradient.touched:
-                self.watch.failed(f"gradients are {gradient.touched} between backward() and opt.step()")
-
     def _warn_full(self, record: ProjectedParameter) -> None:
         self.warn_once(
             "full",
@@ -368,7 +338,7 @@ class ProjectionManager:
             if record.assigned is not None and gradient is not None and not isinstance(gradient, CompactGrad):
                 reduce(record)
         gradients = [parameter.grad for parameter in self.records if parameter.grad is not None]
-        if self.checked:
+        if self.nonfinite.checked:
             self.grad_norm = clip_(gradients, max_norm, norm_type)
         else:
             self.grad_norm = torch.nn.utils.get_total_norm(gradients, norm_type)
@@ -401,37 +371,6 @@ class ProjectionManager:
         if fresh or gradient.next_rows is not None:
             record.doubt()
 
-    @torch.no_grad()
-    def withhold(self) -> dict[Tensor, Tensor]:
-        """Gradients of dense parameters that are not to be applied, since they are not finite.
-
-        Those on a GPU are only counted: the answer would have to be waited for.
-        """
-        if not self.checked:
-            return {}
-        present = {parameter: parameter.grad for parameter in self.records}
-        dense = {
-            parameter: gradient
-            for parameter, gradient in present.items()
-            if gradient is not None and not isinstance(gradient, (CompactGrad, MovedGrad)) and gradient.layout is torch.strided
-        }
-        near = {parameter: gradient for parameter, gradient in dense.items() if _is_at_hand(gradient)}
-        self._watch({parameter: gradient for parameter, gradient in dense.items() if parameter not in near})
-        bad = not_finite(list(near.values())).tolist()
-        found = {parameter: gradient for (parameter, gradient), is_bad in zip(near.items(), bad, strict=True) if is_bad}
-        self._withheld = [self.records[parameter] for parameter in found]
-        return found
-
-    def _watch(self, gradients: Mapping[Tensor, Tensor]) -> None:
-        """Count, without waiting for the device, which gradients are not finite."""
-        if not gradients:
-            return
-        records = [self.records[parameter] for parameter in gradients]
-        bad = not_finite(list(gradients.values())).to(torch.int32)
-        zero = torch.zeros_like(bad[:1])
-        counts = torch._foreach_add([self._taken.get(record, zero) for record in records], list(bad.split(1)))
-        self._taken.update(zip(records, counts, strict=True))
-
     def close(self) -> None:
         """Note the end of a step.
 
@@ -442,10 +381,7 @@ class ProjectionManager:
         if any(record.moved or record.chosen is not None for record in self.records.values()):
             self.watch.passed()
         self._end()
-        withheld, self._withheld = self._withheld, []
-        news = self._news()
-        taken = {record: count for record, count in news.items() if record.assigned is None}
-        report(Counter(withheld) + news - Counter(taken), taken)
+        self.nonfinite.close(self.records.values())
 
     def _end(self) -> None:
         """Begin the next step."""
@@ -457,20 +393,6 @@ class ProjectionManager:
             if (gradient := record.pending) is not None:
                 gradient.applied = False
 
-    def _news(self) -> Counter[ProjectedParameter]:
-        """How many gradients that were not finite have become known. A refresh that was skipped is due again if its rows were to
-        be chosen by that gradient; only then does the host have to know at once."""
-        state = self.optimizer.state if self.optimizer is not None else {}
-        checked = {p: record for p, record in self.records.items() if record.assigned is not None and record.options.checked}
-        refreshed = [record for record in checked.values() if record.refreshed]
-        counts = {record: state[parameter]["nonfinite"] for parameter, record in checked.items()}
-        late, current = self._skips.look({**self._taken, **counts}, now=bool(refreshed))
-        for record in refreshed:
-            record.refreshed = False
-            if record in current:
-                record.state["updates"] -= 1
-        return Counter(late) + Counter(current)
-
 
 @_torch.outside_dynamo
 def _take_norm(manager: ProjectionManager | None, leaf: Tensor) -> None:
@@ -481,8 +403,3 @@ def _take_norm(manager: ProjectionManager | None, leaf: Tensor) -> None:
 
 def _is_emptied(gradient: Tensor) -> bool:
     return isinstance(gradient, (CompactGrad, MovedGrad)) and gradient.zeroed
-
-
-def _is_at_hand(gradient: Tensor) -> bool:
-    """Whether its values can be looked at without waiting for a device."""
-    return gradient.device.type == "cpu"

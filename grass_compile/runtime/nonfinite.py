@@ -10,18 +10,18 @@ The device decides and the host learns of it afterwards (`Skips`), since waiting
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError
+from ..math.finite import not_finite
 from ..math.transfer import to_host
-
-if TYPE_CHECKING:
-    from .parameter import ProjectedParameter
+from .gradient import CompactGrad
+from .moved import MovedGrad
+from .parameter import ProjectedParameter
 
 
 def report(skipped: Mapping[ProjectedParameter, int], taken: Mapping[ProjectedParameter, int]) -> None:
@@ -107,3 +107,79 @@ class Skips:
                     news[record] = count - record.skipped
                     record.skipped = count
         return news
+
+
+class NonFinite:
+    """What is known of the gradients of one optimizer that are not finite.
+
+    Attributes:
+        checked: whether gradients of dense parameters that are not finite are to be kept from the optimizer's own code.
+    """
+
+    def __init__(self) -> None:
+        self.checked = False
+        self._skips = Skips()
+        self._withheld: list[ProjectedParameter] = []
+        self._taken: dict[ProjectedParameter, Tensor] = {}
+
+    def forget(self) -> None:
+        """The state was replaced; the counts in a loaded one are known as they are."""
+        self._skips.forget()
+        for record in self._taken:
+            record.skipped = 0
+        self._taken.clear()
+
+    @torch.no_grad()
+    def withhold(self, records: Mapping[Tensor, ProjectedParameter]) -> dict[Tensor, Tensor]:
+        """Gradients of dense parameters that are not to be applied, since they are not finite.
+
+        Those on a GPU are only counted: the answer would have to be waited for.
+        """
+        if not self.checked:
+            return {}
+        given = {p: p.grad for p in records if p.grad is not None and not isinstance(p.grad, (CompactGrad, MovedGrad))}
+        dense = {parameter: gradient for parameter, gradient in given.items() if gradient.layout is torch.strided}
+        near = {parameter: gradient for parameter, gradient in dense.items() if _is_at_hand(gradient)}
+        self._count({records[parameter]: gradient for parameter, gradient in dense.items() if parameter not in near})
+        bad = not_finite(list(near.values())).tolist()
+        found = {parameter: gradient for (parameter, gradient), is_bad in zip(near.items(), bad, strict=True) if is_bad}
+        self._withheld = [records[parameter] for parameter in found]
+        return found
+
+    def _count(self, gradients: Mapping[ProjectedParameter, Tensor]) -> None:
+        """Count, without waiting for the device, which gradients are not finite."""
+        if not gradients:
+            return
+        bad = not_finite(list(gradients.values())).to(torch.int32)
+        zero = torch.zeros_like(bad[:1])
+        counts = torch._foreach_add([self._taken.get(record, zero) for record in gradients], list(bad.split(1)))
+        self._taken.update(zip(gradients, counts, strict=True))
+
+    def close(self, records: Iterable[ProjectedParameter]) -> None:
+        """At the end of a step, report what has become known.
+
+        Raises:
+            NonFiniteError: parameters with ``nonfinite="raise"`` have been left as they were, in this step or (on a GPU) in the
+                one before.
+        """
+        withheld, self._withheld = self._withheld, []
+        news = self._news([record for record in records if record.assigned is not None and record.options.checked])
+        taken = {record: count for record, count in news.items() if record.assigned is None}
+        report(Counter(withheld) + news - Counter(taken), taken)
+
+    def _news(self, checked: Sequence[ProjectedParameter]) -> Counter[ProjectedParameter]:
+        """How many gradients that were not finite have become known. A refresh that was skipped is due again if its rows were to
+        be chosen by that gradient; only then does the host have to know at once."""
+        refreshed = [record for record in checked if record.refreshed]
+        counts = {record: record.state["nonfinite"] for record in checked}
+        late, current = self._skips.look({**self._taken, **counts}, now=bool(refreshed))
+        for record in refreshed:
+            record.refreshed = False
+            if record in current:
+                record.state["updates"] -= 1
+        return Counter(late) + Counter(current)
+
+
+def _is_at_hand(gradient: Tensor) -> bool:
+    """Whether its values can be looked at without waiting for a device."""
+    return gradient.device.type == "cpu"

@@ -10,7 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Iterable
 from typing import Literal
+
+from .gradient import CompactGrad
+from .moved import MovedGrad
+from .parameter import ProjectedParameter
 
 log = logging.getLogger(__name__)
 
@@ -83,3 +88,36 @@ class LoopWatch:
             self._clean += 1
             if self._clean == CLEAN_STEPS:
                 log.info("weights move inside the backward from now on: %s", self.status.reason)
+
+    def before_backward(self, records: Iterable[ProjectedParameter], again: bool) -> None:
+        """Look at what the script has done since the last backward.
+
+        Args:
+            records: what the optimizer manages.
+            again: whether that backward too came after the last ``opt.step()``, and not under ``opt.accumulate()``.
+        """
+        if not self.watching:
+            return
+        held = [record for record in records if record.chosen is not None]
+        if held and again:
+            lost = any(record.parameter.grad is None for record in held)
+            dropped = "gradients were dropped without opt.step()"
+            self.failed(dropped if lost else "several backwards come before one opt.step()")
+        if any(record.waits and record.chosen is None for record in records):
+            self.failed("gradients are not cleared after opt.step()")
+
+    def look_back(self, records: Iterable[ProjectedParameter]) -> None:
+        """At ``opt.step()``, look at what the script has done to weights and gradients since the backward."""
+        if not self.watching:
+            return
+        for record in records:
+            gradient = record.parameter.grad
+            if record.chosen is None:
+                if record.assigned is not None and gradient is not None and not isinstance(gradient, MovedGrad):
+                    self.failed(f"{record.label} gets its gradient from outside of its compiled region")
+            elif gradient is None or record.delivered is None or record.delivered() is not gradient:
+                self.failed("gradients are replaced or dropped between backward() and opt.step()")
+            elif record.seen != record.look():
+                self.failed("weights are written between backward() and opt.step()")
+            elif isinstance(gradient, CompactGrad) and gradient.touched:
+                self.failed(f"gradients are {gradient.touched} between backward() and opt.step()")
