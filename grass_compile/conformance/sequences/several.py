@@ -1,0 +1,111 @@
+"""Loops with several losses, models or threads."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+from torch import Tensor
+
+from grass_compile.conformance.loop import Batch, Evidence, Loop, weights
+from grass_compile.conformance.sequences.gradients import added
+from grass_compile.conformance.sequences.registry import sequence
+
+
+@sequence
+def two_losses(loop: Loop, right: Loop) -> Evidence:
+    """Two losses of one forward, each with a backward (``retain_graph=True``). Right: a step on the sum of the gradients."""
+    for batch in loop.batches(4):
+        x, y = batch
+        out = loop.model(x)
+        loop.backward(out.square().mean(), retain_graph=True)
+        loop.backward((out - y).abs().mean())
+        loop.step()
+        loop.zero_grad()
+        one = right.gradients_of(lambda model, x=x: model(x).square().mean())  # type: ignore[misc]
+        two = right.gradients_of(lambda model, x=x, y=y: (model(x) - y).abs().mean())  # type: ignore[misc]
+        right.train_on(added(one, two))
+    return weights(loop, right)
+
+
+@sequence
+def two_forwards(loop: Loop, right: Loop) -> Evidence:
+    """Two forwards, then one backward of both losses, as contrastive training does. Right: a step on the sum."""
+    for _ in range(3):
+        one, two = loop.batches(2)
+        loop.backward(loop.loss(one) + loop.loss(two))
+        loop.step()
+        loop.zero_grad()
+        right.train_on(added(right.gradients(one), right.gradients(two)))
+    return weights(loop, right)
+
+
+@sequence
+def adversarial(loop: Loop, right: Loop) -> Evidence:
+    """A GAN, generator first: its loss passes through the discriminator, whose stray gradients are cleared. Right: each by its loss.
+
+    The loop under test is the discriminator, and another of the same kind the generator.
+    """
+    generator, right_generator = loop.another(seed=loop.seed + 1), right.another(seed=right.seed + 1)
+
+    for real, noise in loop.batches(4):
+        fake = generator.model(noise)
+        generator.backward((loop.model(fake) - 1).square().mean())
+        generator.step()
+        generator.zero_grad()
+        loop.zero_grad()
+        loop.backward(_discriminate(loop, real, fake.detach()))
+        loop.step()
+        loop.zero_grad()
+
+        fake = right_generator.net(noise).detach()
+        of_generator = right_generator.gradients_of(
+            lambda model, noise=noise: (right.net(model(noise)) - 1).square().mean()  # type: ignore[misc]
+        )
+        right_generator.train_on(of_generator)
+        right.train_on(
+            right.gradients_of(
+                lambda model, real=real, fake=fake: (model(real) - 1).square().mean() + model(fake).square().mean()  # type: ignore[misc]
+            )
+        )
+    return weights(loop, right) | weights(generator, right_generator, "generator's ")
+
+
+def _discriminate(loop: Loop, real: Tensor, fake: Tensor) -> Tensor:
+    return (loop.model(real) - 1).square().mean() + loop.model(fake).square().mean()
+
+
+@sequence
+def two_threads(loop: Loop, right: Loop) -> Evidence:
+    """Two models of one class, each trained in a thread of its own, in lockstep. Right: each as if alone."""
+    other, right_other = loop.another(seed=loop.seed + 1), right.another(seed=right.seed + 1)
+    batches = {id(run): list(run.batches(4)) for run in (loop, other)}
+    for run in (loop, other):  # what is compiled is compiled here, one after the other
+        run.train(batches[id(run)][:1])
+
+    together = threading.Barrier(2, timeout=60)
+    with ThreadPoolExecutor(2) as threads:
+        done = [threads.submit(_train_in_lockstep, run, batches[id(run)][1:], together) for run in (loop, other)]
+    errors = [error for future in done if (error := future.exception()) is not None]
+    for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+        raise error
+
+    for run, expected in ((loop, right), (other, right_other)):
+        for batch in batches[id(run)]:
+            expected.train_on(expected.gradients(batch))
+    return weights(loop, right) | weights(other, right_other, "other's ")
+
+
+def _train_in_lockstep(loop: Loop, batches: list[Batch], together: threading.Barrier) -> None:
+    try:
+        for batch in batches:
+            loss = loop.loss(batch)
+            together.wait()
+            loop.backward(loss)
+            together.wait()
+            loop.step()
+            loop.zero_grad()
+            together.wait()
+    except BaseException:
+        together.abort()
+        raise
