@@ -8,6 +8,7 @@ import enum
 import functools
 import io
 import linecache
+import logging
 import math
 import re
 import time
@@ -18,14 +19,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from grass_compile.conformance.child import ChildError, in_child
 from grass_compile.conformance.loop import Evidence, Loop, NotApplicable, Subject, weights
 from grass_compile.conformance.sequences.registry import Sequence
 
-ACCIDENTS = (AttributeError, LookupError, NameError, ArithmeticError, RecursionError)
+ACCIDENTS = (AssertionError, AttributeError, LookupError, NameError, ArithmeticError, RecursionError)
 """Built-in exceptions that tell of a mistake in the code and not of one in the loop."""
 SENTENCE = 5
 """Words that a refusal has at least."""
-INTERNAL = re.compile(r"OpOverload|aten::|\bC10_|INTERNAL ASSERT")
+INTERNAL = re.compile(r"OpOverload|aten::|INTERNAL ASSERT|While executing %|symbolically trace")
 """What stands in messages for developers of a library."""
 ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 PLAIN_STEPS = 6
@@ -38,12 +40,13 @@ class Outcome(enum.Enum):
     """What a user of this loop gets."""
 
     RIGHT = "right"
+    ROUNDED = "right to rounding"
     REFUSED = "refused"
     REFUSED_LATE = "refused late"
     BROKEN = "broken"
     WRONG = "silently wrong"
     NOT_APPLICABLE = "not applicable"
-    NOT_INSTALLED = "not installed"
+    UNAVAILABLE = "unavailable"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,34 +84,45 @@ def judge(subject: Subject, sequence: Sequence, seed: int = 0) -> Cell:
         The outcome; no exception of the optimizer's gets out.
     """
     begin = time.perf_counter()
-    with quiet():
+    if sequence.isolated:
+        try:
+            cell = in_child(lambda: _judge(subject, sequence, seed))
+        except ChildError as error:
+            cell = Cell(subject.name, sequence.name, Outcome.BROKEN, str(error))
+    else:
         cell = _judge(subject, sequence, seed)
     return dataclasses.replace(cell, seconds=time.perf_counter() - begin)
 
 
 def _judge(subject: Subject, sequence: Sequence, seed: int) -> Cell:
+    with quiet(), torch.compiler.set_stance(subject.stance):
+        return _outcome(subject, sequence, seed)
+
+
+def _outcome(subject: Subject, sequence: Sequence, seed: int) -> Cell:
     cell = functools.partial(Cell, subject.name, sequence.name)
-    if reason := subject.not_applicable.get(sequence.name):
-        return cell(Outcome.NOT_APPLICABLE, reason)
     oracle = subject if sequence.exact or subject.oracle is None else subject.oracle
     try:
-        tolerance = 0.0 if sequence.exact else rounding(oracle, seed)
         loop, right = subject.start(seed), oracle.start(seed)
+        tolerance = rounding(subject.oracle or subject, seed)
     except ImportError as error:
-        return cell(Outcome.NOT_INSTALLED, f"pip install {subject.package} ({error})")
+        return cell(Outcome.UNAVAILABLE, f"not installed: pip install {subject.package} ({error})")
     except Exception as error:
-        return cell(Outcome.NOT_APPLICABLE, f"it cannot be set up here: {first_sentence(error)}")
+        return cell(Outcome.UNAVAILABLE, f"cannot be set up here: {first_sentence(error)}")
 
     try:
+        if reason := subject.not_applicable.get(sequence.name):
+            raise NotApplicable(reason)
         evidence = sequence.play(loop, right)
     except NotApplicable as reason:
         return cell(Outcome.NOT_APPLICABLE, str(reason))
     except Exception as error:
         return cell(_outcome_of(error, loop), first_sentence(error))
     difference, where = largest_difference(evidence)
-    if difference <= tolerance:
+    if difference == 0.0 or (difference <= tolerance and not sequence.exact):
         return cell(Outcome.RIGHT, "", difference, tolerance)
-    return cell(Outcome.WRONG, f"most in {where}", difference, tolerance)
+    outcome = Outcome.ROUNDED if difference <= tolerance else Outcome.WRONG
+    return cell(outcome, f"most in {where}", difference, tolerance)
 
 
 def _outcome_of(error: Exception, loop: Loop) -> Outcome:
@@ -118,13 +132,13 @@ def _outcome_of(error: Exception, loop: Loop) -> Outcome:
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether somebody meant to raise this and says why: a sentence, from a line that begins with ``raise`` or ``assert``."""
+    """Whether somebody meant to raise this and says why: a sentence, from a line that begins with ``raise``."""
     if len(str(error).split()) < SENTENCE or INTERNAL.search(str(error)):
         return False
     if isinstance(error, ACCIDENTS) and type(error).__module__ == "builtins":
         return False
     last = traceback.extract_tb(error.__traceback__)[-1]
-    return linecache.getline(last.filename, last.lineno or 0).lstrip().startswith(("raise", "assert"))
+    return linecache.getline(last.filename, last.lineno or 0).lstrip().startswith("raise")
 
 
 def first_sentence(error: BaseException, length: int = 240) -> str:
@@ -141,7 +155,7 @@ def largest_difference(evidence: Evidence) -> tuple[float, str]:
 
 
 def relative_difference(got: Tensor, right: Tensor) -> float:
-    """``max |got − right| / max |right|``; infinite where only one of them is finite."""
+    """``max |got - right| / max |right|``; infinite where only one of them is finite."""
     got, right = got.detach().double(), right.detach().double()
     if torch.equal(got, right):
         return 0.0
@@ -184,8 +198,10 @@ def quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.random.fork_rng(devices=()):
             warnings.simplefilter("ignore")
+            logging.disable()
             torch.manual_seed(0)
             yield
     finally:
+        logging.disable(logging.NOTSET)
         torch.compiler.reset()
         torch.set_num_threads(threads)

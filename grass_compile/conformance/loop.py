@@ -87,7 +87,7 @@ class Loop:
 
     def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
         """``loss.backward()``."""
-        loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+        loss.backward(retain_graph=retain_graph)
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> None:
         """``optimizer.step()``."""
@@ -149,7 +149,7 @@ class Loop:
     def gradients_of(self, loss_of: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> Gradients:
         """The gradients of ``loss_of(model)``, on a copy of the weights, so that nothing that hangs on them takes notice."""
         copies = {name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in self.net.named_parameters()}
-        loss = loss_of(lambda x: torch.func.functional_call(self.net, copies, (x,)))  # type: ignore[no-any-return]
+        loss = loss_of(lambda x: torch.func.functional_call(self.net, copies, (x,)))
         wanted = {name: copy for name, copy in copies.items() if copy.requires_grad}
         return dict(zip(wanted, torch.autograd.grad(loss, list(wanted.values())), strict=True))
 
@@ -191,6 +191,7 @@ class Subject:
         dtype: of weights and batches: float64 where the optimizer allows it.
         loop: how its training loop reads.
         compile: makes what the script calls of the model.
+        stance: of ``torch.compiler.set_stance``, under which all of it runs.
         oracle: the subject whose plain loop says what is right; ``None``: its own.
         not_applicable: name of a sequence to the reason why it makes no sense here.
     """
@@ -201,6 +202,7 @@ class Subject:
     dtype: torch.dtype = torch.float64
     loop: type[Loop] = Loop
     compile: Callable[[nn.Module], Callable[[Tensor], Tensor]] = lambda net: net
+    stance: str = "default"
     oracle: Subject | None = None
     not_applicable: Mapping[str, str] = dataclasses.field(default_factory=dict)
 

@@ -14,7 +14,7 @@ from grass_compile.conformance.sequences.registry import sequence
 
 def norm_of(gradients: Gradients) -> Tensor:
     """The common 2-norm."""
-    return torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+    return torch.nn.utils.get_total_norm(gradients.values())
 
 
 def scaled(gradients: Gradients, factor: float | Tensor) -> Gradients:
@@ -132,7 +132,7 @@ def drop_a_gradient(loop: Loop, right: Loop) -> Evidence:
 
 @sequence
 def log_the_norm(loop: Loop, right: Loop) -> Evidence:
-    """The script reads the norm of every ``.grad`` and logs it. Right: the norm of all gradients, and the weights untouched by it."""
+    """The script reads the norm of every ``.grad`` and logs it. Right: that of all gradients, and weights as without it."""
     evidence: Evidence = {}
     for number, batch in enumerate(loop.batches(4)):
         loop.backward(loop.loss(batch))
@@ -164,7 +164,7 @@ def penalty_on_weights(loop: Loop, right: Loop) -> Evidence:
 def tensor_hook(loop: Loop, right: Loop) -> Evidence:
     """``weight.register_hook`` scales a gradient. Right: a step on what the hook returns."""
     factor = [1.0]
-    _hooked_weight(loop).register_hook(lambda gradient: factor[0] * gradient)  # type: ignore[no-untyped-call]
+    _hooked_weight(loop).register_hook(lambda gradient: factor[0] * gradient)
     return _play_hooked(loop, right, factor)
 
 

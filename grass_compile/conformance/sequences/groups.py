@@ -113,7 +113,9 @@ def add_a_group(loop: Loop, right: Loop) -> Evidence:
 
 def _add_head(loop: Loop, trainable: set[str]) -> None:
     held = {id(p) for group in loop.optimizer.param_groups for p in group["params"]}
-    head = {name: p.requires_grad_() for name, p in loop.net.named_parameters() if name.startswith("head.") and name in trainable}
+    head = {name: p for name, p in loop.net.named_parameters() if name.startswith("head.") and name in trainable}
     if held & {id(p) for p in head.values()}:
         raise NotApplicable("it takes all parameters of the model, frozen or not")
+    for p in head.values():
+        p.requires_grad_()
     loop.add_group(head)

@@ -18,11 +18,13 @@ class Sequence:
         name: the function's, with spaces.
         play: takes the loop under test and the one that does right; returns what came out beside what is right.
         exact: the right one is the same optimizer, uninterrupted, and must be met bit for bit.
+        isolated: what goes wrong in it can hang a process, or leave it unfit for the next one.
     """
 
     name: str
     play: Play
-    exact: bool
+    exact: bool = False
+    isolated: bool = False
 
     @property
     def right(self) -> str:
@@ -35,7 +37,7 @@ SEQUENCES: dict[str, Sequence] = {}
 
 def sequence(play: Play) -> Play:
     """Register a sequence whose oracle is a plain loop that is handed the right gradients, met up to rounding."""
-    return _register(play, exact=False)
+    return _register(play)
 
 
 def exact_sequence(play: Play) -> Play:
@@ -43,7 +45,12 @@ def exact_sequence(play: Play) -> Play:
     return _register(play, exact=True)
 
 
-def _register(play: Play, exact: bool) -> Play:
+def isolated_sequence(play: Play) -> Play:
+    """Register a sequence as `sequence` does, to be run in a process of its own."""
+    return _register(play, isolated=True)
+
+
+def _register(play: Play, exact: bool = False, isolated: bool = False) -> Play:
     name = play.__name__.replace("_", " ")
-    SEQUENCES[name] = Sequence(name, play, exact)
+    SEQUENCES[name] = Sequence(name, play, exact, isolated)
     return play

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from grass_compile.conformance.loop import Batch, Evidence, Loop, weights
 from grass_compile.conformance.sequences.gradients import added
-from grass_compile.conformance.sequences.registry import sequence
+from grass_compile.conformance.sequences.registry import isolated_sequence, sequence
 
 
 @sequence
@@ -42,7 +43,8 @@ def two_forwards(loop: Loop, right: Loop) -> Evidence:
 
 @sequence
 def adversarial(loop: Loop, right: Loop) -> Evidence:
-    """A GAN, generator first: its loss passes through the discriminator, whose stray gradients are cleared. Right: each by its loss.
+    """A GAN, generator first: its loss passes through the discriminator, whose stray gradients are cleared.
+    Right: each moves by its own loss.
 
     The loop under test is the discriminator, and another of the same kind the generator.
     """
@@ -75,23 +77,25 @@ def _discriminate(loop: Loop, real: Tensor, fake: Tensor) -> Tensor:
     return (loop.model(real) - 1).square().mean() + loop.model(fake).square().mean()
 
 
-@sequence
+@isolated_sequence
 def two_threads(loop: Loop, right: Loop) -> Evidence:
-    """Two models of one class, each trained in a thread of its own, in lockstep. Right: each as if alone."""
-    other, right_other = loop.another(seed=loop.seed + 1), right.another(seed=right.seed + 1)
-    batches = {id(run): list(run.batches(4)) for run in (loop, other)}
-    for run in (loop, other):  # what is compiled is compiled here, one after the other
-        run.train(batches[id(run)][:1])
+    """Two models of one class, each trained in a thread of its own from the first step on. Right: each as if alone.
 
+    Forwards, backwards and steps overlap with their like, and the interpreter changes threads as often as it can. What compiles
+    does so inside the threads.
+    """
+    other, right_other = loop.another(seed=loop.seed + 1), right.another(seed=right.seed + 1)
+    batches = {run: list(run.batches(4)) for run in (loop, other)}
     together = threading.Barrier(2, timeout=60)
+    sys.setswitchinterval(1e-6)
     with ThreadPoolExecutor(2) as threads:
-        done = [threads.submit(_train_in_lockstep, run, batches[id(run)][1:], together) for run in (loop, other)]
+        done = [threads.submit(_train_in_lockstep, run, batches[run], together) for run in (loop, other)]
     errors = [error for future in done if (error := future.exception()) is not None]
     for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
         raise error
 
     for run, expected in ((loop, right), (other, right_other)):
-        for batch in batches[id(run)]:
+        for batch in batches[run]:
             expected.train_on(expected.gradients(batch))
     return weights(loop, right) | weights(other, right_other, "other's ")
 

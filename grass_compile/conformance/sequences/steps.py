@@ -130,7 +130,7 @@ class Products(TorchDispatchMode):
     """Counts matrix products, and runs out of memory in the one numbered ``fail_at``."""
 
     def __init__(self, fail_at: int | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count, self.fail_at = 0, fail_at
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -144,7 +144,6 @@ class Products(TorchDispatchMode):
 @sequence
 def exception_then_retry(loop: Loop, right: Loop) -> Evidence:
     """A backward runs out of memory at its last product; the script clears the gradients and repeats the batch.
-
     Right: as if the failed attempt had not been.
     """
     return _play_exception(loop, right, retry=True)
@@ -153,7 +152,6 @@ def exception_then_retry(loop: Loop, right: Loop) -> Evidence:
 @sequence
 def exception_then_skip(loop: Loop, right: Loop) -> Evidence:
     """A backward runs out of memory at its last product; the script clears the gradients and takes the next batch.
-
     Right: as if the batch had not been.
     """
     return _play_exception(loop, right, retry=False)

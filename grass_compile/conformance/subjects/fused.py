@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from grass_compile.conformance.loop import Loop, NotApplicable, trainable
-from grass_compile.conformance.subjects.registry import subject
+from grass_compile.conformance.subjects.registry import package, subject
 
 
 class LomoLoop(Loop):
@@ -36,26 +36,20 @@ LOMO = {"scheduler first": NO_STEP, "rate before step": NO_STEP, "grad scaler": 
 @subject("lomo_optim.Lomo", package="lomo-optim transformers", loop=LomoLoop, not_applicable=LOMO)
 def lomo(net: nn.Module) -> Any:
     """SGD without momentum."""
-    import lomo_optim
-
-    return lomo_optim.Lomo(net, lr=0.1)
+    return package("lomo_optim").Lomo(net, lr=0.1)
 
 
 @subject("lomo_optim.AdaLomo", package="lomo-optim transformers", loop=LomoLoop, not_applicable=LOMO)
 def adalomo(net: nn.Module) -> Any:
     """Adafactor's second moment. It puts its state on a GPU, whatever the model is on; here ``.cuda()`` leaves it where it is."""
-    import lomo_optim
-
     with mock.patch.object(Tensor, "cuda", lambda tensor: tensor):
-        return lomo_optim.AdaLomo(net, lr=1e-2)
+        return package("lomo_optim").AdaLomo(net, lr=1e-2)
 
 
 @subject("badam.BlockOptimizer", package="badam transformers")
 def badam(net: nn.Module) -> Any:
     """Two blocks, which take turns every four steps."""
-    import badam as package
-
     base = torch.optim.AdamW(trainable(net), lr=1e-2, weight_decay=0.1)
     blocks = [["body.", "norm."], ["head."]]
     named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
-    return package.BlockOptimizer(base, named, block_prefix_list=blocks, switch_block_every=4, verbose=0)
+    return package("badam").BlockOptimizer(base, named, block_prefix_list=blocks, switch_block_every=4, verbose=0)

@@ -20,7 +20,7 @@ def _compiled(**options: Any) -> Callable[[nn.Module], Callable[[Tensor], Tensor
     def compile_(net: nn.Module) -> Callable[[Tensor], Tensor]:
         from grass_compile.backend import grass
 
-        return torch.compile(net, backend=grass, options={"compiler": "aot_eager", **options})  # type: ignore[no-any-return]
+        return torch.compile(net, backend=grass, options={"compiler": "aot_eager", **options})
 
     return compile_
 

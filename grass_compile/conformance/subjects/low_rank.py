@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from grass_compile.conformance.loop import Loop, trainable
-from grass_compile.conformance.subjects.registry import subject
+from grass_compile.conformance.subjects.registry import package, subject
 
 RATE = 1e-2
 RANK = 16
@@ -17,15 +17,24 @@ GAP = 4
 """Steps between projections: every sequence has more, so that a lost projection shows."""
 
 
-SCALES = {"galore_torch": dict(scale=0.25), "apollo_torch": dict(proj="random", scale_type="channel", scale=1.0), "fira": dict(alpha=0.25)}
+SCALES: dict[str, dict[str, Any]] = {
+    "galore_torch": dict(scale=0.25),
+    "apollo_torch": dict(proj="random", scale_type="channel", scale=1.0),
+    "fira": dict(alpha=0.25),
+}
 """The keywords of a projected group that differ from package to package."""
 
 
-def _groups(parameters: Iterable[nn.Parameter], package: str) -> list[dict[str, Any]]:
+def _groups(parameters: Iterable[nn.Parameter], family: str) -> list[dict[str, Any]]:
     parameters = list(parameters)
-    others = {"params": [p for p in parameters if p.dim() != 2]}
-    matrices = {"params": [p for p in parameters if p.dim() == 2], "rank": RANK, "update_proj_gap": GAP, "proj_type": "std"}
-    return [group for group in (others, matrices | SCALES[package]) if group["params"]]
+    others: dict[str, Any] = {"params": [p for p in parameters if p.dim() != 2]}
+    matrices: dict[str, Any] = {
+        "params": [p for p in parameters if p.dim() == 2],
+        "rank": RANK,
+        "update_proj_gap": GAP,
+        "proj_type": "std",
+    }
+    return [group for group in (others, matrices | SCALES[family]) if group["params"]]
 
 
 class LowRankLoop(Loop):
@@ -40,9 +49,7 @@ class LowRankLoop(Loop):
 @subject("galore_torch.GaLoreAdamW", package="galore-torch transformers", loop=LowRankLoop)
 def galore(net: nn.Module) -> Any:
     """As in its README."""
-    import galore_torch
-
-    return galore_torch.GaLoreAdamW(_groups(trainable(net), "galore_torch"), lr=RATE)
+    return package("galore_torch").GaLoreAdamW(_groups(trainable(net), "galore_torch"), lr=RATE)
 
 
 class PerLayer(torch.optim.Optimizer):
@@ -63,7 +70,7 @@ class PerLayer(torch.optim.Optimizer):
         self.optimizers[p].step()
         self.optimizers[p].zero_grad()
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Nothing; the weights have moved."""
         return closure() if closure is not None else None
 
@@ -96,22 +103,16 @@ NO_COPY = "its hooks hang on the weights, and a script sets them up anew"
 )
 def galore_per_layer(net: nn.Module) -> Any:
     """Its "layerwise weight updates"."""
-    import galore_torch
-
-    return PerLayer({p: galore_torch.GaLoreAdamW(_groups([p], "galore_torch"), lr=RATE) for p in trainable(net)})
+    return PerLayer({p: package("galore_torch").GaLoreAdamW(_groups([p], "galore_torch"), lr=RATE) for p in trainable(net)})
 
 
 @subject("apollo_torch.APOLLOAdamW", package="apollo-torch transformers", loop=LowRankLoop)
 def apollo(net: nn.Module) -> Any:
     """As in its README."""
-    import apollo_torch
-
-    return apollo_torch.APOLLOAdamW(_groups(trainable(net), "apollo_torch"), lr=RATE)
+    return package("apollo_torch").APOLLOAdamW(_groups(trainable(net), "apollo_torch"), lr=RATE)
 
 
 @subject("fira.FiraAdamW", package="fira transformers", loop=LowRankLoop)
 def fira(net: nn.Module) -> Any:
     """As in its README, without ``divide_params``, which prints."""
-    import fira as package
-
-    return package.FiraAdamW(_groups(trainable(net), "fira"), lr=RATE)
+    return package("fira").FiraAdamW(_groups(trainable(net), "fira"), lr=RATE)

@@ -51,11 +51,16 @@ def select(patterns: Sequence[str]) -> list[Subject]:
     return list(chosen.values())
 
 
+def package(module: str) -> Any:
+    """Import a module that may not be installed, and of which no types are known."""
+    return importlib.import_module(module)
+
+
 def own(path: str) -> Subject:
     """An optimizer that is no part of this suite, from ``module:Class``."""
     module, _, name = path.partition(":")
 
     def build(net: nn.Module) -> Any:
-        return getattr(importlib.import_module(module), name)(trainable(net), lr=1e-2)
+        return getattr(package(module), name)(trainable(net), lr=1e-2)
 
     return Subject(f"{module}.{name}", build, package=module.partition(".")[0])

@@ -31,9 +31,9 @@ def _of(optimizer: type[torch.optim.Optimizer]) -> Callable[[nn.Module], torch.o
 
 INITIAL_RATE = "its lr is the size of the first step only"
 NOT_APPLICABLE = {
-    "Rprop": {
-        name: INITIAL_RATE for name in ("scheduler", "scheduler first", "rate before step", "rate of zero", "change then resume")
-    },
+    "Rprop": dict.fromkeys(
+        ("scheduler", "scheduler first", "rate before step", "rate of zero", "change then resume"), INITIAL_RATE
+    ),
     "ASGD": {"rate of zero": "it computes the size of a step at the end of the one before, as its formula says"},
 }
 
@@ -49,6 +49,16 @@ def muon(net: nn.Module) -> Any:
     for p in net.parameters():
         p.requires_grad_(p.requires_grad and p.dim() == 2)
     return torch.optim.Muon(trainable(net), lr=RATE)
+
+
+def _aot_eager(net: nn.Module) -> Callable[[Tensor], Tensor]:
+    return torch.compile(net, backend="aot_eager")
+
+
+@subject("torch.optim.AdamW (compiled model)", compile=_aot_eager)
+def adamw_compiled(net: nn.Module) -> Any:
+    """What torch.compile by itself makes of each loop."""
+    return torch.optim.AdamW(trainable(net), lr=RATE, weight_decay=0.1)
 
 
 class LBFGSLoop(Loop):
