@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from grass_compile.conformance.__main__ import main
 from grass_compile.conformance.child import ChildError, in_child
-from grass_compile.conformance.judge import Outcome, is_refusal, judge, relative_difference, rounding
+from grass_compile.conformance.judge import Outcome, first_sentence, is_refusal, judge, relative_difference, rounding
 from grass_compile.conformance.loop import Subject, trainable
 from grass_compile.conformance.report import BEGIN, END
 from grass_compile.conformance.sequences import SEQUENCES
@@ -185,6 +185,13 @@ def test_what_counts_as_a_refusal(error: Callable[[], Any], expected: bool) -> N
     assert is_refusal(raised(error)) is expected
 
 
+def test_a_note_names_no_folder_of_this_machine() -> None:
+    assert (
+        first_sentence(ValueError("in /home/me/model.py, \x1b[1mline 3\x1b[0m:\n and/or"))
+        == "ValueError: in model.py, line 3: and/or"
+    )
+
+
 @pytest.mark.parametrize(
     ("got", "right", "expected"),
     [
@@ -223,9 +230,9 @@ def test_the_command_line_gives_json(capsys: pytest.CaptureFixture[str]) -> None
 def test_an_optimizer_from_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
     forgetful = f"{__name__}:Forgetful"
     assert main([forgetful, "--sequence", "plain", "--check"]) == 0
-    assert "| plain | right" in capsys.readouterr().out
+    assert "Right in every applicable sequence: " in capsys.readouterr().out
     assert main([f"{__name__}:ForgetfulWithMomentum", "--sequence", "kill and resume", "--check"]) == 1
-    assert "wrong" in capsys.readouterr().out
+    assert "| kill and resume | **wrong " in capsys.readouterr().out
 
 
 class ForgetfulWithMomentum(Forgetful):
@@ -241,7 +248,7 @@ def test_markdown_replaces_the_tables_and_nothing_else(tmp_path: pathlib.Path) -
     main(["torch.optim.SGD", "--sequence", "plain", "--markdown", str(page)])
     text = page.read_text()
     assert text.startswith("# Title\n\nbefore\n\n") and text.endswith("\n\nafter\n")
-    assert "old tables" not in text and "| plain | right |" in text
+    assert "old tables" not in text and "Right in every applicable sequence: SGD." in text
 
 
 @pytest.mark.parametrize("arguments", [["no.such.optimizer"], ["torch.optim.SGD", "--sequence", "no such sequence"]])

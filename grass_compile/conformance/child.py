@@ -14,7 +14,7 @@ class ChildError(RuntimeError):
     """The process came to no result."""
 
 
-def in_child(function: Callable[[], T], timeout: float = 120.0) -> T:
+def in_child(function: Callable[[], T], timeout: float = 600.0) -> T:
     """Call ``function`` in a forked copy of this process, or in this one where there is no fork.
 
     Args:

@@ -30,6 +30,7 @@ SENTENCE = 5
 INTERNAL = re.compile(r"OpOverload|aten::|INTERNAL ASSERT|While executing %|symbolically trace")
 """What stands in messages for developers of a library."""
 ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
+PATHS = re.compile(r"(?<![\w.])(/[\w.-]+)+/")
 PLAIN_STEPS = 6
 MARGIN = 10
 FLOOR = 100
@@ -84,22 +85,12 @@ def judge(subject: Subject, sequence: Sequence, seed: int = 0) -> Cell:
         The outcome; no exception of the optimizer's gets out.
     """
     begin = time.perf_counter()
-    if sequence.isolated:
-        try:
-            cell = in_child(lambda: _judge(subject, sequence, seed))
-        except ChildError as error:
-            cell = Cell(subject.name, sequence.name, Outcome.BROKEN, str(error))
-    else:
+    with quiet(), torch.compiler.set_stance(subject.stance):
         cell = _judge(subject, sequence, seed)
     return dataclasses.replace(cell, seconds=time.perf_counter() - begin)
 
 
 def _judge(subject: Subject, sequence: Sequence, seed: int) -> Cell:
-    with quiet(), torch.compiler.set_stance(subject.stance):
-        return _outcome(subject, sequence, seed)
-
-
-def _outcome(subject: Subject, sequence: Sequence, seed: int) -> Cell:
     cell = functools.partial(Cell, subject.name, sequence.name)
     oracle = subject if sequence.exact or subject.oracle is None else subject.oracle
     try:
@@ -109,10 +100,19 @@ def _outcome(subject: Subject, sequence: Sequence, seed: int) -> Cell:
         return cell(Outcome.UNAVAILABLE, f"not installed: pip install {subject.package} ({error})")
     except Exception as error:
         return cell(Outcome.UNAVAILABLE, f"cannot be set up here: {first_sentence(error)}")
-
+    if reason := subject.not_applicable.get(sequence.name):
+        return cell(Outcome.NOT_APPLICABLE, reason)
+    if not sequence.isolated:
+        return _play(sequence, loop, right, tolerance)
     try:
-        if reason := subject.not_applicable.get(sequence.name):
-            raise NotApplicable(reason)
+        return in_child(lambda: _play(sequence, loop, right, tolerance))
+    except ChildError as error:
+        return cell(Outcome.BROKEN, str(error))
+
+
+def _play(sequence: Sequence, loop: Loop, right: Loop, tolerance: float) -> Cell:
+    cell = functools.partial(Cell, loop.subject.name, sequence.name)
+    try:
         evidence = sequence.play(loop, right)
     except NotApplicable as reason:
         return cell(Outcome.NOT_APPLICABLE, str(reason))
@@ -141,9 +141,9 @@ def is_refusal(error: Exception) -> bool:
     return linecache.getline(last.filename, last.lineno or 0).lstrip().startswith("raise")
 
 
-def first_sentence(error: BaseException, length: int = 240) -> str:
-    """The exception's type and the beginning of its message, on one line."""
-    message = " ".join(ESCAPES.sub("", str(error)).split())
+def first_sentence(error: BaseException, length: int = 200) -> str:
+    """The exception's type and the beginning of its message, on one line, without where files lie on this machine."""
+    message = " ".join(PATHS.sub("", ESCAPES.sub("", str(error))).split()).removesuffix(".")
     if len(message) > length:
         message = message[:length].rsplit(" ", 1)[0] + " …"
     return f"{type(error).__name__}: {message}" if message else type(error).__name__

@@ -70,23 +70,25 @@ def family_of(subject: str) -> str:
 
 
 def family_table(cells: list[Cell]) -> str:
-    """Sequences down, optimizers across; those that are unavailable below, and those that are right throughout in one line."""
+    """Sequences down, optimizers across; what would be a row or a column of nothing but *right* is one line above the table."""
     columns: dict[str, dict[str, Cell]] = {}
     for cell in cells:
         columns.setdefault(cell.subject, {})[cell.sequence] = cell
-    lines, notes = [], Notes()
-    for name, column in list(columns.items()):
-        outcomes = {cell.outcome for cell in column.values()}
-        if Outcome.UNAVAILABLE in outcomes:
-            lines.append(f"{name}: {next(iter(column.values())).note}.")
-            del columns[name]
-    perfect = [name for name, column in columns.items() if all(is_fine(cell) for cell in column.values())]
-    if len(perfect) > 1:
-        lines.append(f"Right in every applicable sequence: {', '.join(short(name) for name in perfect)}.")
-        columns = {name: column for name, column in columns.items() if name not in perfect}
+    missing = {
+        name: one.note for name, column in columns.items() for one in column.values() if one.outcome is Outcome.UNAVAILABLE
+    }
+    fine = [name for name, column in columns.items() if all(map(is_fine, column.values()))]
+    lines, notes = [f"{name}: {note}." for name, note in missing.items()], Notes()
+    if fine:
+        lines.append(f"Right in every applicable sequence: {', '.join(map(short, fine))}.")
+
+    columns = {name: column for name, column in columns.items() if name not in missing and name not in fine}
     if columns:
-        sequences = list(dict.fromkeys(cell.sequence for cell in cells))
-        rows = [[name] + [notes.text(column[name]) for column in columns.values()] for name in sequences]
+        sequences = dict.fromkeys(cell.sequence for cell in cells)
+        common = [name for name in sequences if all(is_fine(column[name]) for column in columns.values())]
+        if common:
+            lines.append(f"Right for each optimizer of the table, where applicable: {', '.join(common)}.")
+        rows = [[name, *(notes.text(column[name]) for column in columns.values())] for name in sequences if name not in common]
         lines.append(grid([["", *map(short, columns)], *rows]))
     return "\n\n".join(lines + notes.lines())
 
