@@ -48,12 +48,12 @@ _wishes: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _managers: weakref.WeakKeyDictionary[torch.optim.Optimizer, ProjectionManager] = weakref.WeakKeyDictionary()
 _warned: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 _finder: list[Any] = []
-"""The handle of the hook that looks for the optimizers that hold what is wished for, as long as anything is."""
+"""The handle of the hook that looks for the optimizers that hold what is wished for."""
 
 
 def wish(parameter: Tensor, wished: Wish) -> None:
-    """Note that a region could project ``parameter``. From the first wish on, a hook looks at every optimizer's ``step()``, until
-    all wishes have come true; an optimizer that holds such a parameter gets hooks of its own."""
+    """Note that a region could project ``parameter``. From the first wish on, every optimizer's ``step()`` is looked at; one that
+    holds such a parameter gets hooks of its own."""
     _wishes[parameter] = wished
     if not _finder:
         _finder.append(register_optimizer_step_pre_hook(_find))
@@ -61,11 +61,11 @@ def wish(parameter: Tensor, wished: Wish) -> None:
 
 @_torch.outside_dynamo
 def _find(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Hook an optimizer that holds a parameter that is wished for; once it does, this hook has nothing more to do with it."""
+    """Hook an optimizer that holds a parameter which is wished for, or which another one has taken over."""
     if isinstance(optimizer, GrassOptimizer) or optimizer in _hooked:
         return
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if any(parameter in _wishes for parameter in parameters):
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    if any(parameter in _wishes or registry.lookup(parameter) is not None for parameter in parameters):
         _hooked.add(optimizer)
         optimizer.register_step_post_hook(after_step)
         optimizer.register_step_pre_hook(before_step)
@@ -184,8 +184,6 @@ def _take_over(optimizer: torch.optim.Optimizer) -> None:
                 optimizer.register_load_state_dict_post_hook(_loaded)
             _adopt(manager, parameter, group, wished, rule)
             del _wishes[parameter]
-    if not _wishes and _finder:
-        _finder.pop().remove()
 
 
 def _adopt(manager: ProjectionManager, parameter: Tensor, group: dict[str, Any], wished: Wish, rule: Rule) -> None:
@@ -193,8 +191,11 @@ def _adopt(manager: ProjectionManager, parameter: Tensor, group: dict[str, Any],
     assert manager.optimizer is not None and parameter.grad is not None
     loaded = manager.optimizer.state.get(parameter, {})
     if loaded and not is_compact(loaded):
-        if any(isinstance(value, Tensor) and value.dim() > 0 and bool(value.count_nonzero()) for value in loaded.values()):
+        trained = any(isinstance(value, Tensor) and value.dim() > 0 and bool(value.count_nonzero()) for value in loaded.values())
+        if trained and float(loaded.get("step", 2)) > 1:
             return  # trained dense so far: its full moments are not thrown away
+        if trained:  # by one step, whose closure ran the very first forward
+            manager.optimizer.state.pop(parameter)
         loaded = {}
     manager.add(parameter, wished.name, group, wished.options, rule)
     record = manager.records[parameter]

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import _torch
+from ..config import SiteConfig
 from ..errors import StateError
 from ..math.layout import Action
 from ..ops.journal import Journal
@@ -56,6 +57,7 @@ class Call:
         self._in_graph = in_graph(records, refresh)
         self._updates = [record.state["updates"] for record in records]
         self._addresses = [record.parameter.data_ptr() for record in records]
+        self._configs = [record.config() for record in records]
         self._actions: tuple[Action, ...] = ()
         for record in records:
             record.outstanding.add(self)
@@ -77,8 +79,8 @@ class Call:
         for manager in managers.values():
             manager.begin_backward(_torch.graph_task())
         wanted = [self._wanted(record) for record in self._records]
-        reasons = [self._why_it_waits(*pair) for pair in zip(self._records, self._addresses, strict=True)]
-        waits = [reason is not None for reason in reasons]
+        forwards = zip(self._records, wanted, self._addresses, self._configs, strict=True)
+        waits = [want and self._why_it_waits(record, address, config) is not None for record, want, address, config in forwards]
         (manager, *more) = managers.values()
         clip = self._clips and not more and not any(waits) and all(wanted) and manager.nothing_else_comes()
         self._actions = tuple(
@@ -120,12 +122,13 @@ class Call:
             )
         return False
 
-    def _why_it_waits(self, record: ProjectedParameter, address: int) -> str | None:
+    def _why_it_waits(self, record: ProjectedParameter, address: int, config: SiteConfig) -> str | None:
         """Why a weight may not move inside this backward, or None if it may. The one place that decides.
 
         Args:
             record: the weight.
             address: where it stood at the forward, which is where this backward would write it.
+            config: what was asked of it then, which is what this backward would do.
         """
         manager = manager_of(record)
         if (reason := manager.deferred) is not None:
@@ -138,6 +141,8 @@ class Call:
             return "it gets a gradient from outside of this region too"
         if record.parameter.data_ptr() != address:
             return "its storage was replaced since the forward"
+        if record.config() != config:
+            return "its settings have changed since the forward"
         present = record.parameter.grad
         if present is not None and record.pending is None and not isinstance(present, MovedGrad):
             return "its .grad holds a gradient already"

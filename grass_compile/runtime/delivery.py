@@ -123,3 +123,4 @@ def _put(record: ProjectedParameter, made: CompactGrad) -> None:
     record.parameter.grad = made
     record.chosen = made.rows, made.fresh, made.next_rows
     record.delivered, record.seen = weakref.ref(made), record.look()
+    made.on_touch = record.on_touch()

@@ -37,7 +37,7 @@ class CompactGrad(Tensor):
         zeroed: whether ``zero_grad(set_to_none=False)`` has emptied it, so that nothing waits in it.
         task: the number of the backward that delivered it, or -1.
         applied: whether `opt.step()` has moved the weight by it and not come to its end yet.
-        touched: what a script did to it that a gradient which was already applied would have to refuse, or "".
+        on_touch: told what a script does to it that a gradient which was already applied would have to refuse.
     """
 
     compact: Tensor
@@ -50,7 +50,7 @@ class CompactGrad(Tensor):
     zeroed: bool
     task: int
     applied: bool
-    touched: str
+    on_touch: Callable[[str], None] | None
 
     @staticmethod
     def __new__(cls, values: Tensor, index: Tensor, dim: int, weight: Tensor, *rest: Any) -> CompactGrad:
@@ -71,7 +71,7 @@ class CompactGrad(Tensor):
         self.compact, self.rows, self.along, self.name_, self.fresh = values, index, dim, name, fresh
         self.next_rows, self.projection = next_rows, projection
         self.zeroed = self.applied = False
-        self.task, self.touched = _torch.graph_task(), ""
+        self.task, self.on_touch = _torch.graph_task(), None
 
     def tolist(self) -> Any:
         """The full gradient as nested lists."""
@@ -103,7 +103,7 @@ class CompactGrad(Tensor):
         return selected(self.projection, self.along, rank, gradient.to(self.compact.dtype), self.rows)
 
     def _read(self) -> Tensor:
-        self.touched = self.touched or "read"
+        _note("read", (self,))
         return self.full()
 
     @classmethod
@@ -158,15 +158,15 @@ class CompactGrad(Tensor):
 
 
 def _note(what: str, args: Any) -> None:
-    """Remember what was done to the compact gradients among the arguments of an operator, unless the backward that has delivered
-    them does it."""
+    """Tell what is done to the compact gradients among the arguments of an operator, unless the backward that has delivered them
+    does it."""
     if not what:
         return
     task = _torch.graph_task()
     for argument in args:
         for gradient in argument if isinstance(argument, (list, tuple)) else (argument,):
-            if isinstance(gradient, CompactGrad) and (task < 0 or task != gradient.task):
-                gradient.touched = gradient.touched or what
+            if isinstance(gradient, CompactGrad) and gradient.on_touch is not None and (task < 0 or task != gradient.task):
+                gradient.on_touch(what)
 
 
 class Reading(Tensor):

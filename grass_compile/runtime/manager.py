@@ -210,6 +210,11 @@ class ProjectionManager:
                     f"{record.label}: it was written between the backward, in which it has already moved, and opt.step(). Write "
                     "it after opt.step(), or make the optimizer with step_in_backward=False."
                 )
+            if record.assigned is None and isinstance(parameter.grad, CompactGrad):
+                raise StateError(
+                    f"{record.label}: its gradient is the compact one of another optimizer, of which only some rows are known. "
+                    "Call opt.zero_grad() and run forward and backward again."
+                )
             if record.assigned is None or parameter.grad is None or isinstance(parameter.grad, MovedGrad):
                 continue
             if isinstance(parameter.grad, CompactGrad):
@@ -227,6 +232,11 @@ class ProjectionManager:
         Raises:
             StateError: it was not cleared.
         """
+        if not record.owns(gradient):
+            raise StateError(
+                f"{record.label}: another optimizer has already applied this gradient. Call opt.zero_grad() and run forward and "
+                "backward again."
+            )
         if not gradient.zeroed:
             self.watch.failed("gradients are not cleared after opt.step()")
             raise StateError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,28 +24,32 @@ class MovedGrad(Tensor):
     Attributes:
         square_sum: the squared 2-norm of the compact gradient by which the weight has moved, ``[1]``.
         name_: the name of the weight.
+        on_touch: told what is refused.
         spent: whether the ``opt.step()`` that it belongs to is over.
         zeroed: whether ``zero_grad(set_to_none=False)`` has emptied it after that: it stands for zeros then.
     """
 
     square_sum: Tensor
     name_: str
+    on_touch: Callable[[str], None] | None
     spent: bool
     zeroed: bool
 
     @staticmethod
-    def __new__(cls, weight: Tensor, square_sum: Tensor, name: str) -> MovedGrad:
+    def __new__(cls, weight: Tensor, *rest: Any) -> MovedGrad:
         made: MovedGrad = Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype, device=weight.device)
         return made
 
-    def __init__(self, weight: Tensor, square_sum: Tensor, name: str) -> None:
-        self.square_sum, self.name_, self.spent, self.zeroed = square_sum, name, False, False
+    def __init__(self, weight: Tensor, square_sum: Tensor, name: str, on_touch: Callable[[str], None] | None = None) -> None:
+        self.square_sum, self.name_, self.on_touch, self.spent, self.zeroed = square_sum, name, on_touch, False, False
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         return f"MovedGrad(shape={tuple(self.shape)}, already applied)"
 
     def refusal(self, what: str) -> StateError:
-        """The error for an operation that comes too late."""
+        """The error for an operation that comes too late; whoever watches the loop is told."""
+        if self.on_touch is not None:
+            self.on_touch(what)
         return StateError(
             f"{self.name_}: it has already moved inside the backward, so its gradient can no longer be {what}. Use "
             "max_grad_norm= to clip, or make the optimizer with step_in_backward=False."

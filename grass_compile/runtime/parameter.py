@@ -35,11 +35,20 @@ Kernel = Callable[..., None]
 """``kernel(config, dim, compact_grad, weight, hyper, *state)`` runs one compiled step by itself, in place."""
 
 
+class Watch(Protocol):
+    """Who is told that a loop did something for which its steps have to wait."""
+
+    def failed(self, reason: str) -> None: ...
+
+
 class Owner(Protocol):
     """The part of its manager that a parameter needs; see `grass_compile.runtime.manager.ProjectionManager`."""
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None: ...
+
+    @property
+    def watch(self) -> Watch: ...
 
     @property
     def records(self) -> Mapping[Tensor, ProjectedParameter]: ...
@@ -246,11 +255,25 @@ class ProjectedParameter:
         "``weight.data.mul_()``)."""
         return self.parameter.data_ptr(), self.parameter._version
 
+    def on_touch(self) -> Callable[[str], None]:
+        """What a gradient of this weight tells if a script does something to it."""
+        owner = self._owner
+
+        def told(what: str) -> None:
+            if (manager := owner()) is not None:
+                manager.watch.failed(f"gradients are {what} between backward() and zero_grad()")
+
+        return told
+
+    def owns(self, gradient: MovedGrad) -> bool:
+        """Whether a stand-in is this weight's, and not that of another optimizer which had it before."""
+        return gradient is self._stand_in
+
     @property
     def stand_in(self) -> MovedGrad:
         """The ``.grad`` of the weight after a backward that has moved it."""
         if self._stand_in is None:
-            self._stand_in = MovedGrad(self.parameter, self.square_sum, self.label)
+            self._stand_in = MovedGrad(self.parameter, self.square_sum, self.label, self.on_touch())
         return self._stand_in
 
     # -------------------------------------------------------------------------------------------------- when, and numbers

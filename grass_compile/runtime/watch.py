@@ -13,7 +13,6 @@ import logging
 from collections.abc import Iterable
 from typing import Literal
 
-from .gradient import CompactGrad
 from .moved import MovedGrad
 from .parameter import ProjectedParameter
 
@@ -119,5 +118,3 @@ class LoopWatch:
                 self.failed("gradients are replaced or dropped between backward() and opt.step()")
             elif record.seen != record.look():
                 self.failed("weights are written between backward() and opt.step()")
-            elif isinstance(gradient, CompactGrad) and gradient.touched:
-                self.failed(f"gradients are {gradient.touched} between backward() and opt.step()")
