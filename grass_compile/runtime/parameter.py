@@ -251,8 +251,8 @@ class ProjectedParameter:
         return gradient if isinstance(gradient, CompactGrad) else None
 
     def look(self) -> tuple[int, int]:
-        """Where the weight stands, and its version: whoever writes it changes one or the other (but for "
-        "``weight.data.mul_()``)."""
+        """Where the weight stands, and its version. A write changes one or the other; only ``weight.data.mul_()`` and its like
+        change neither."""
         return self.parameter.data_ptr(), self.parameter._version
 
     def on_touch(self) -> Callable[[str], None]:
