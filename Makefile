@@ -1,4 +1,4 @@
-# make demo   trains the demo (10 to 15 minutes on two cores); DEMO_STEPS=20 make demo for a quick look
+# make demo   trains the demo (about 15 minutes on two cores); DEMO_STEPS=20 make demo for a quick look
 # make test   runs the tests
 # make lint   runs ruff and mypy
 # make bench  times a training step against its peers

@@ -13,13 +13,13 @@ from training import Event, TrainConfig
 
 RECORDED_SWEEP = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "demo_sweep.jsonl"
 
-FALLBACK_DENSE_LR = 1e-3
-FALLBACK_GRASS_LR = {"AdamW": 3e-3, "Muon": 1.2e-2}
+FALLBACK_DENSE_LR = 1e-3  # of what AdamW trains densely, all of a model or the rest of one
+FALLBACK_LR = {"AdamW": 3e-3, "Muon": 6e-3}  # of everything else; docs/choosing.md
 _RATES = ("lr", "dense_lr", "query_lr_factor")
 
 # A run of another length, other text or another device keeps the learning rates found.
 _NOT_COMPARED = {*_RATES, "steps", "validations", "validation_windows", "text", "device", "seed"}
-_GRASS_ONLY = {"optimizer", "axis", "update_proj_gap", "on_refresh", "selection", "stagger"}
+_GRASS_ONLY = {"axis", "update_proj_gap", "on_refresh", "selection", "stagger"}
 _BEFORE = {  # what runs did whose record does not say
     "selection": "top",
     "stagger": False,
@@ -28,22 +28,22 @@ _BEFORE = {  # what runs did whose record does not say
 }
 
 
-def with_best_rates(config: TrainConfig, sweep: Path = RECORDED_SWEEP) -> tuple[TrainConfig, bool]:
-    """`config` with the learning rates of the run that ended lowest in `sweep`, among the longest there, and True.
+def with_best_rates(config: TrainConfig, sweep: Path = RECORDED_SWEEP) -> tuple[TrainConfig, int]:
+    """`config` with the learning rates of the run that ended lowest in `sweep`, and how many runs it was the lowest of.
 
-    With fallback rates, and False, where no run in `sweep` has this model, batch and method.
+    Runs of this model, batch and method are compared, the longest of them alone. Where there are none, the rates are fallback
+    rates, and the number is 0.
     """
     alike = [record for record in read_sweep(sweep) if _compared(record["config"]) == _compared(asdict(config))]
     longest = max((record["config"]["steps"] for record in alike), default=0)
     alike = [record for record in alike if record["config"]["steps"] == longest]
     if alike:
         best = min(alike, key=lambda record: record["val_loss"])["config"]
-        return replace(config, **{name: best[name] for name in _RATES}), True
-    if config.rank is None:
-        return replace(config, lr=FALLBACK_DENSE_LR), False
-    factor = 2.0 if config.optimizer == "AdamW" else 1.0
-    found = {"lr": FALLBACK_GRASS_LR[config.optimizer], "dense_lr": FALLBACK_DENSE_LR, "query_lr_factor": factor}
-    return replace(config, **found), False
+        return replace(config, **{name: best[name] for name in _RATES}), len(alike)
+    if config.rank is None and config.optimizer == "AdamW":
+        return replace(config, lr=FALLBACK_DENSE_LR), 0
+    factor = 1.0 if config.rank is None else 2.0
+    return replace(config, lr=FALLBACK_LR[config.optimizer], dense_lr=FALLBACK_DENSE_LR, query_lr_factor=factor), 0
 
 
 def read_sweep(sweep: Path) -> list[Event]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from training import Event, TrainConfig
 matplotlib.use("Agg")  # before pyplot, and for machines without a screen
 import matplotlib.pyplot as plt
 
-COLORS = ("#444444", "#0072b2", "#d55e00", "#009e73", "#cc79a7")  # told apart by the colour-blind too
+COLORS = ("#444444", "#0072b2", "#e69f00", "#d55e00", "#009e73", "#cc79a7")  # told apart by the colour-blind too
 MIB = 2**20
 
 
@@ -23,7 +24,7 @@ class Run:
 
     label: str
     config: TrainConfig
-    recorded_rates: bool  # the learning rates come from a recorded sweep
+    tried: int  # how many runs of a recorded sweep its learning rates are the best of; 0: they are fallback rates
     result: Event
 
 
@@ -45,7 +46,7 @@ def metrics(runs: list[Run], environment: Event) -> Event:
             {
                 "label": run.label,
                 "config": asdict(run.config),
-                "recorded_rates": run.recorded_rates,
+                "rates_tried": run.tried,
                 "val_loss_over_dense": run.result["val_loss"] / dense["val_loss"],
                 "tokens_per_second_over_dense": run.result["tokens_per_second"] / dense["tokens_per_second"],
                 **run.result,
@@ -65,6 +66,7 @@ def markdown(runs: list[Run], environment: Event) -> str:
         f"- Text: {first['corpus']}.",
         f"- Training: {config.steps} steps of {config.batch_size} × {config.sequence_length} bytes, the same batches, "
         f"initial weights and schedule for all; seed {config.seed}.",
+        f"- Learning rates: {rates(runs)}.",
         f"- A byte-bigram model reaches {first['bigram_loss']:.3f} nats per byte on the same held-out bytes.",
         f"- Machine: {', '.join(f'{name} {value}' for name, value in environment.items())}.",
         "",
@@ -77,17 +79,24 @@ def markdown(runs: list[Run], environment: Event) -> str:
         "",
         "![validation loss against steps and against seconds](loss.png)",
     ]
-    if not all(run.recorded_rates for run in runs):
-        lines += ["", "No recorded sweep covers the runs marked with *: they used fallback learning rates."]
     for run in runs:
         if run.result["projection"] is not None:
-            lines += ["", f"## What was projected: {run.label}", "", "```", run.result["projection"], "```"]
+            lines += ["", f"## What was projected: {run.label}", "", "```", run.result["projection"], "```", ""]
+            lines += [f"Projected weights moved {run.result['weights_move']}."]
     return "\n".join(lines) + "\n"
+
+
+def rates(runs: list[Run]) -> str:
+    """Where each run's learning rates come from: a method with fewer tried may have a better one."""
+    counts = [f"{run.tried} for {run.label}" for run in runs if run.tried]
+    text = f"the best of a recorded sweep, which tried {'; '.join(counts)}" if counts else "fallback rates"
+    return text if len(counts) in (0, len(runs)) else f"{text}. Runs marked with * had none there, and took fallback rates"
 
 
 def table(runs: list[Run]) -> list[str]:
     """The runs side by side, as the lines of a Markdown table."""
-    names = ("method", "learning rate", "val. loss", "over dense", "tokens/s", "over dense")
+    first = f"over {runs[0].label}"
+    names = ("method", "learning rate", "val. loss", first, "tokens/s", first)
     names += ("peak memory", "optimizer state", "compile", "training")
     rows = [names, ("---", *["--:"] * (len(names) - 1)), *(cells(run, runs[0].result) for run in runs)]
     return ["| " + " | ".join(row) + " |" for row in rows]
@@ -97,7 +106,7 @@ def cells(run: Run, dense: Event) -> tuple[str, ...]:
     result = run.result
     return (
         run.label,
-        f"{run.config.lr:g}{'' if run.recorded_rates else ' *'}",
+        f"{run.config.lr:g}{'' if run.tried else ' *'}",
         f"{result['val_loss']:.4f}",
         f"{100 * (result['val_loss'] / dense['val_loss'] - 1):+.1f} %",
         f"{result['tokens_per_second']:,.0f}",
@@ -115,9 +124,10 @@ def plot_losses(runs: list[Run], path: Path) -> None:
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
     for panel, axis, unit in zip(panels, ("step", "seconds"), ("training step", "seconds of training"), strict=True):
         panel.axhline(bigram, color="#888888", linestyle=(0, (4, 3)), linewidth=1.2, label="byte-bigram model")
-        for run, color in zip(runs, COLORS, strict=False):
+        for run, color in zip(runs, itertools.cycle(COLORS), strict=False):
             points = run.result["curve"]
-            panel.plot([p[axis] for p in points], [p["val_loss"] for p in points], color=color, label=run.label, lw=1.8)
+            style = dict(color=color, label=run.label, linewidth=1.8, linestyle="--" if run.config.rank is None else "-")
+            panel.plot([p[axis] for p in points], [p["val_loss"] for p in points], **style)
             panel.plot(points[-1][axis], points[-1]["val_loss"], "o", color=color, markersize=4)
         panel.set_xlabel(unit)
         panel.set_xlim(left=0)

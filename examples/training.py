@@ -21,28 +21,30 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import grass_compile
 from corpus import VOCABULARY, Corpus, bigram_loss, even_windows, load_corpus, sample_windows
 from measure import PeakMemory, StepClock
+from optimizers import build_optimizer
 
 Event = dict[str, Any]
 Prepare = Callable[[Any, "TrainConfig"], tuple[torch.optim.Optimizer, str]]
 
-# Grass compiles its refresh at the first step and its regular step at the second; dense training compiles at the first.
-COMPILING_STEPS = 3
+# Dense training compiles at its first step. Grass does too, and at its third once more, since only then the weights move inside
+# the backward (`step_in_backward="auto"`): the loop has shown by then that nothing reads a gradient before `step()`.
+COMPILING_STEPS = 4
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All that decides a run. `rank=None` is dense `torch.optim.AdamW`; with a rank it is one of ours."""
+    """All that decides a run. `rank=None` is dense training with `torch.optim`; with a rank the optimizer is one of ours."""
 
     lr: float
     rank: int | None = None
-    optimizer: str = "AdamW"  # of `grass_compile`, for a run with a rank
+    optimizer: str = "AdamW"  # or "Muon"
     axis: str = "columns"
     update_proj_gap: int = 50
     on_refresh: str = "carry"
     selection: str = "uniform"
     stagger: bool = True
-    dense_lr: float | None = None  # for what grass leaves dense; None: `lr`
-    query_lr_factor: float = 2.0  # on the rate of the query and key projections with grass, which have farther to go
+    dense_lr: float | None = None  # for what grass leaves dense, and dense Muon to AdamW; None: `lr`
+    query_lr_factor: float = 2.0  # on the rate of the query and key projections, which have farther to go; but not of dense AdamW
 
     hidden_size: int = 256
     intermediate_size: int = 688
@@ -92,6 +94,7 @@ def train(config: TrainConfig, report: Callable[[Event], None], prepare: Prepare
             break
         if step == COMPILING_STEPS:
             memory.restart()
+            print(f"after {step} steps, weights move {weights_move(optimizer)}")
         with clock.step():
             train_loss = train_step(compiled, optimizer, ids)
         scheduler.step()
@@ -123,26 +126,6 @@ def build_model(config: TrainConfig) -> LlamaForCausalLM:
         use_cache=False,
     )
     return LlamaForCausalLM(llama).to(config.device)
-
-
-def build_optimizer(model: LlamaForCausalLM, config: TrainConfig) -> torch.optim.Optimizer:
-    """Dense AdamW over everything, or grass over the linear layers of the blocks and dense AdamW over the rest."""
-    if config.rank is None:
-        return torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
-
-    groups = grass_compile.param_groups(
-        model,
-        lr=config.lr,
-        dense_lr=config.dense_lr,
-        query_key_factor=config.query_lr_factor,
-        axis=config.axis,
-        on_refresh=config.on_refresh,
-        selection=config.selection,
-        stagger=config.stagger,
-    )
-    grass = getattr(grass_compile, config.optimizer)
-    keywords = dict(rank=config.rank, update_proj_gap=config.update_proj_gap, seed=config.seed)
-    return grass(groups, lr=config.lr, weight_decay=0.0, **keywords)  # type: ignore[no-any-return]
 
 
 def lr_share(step: int, config: TrainConfig) -> float:
@@ -189,6 +172,11 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(value.nbytes for value in values if isinstance(value, Tensor))
 
 
+def weights_move(optimizer: torch.optim.Optimizer) -> str:
+    """Where weights move, in the backward or in `optimizer.step()`, and why."""
+    return str(getattr(optimizer, "fused", "in opt.step()"))
+
+
 def describe(model: nn.Module, optimizer: torch.optim.Optimizer, corpus: Corpus, validation: Tensor, ids: Tensor) -> Event:
     """What was trained on what, and what grass made of it (`projection`; None for a dense run)."""
     grass = type(optimizer).__module__.startswith("grass_compile")
@@ -197,6 +185,7 @@ def describe(model: nn.Module, optimizer: torch.optim.Optimizer, corpus: Corpus,
         "corpus": str(corpus),
         "bigram_loss": bigram_loss(corpus.train, validation),
         "projection": str(grass_compile.explain(model, input_ids=ids, labels=ids, optimizer=optimizer)) if grass else None,
+        "weights_move": weights_move(optimizer),
     }
 
 
