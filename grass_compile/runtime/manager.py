@@ -212,7 +212,7 @@ class ProjectionManager:
                 )
             if record.assigned is None and isinstance(parameter.grad, CompactGrad):
                 raise StateError(
-                    f"{record.label}: its gradient is the compact one of another optimizer, of which only some rows are known. "
+                    f"{record.label}: its gradient is the compact one of another optimizer, which holds only some rows. "
                     "Call opt.zero_grad() and run forward and backward again."
                 )
             if record.assigned is None or parameter.grad is None or isinstance(parameter.grad, MovedGrad):

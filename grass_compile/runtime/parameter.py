@@ -36,7 +36,7 @@ Kernel = Callable[..., None]
 
 
 class Watch(Protocol):
-    """Who is told that a loop did something for which its steps have to wait."""
+    """The watch that is told when a loop does something for which its steps have to wait."""
 
     def failed(self, reason: str) -> None: ...
 
@@ -256,7 +256,7 @@ class ProjectedParameter:
         return self.parameter.data_ptr(), self.parameter._version
 
     def on_touch(self) -> Callable[[str], None]:
-        """What a gradient of this weight tells if a script does something to it."""
+        """The function that a gradient of this weight calls if a script does something to it."""
         owner = self._owner
 
         def told(what: str) -> None:
