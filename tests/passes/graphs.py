@@ -10,14 +10,14 @@ from torch import fx, nn
 import grass_compile
 from grass_compile.passes.fx_utils import outputs
 
-from .. import forms
+from .. import forms, paper
 
 aten = torch.ops.aten
 
 
 def train(model: nn.Module, steps: int = 2, options: dict[str, Any] | None = None, **keywords: Any) -> grass_compile.AdamW:
     """A few steps through the compiled path, op by op."""
-    optimizer = grass_compile.AdamW(model.named_parameters(), **{"rank": forms.RANK, **keywords})
+    optimizer = paper.AdamW(model.named_parameters(), **{"rank": forms.RANK, **keywords})
     compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager", **(options or {})})
     for step in range(steps):
         forms.loss_of(compiled(forms.batch(torch.float32, step))).backward()

@@ -14,6 +14,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import grass_compile
 
+from .. import paper
 from ..harness import joint_graph
 
 WIDTH = 8
@@ -40,7 +41,7 @@ def trained(model: nn.Module, *inputs: Tensor, loss: Callable[[Any], Tensor] = t
     """Train at full rank beside ``torch.optim.AdamW``, which must move every weight alike; the names of what is projected."""
     twin = copy.deepcopy(model)
     named, others = ([(n, p) for n, p in m.named_parameters() if p.requires_grad] for m in (model, twin))
-    optimizer = grass_compile.AdamW(named, lr=1e-2, eps=1e-3, weight_decay=0.0, rank=WIDTH)
+    optimizer = paper.AdamW(named, lr=1e-2, eps=1e-3, weight_decay=0.0, rank=WIDTH)
     reference = torch.optim.AdamW([p for _, p in others], lr=1e-2, eps=1e-3, weight_decay=0.0)
     compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
     for _ in range(3):
@@ -72,7 +73,7 @@ def test_nested_region_is_left_alone_and_the_rest_is_projected() -> None:
     names = trained(model, torch.randn(5, WIDTH))
     assert "4.weight" in names and "3.layer.weight" not in names
     torch._dynamo.reset()
-    optimizer = grass_compile.AdamW(model.named_parameters(), rank=4)
+    optimizer = paper.AdamW(model.named_parameters(), rank=4)
     report = {row.name: row for row in grass_compile.explain(model, torch.randn(5, WIDTH), optimizer=optimizer)}
     assert "inside a torch.compiler.nested_compile_region" in report["3.layer.weight"].reason
 
@@ -122,7 +123,7 @@ def test_region_that_only_writes_to_its_input() -> None:
 
     model, x = Adds(), torch.randn(5, WIDTH)
     expected = model.layer.weight.detach() - 1e-2 * torch.sign(x.sum(0)).expand(WIDTH, WIDTH)
-    optimizer = grass_compile.AdamW(model.named_parameters(), lr=1e-2, eps=1e-12, weight_decay=0.0, rank=WIDTH)
+    optimizer = paper.AdamW(model.named_parameters(), lr=1e-2, eps=1e-12, weight_decay=0.0, rank=WIDTH)
     compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
     out = torch.zeros(5, WIDTH)
     compiled(x, out)
@@ -135,7 +136,7 @@ def test_region_that_only_writes_to_its_input() -> None:
 def test_compiled_autograd_is_refused_before_a_weight_moves() -> None:
     model = nn.Linear(WIDTH, WIDTH)
     before = model.weight.detach().clone()
-    optimizer = grass_compile.AdamW(model.named_parameters(), rank=4)
+    optimizer = paper.AdamW(model.named_parameters(), rank=4)
     compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
     with (
         torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")),
@@ -149,7 +150,7 @@ def test_compiled_autograd_is_refused_before_a_weight_moves() -> None:
 @pytest.mark.filterwarnings("error::grass_compile.GrassWarning")
 def test_leaf_that_is_no_parameter_is_projected() -> None:
     w = torch.randn(WIDTH, WIDTH, requires_grad=True)
-    optimizer = grass_compile.AdamW([("w", w)], rank=4)
+    optimizer = paper.AdamW([("w", w)], rank=4)
     compiled = torch.compile(lambda x: F.linear(x, w), backend="grass", options={"compiler": "aot_eager"})
     compiled(torch.randn(5, WIDTH)).sum().backward()
     optimizer.step()
@@ -158,7 +159,7 @@ def test_leaf_that_is_no_parameter_is_projected() -> None:
 
 def test_recurrent_layer_is_said_to_run_uncompiled() -> None:
     model = nn.LSTM(WIDTH, WIDTH)
-    optimizer = grass_compile.AdamW(model.named_parameters(), rank=4)
+    optimizer = paper.AdamW(model.named_parameters(), rank=4)
     torch.compile(model, backend="grass", options={"compiler": "aot_eager"})(torch.randn(3, 2, WIDTH))[0].sum().backward()
     with pytest.warns(grass_compile.GrassWarning, match="weight_ih_l0 the first.*Dynamo runs the part that uses them uncompiled"):
         optimizer.step()

@@ -22,11 +22,11 @@ def test_the_step_by_itself_writes_in_place(dim: int, weight_decay: float) -> No
     config = SiteConfig(4, "rows", "reset", weight_decay != 0.0, 1.0, AdamWRule())
     compact, state = torch.zeros((4, 8) if dim == 0 else (6, 4)), torch.zeros((4, 8) if dim == 0 else (6, 4))
     hyper = torch.zeros(len(AdamWRule().hyper_names) + len(SHARED_HYPER))
-    tensors = (compact, torch.zeros(6, 8), hyper, torch.arange(4), state, state)
+    tensors = (compact, torch.zeros(6, 8), hyper, torch.arange(4), torch.zeros(1), state, state)
     gm = step_graph(config, dim, tuple((tuple(t.shape), t.stride(), t.dtype, t.device) for t in tensors))
     counts = op_counts(gm)
     assert counts["grass_compile.row_update_.default"] == 1 and "grass_compile.row_update.default" not in counts
-    assert counts["aten.copy_.default"] == 2 + (weight_decay != 0.0)
+    assert counts["aten.copy_.default"] == 3 + (weight_decay != 0.0)
     calls = [node for node in gm.graph.nodes if node.op == "call_function"]
     whole = [node for node in calls if getattr(node.meta["val"], "shape", None) == (6, 8)]
     assert len(whole) == (2 if weight_decay else 0)  # the decayed weight, and its copy_

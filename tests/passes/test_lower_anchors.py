@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import fx
 
-import grass_compile
 from grass_compile.passes.fx_utils import op_counts, outputs
 
-from .. import forms
+from .. import forms, paper
 from ..harness import products
 from .graphs import train
 
@@ -39,7 +38,7 @@ aten = torch.ops.aten
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_a_deferred_backward_returns_the_compact_gradient(axis: str, accumulate: int, graphs: list[Any]) -> None:
     """Of a refresh, the first backward chooses rows, which writes index and moments; every other writes nothing at all."""
-    optimizer = grass_compile.AdamW((model := forms.Linear()).named_parameters(), rank=4, axis=axis, step_in_backward=False)
+    optimizer = paper.AdamW((model := forms.Linear()).named_parameters(), rank=4, axis=axis, step_in_backward=False)
     compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
     for step in range(2):
         for _ in range(accumulate):

@@ -19,7 +19,7 @@ from grass_compile.passes.backward.schedule_steps import steps
 from grass_compile.passes.context import PassContext
 from grass_compile.passes.fx_utils import PROVENANCE, call
 
-from .. import forms
+from .. import forms, paper
 from .graphs import train
 
 
@@ -85,7 +85,7 @@ def test_pass_from_outside_changes_what_is_computed() -> None:
         torch.manual_seed(0)
         model = forms.Linear()
         before = model.w.detach().clone()
-        optimizer = grass_compile.SGD(model.named_parameters(), lr=0.1, rank=forms.RANK, step_in_backward=True)
+        optimizer = paper.SGD(model.named_parameters(), lr=0.1, rank=forms.RANK, step_in_backward=True)
         compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager", **options})
         forms.loss_of(compiled(forms.batch(torch.float32))).backward()
         optimizer.step()
