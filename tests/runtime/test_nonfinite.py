@@ -16,7 +16,6 @@ import grass_compile
 from grass_compile import ConfigError, NonFiniteError, StateError, ops
 from grass_compile.math import finite
 from grass_compile.math.selection import SAMPLED
-from grass_compile.runtime import manager as holder
 from grass_compile.runtime import nonfinite
 
 from .. import paper
@@ -581,7 +580,7 @@ def test_late_counts_of_a_refresh_are_waited_for(late: list[Arrival]) -> None:
 
 def test_dense_parameters_that_cannot_be_held_back_are_named(late: list[Arrival], monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: they have taken the gradient by the time it is known, and the error says so."""
-    monkeypatch.setattr(holder, "_is_at_hand", lambda gradient: False)
+    monkeypatch.setattr(nonfinite, "_is_at_hand", lambda gradient: False)
     run = Run(update_proj_gap=100)
     run.steps(range(2))
     assert run.step(2, {"b": NAN}) is None
