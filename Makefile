@@ -1,8 +1,8 @@
-# make demo   trains the demo (about 15 minutes on two cores); DEMO_STEPS=20 make demo for a quick look
+# make demo   trains the demo; DEMO_STEPS=20 make demo for a quick look
 # make test   runs the tests
 # make lint   runs ruff and mypy
 # make bench  times a training step against its peers
-# make sweep  finds the demo's learning rates anew (about an hour on two cores; resumable)
+# make sweep  finds the demo's learning rates anew (resumable)
 # make build  builds the wheel and the sdist into dist/
 #
 # Each first makes .venv if there is none and installs what it needs there; nothing is installed again while

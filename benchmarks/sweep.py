@@ -1,6 +1,6 @@
 """Finds the demo's learning rates: every method of the demo at every rate, recorded one JSON line a run.
 
-    python -m benchmarks.sweep                                   # the demo's four methods (about an hour on two cores)
+    python -m benchmarks.sweep                                   # the demo's four methods
     python -m benchmarks.sweep --methods grass-AdamW-32 --lrs 3e-3 6e-3 --axis rows
 
 A run that is recorded already is not run again, so a sweep that was stopped goes on where it was. The demo reads the

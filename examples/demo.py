@@ -1,10 +1,11 @@
 """Trains a small LLaMA on bytes four times, dense and with grass, each with AdamW and with Muon, on the same data and seed.
 
-    python examples/demo.py                     # about 15 minutes on two cores
+    python examples/demo.py                     # four runs of 600 steps
     DEMO_STEPS=20 python examples/demo.py       # a quick look
     python examples/demo.py --text ~/notes      # any folder of text instead of the Python standard library
 
-Writes `report.md`, `metrics.json` and `loss.png` into `out/`.
+Writes `report.md`, `metrics.json` and `loss.png` into `out/`. On a CPU without instructions for bfloat16, in which Muon
+iterates, the Muon runs take many times as long.
 """
 
 from __future__ import annotations

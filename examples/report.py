@@ -89,7 +89,7 @@ def markdown(runs: list[Run], environment: Event) -> str:
 def rates(runs: list[Run]) -> str:
     """Where each run's learning rates come from: a method with fewer tried may have a better one."""
     counts = [f"{run.tried} for {run.label}" for run in runs if run.tried]
-    text = f"the best of a recorded sweep, which tried {'; '.join(counts)}" if counts else "fallback rates"
+    text = f"the best of those tried in a recorded sweep: {'; '.join(counts)}" if counts else "fallback rates"
     return text if len(counts) in (0, len(runs)) else f"{text}. Runs marked with * had none there, and took fallback rates"
 
 

@@ -26,8 +26,8 @@ from optimizers import build_optimizer
 Event = dict[str, Any]
 Prepare = Callable[[Any, "TrainConfig"], tuple[torch.optim.Optimizer, str]]
 
-# Dense training compiles at its first step. Grass does too, and at its third once more, since only then the weights move inside
-# the backward (`step_in_backward="auto"`): the loop has shown by then that nothing reads a gradient before `step()`.
+# Dense training compiles at its first step. Grass does too, and about its third once more, since only then weights begin to move
+# inside the backward (`step_in_backward="auto"`): the loop has shown by then that nothing reads a gradient before `step()`.
 COMPILING_STEPS = 4
 
 
@@ -51,7 +51,7 @@ class TrainConfig:
     layers: int = 4
     heads: int = 4
 
-    steps: int = 750
+    steps: int = 600
     batch_size: int = 8
     sequence_length: int = 256
     warmup_share: float = 0.2
