@@ -46,6 +46,7 @@ def peaks(axis: str | None, backend: str, steps: int) -> dict[str, int]:
             compiled(torch.randn(TOKENS, WIDTH)).square().mean().backward()
             if optimizer is not None:
                 optimizer.step()
+                optimizer.zero_grad()
     return {peak.kind: peak.peak_bytes for peak in found}
 
 

@@ -430,6 +430,7 @@ def test_a_gaussian_sgd_step_is_unbiased() -> None:
         optimizer = paper.SGD(model.named_parameters(), lr=1.0, rank=3, projection="gaussian", seed=seed)
         loss_of(call(x)).backward()
         optimizer.step()
+        optimizer.zero_grad()
         moved.append((model.weight - start.weight).detach())
     along = torch.stack([(move * dense).sum() / dense.square().sum() for move in moved])
     assert abs(float(along.mean()) - 1) < 3 * float(along.std()) / math.sqrt(len(along))
