@@ -193,7 +193,12 @@ def recorded() -> Iterator[list[Generated]]:
 
     graphs: list[Generated] = []
     inner: Any = functools.partial(_compile_inner, graphs=graphs)
-    with mock.patch.object(_torch, "compile_fx_inner", inner), mock.patch.object(ops, "on_cpu", return_value=False):
+    gather = sys.modules["grass_compile.ops.gather"]  # the package's attribute of this name is the operator
+    with (
+        mock.patch.object(_torch, "compile_fx_inner", inner),
+        mock.patch.object(ops, "on_cpu", return_value=False),
+        mock.patch.object(gather, "on_cpu", return_value=False),
+    ):
         yield graphs
 
 

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grass_compile import kernels, ops
+from grass_compile import ops
+from grass_compile.backend import kernels
 from grass_compile.config import BackendOptions, SiteConfig
 from grass_compile.keywords import Axis
 from grass_compile.math.layout import SHARED_HYPER
@@ -65,10 +66,12 @@ def train(axis: Axis, scores: str = "exact") -> None:
     for _ in range(2):
         compiled(x).float().square().mean().backward()
         optimizer.step()
+        optimizer.zero_grad()
     weight, state = model[0].gate.weight, optimizer.state[model[0].gate.weight]
     gradient, hyper = torch.zeros_like(state["exp_avg"], dtype=weight.dtype), torch.zeros(len(HYPER))
     (name,) = {name for name in ops.kernels if "AdamW" in name}
-    ops.kernels[name](gradient, weight, hyper, *(state[key] for key in ("index", "nonfinite", "step", "exp_avg", "exp_avg_sq")))
+    rest = (state[key] for key in ("nonfinite", "step", "exp_avg", "exp_avg_sq"))
+    ops.kernels[name](gradient, weight, hyper, state["index"], torch.zeros(1), *rest)
 
 
 HYPER = (*AdamWRule.hyper_names, *SHARED_HYPER)
@@ -167,13 +170,14 @@ def test_each_weight_moves_once_with_its_moments(run: Run, kind: str) -> None:
 
 
 def test_one_kernel_writes_a_weight_and_its_moments(run: Run) -> None:
-    """Before it, a sum over the gradient, in two stages, tells whether that is finite, and counts; after it, the step counts."""
+    """Before it, a sum over the gradient, in two stages, is the square of its norm, tells whether that is finite, and counts; after
+    it, the step counts."""
     module = parse(run.step.code)
-    _, weight, _, _, nonfinite, step, *moments = run.step.inputs
+    _, weight, _, _, square_sum, nonfinite, step, *moments = run.step.inputs
     assert {launch.function for launch in module.launches} <= set(module.kernels)
     _, check, launch, count = module.launches
     assert launch.written == {weight, *moments}
-    assert nonfinite in check.written and step in count.written
+    assert {square_sum, nonfinite} <= check.written and step in count.written
     assert all(module.numel(name) < RANK for name in module.layouts), "nothing large is allocated"
 
 
