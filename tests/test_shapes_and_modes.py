@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from grass_compile import backend
+from grass_compile.backend import region as backend
 
 from . import forms, paper
 

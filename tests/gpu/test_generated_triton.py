@@ -170,8 +170,8 @@ def test_each_weight_moves_once_with_its_moments(run: Run, kind: str) -> None:
 
 
 def test_one_kernel_writes_a_weight_and_its_moments(run: Run) -> None:
-    """Before it, a sum over the gradient, in two stages, is the square of its norm, tells whether that is finite, and counts; after
-    it, the step counts."""
+    """Before it, a sum over the gradient, in two stages, is the square of its norm, tells whether that is finite, and counts;
+    after it, the step counts."""
     module = parse(run.step.code)
     _, weight, _, _, square_sum, nonfinite, step, *moments = run.step.inputs
     assert {launch.function for launch in module.launches} <= set(module.kernels)
@@ -226,7 +226,8 @@ def step_alone(name: str, axis: Axis, features: str) -> None:
     config = SiteConfig(rank=RANK, axis=axis, on_refresh="reset", decays=False, scale=1.0, rule=rule)
     hyper = torch.zeros(len(rule.hyper_names) + len(SHARED_HYPER))
     moments = [state[name] for name in rule.state_names]
-    kernels.run(BackendOptions(), config, state["dim"], gradient, weight.detach(), hyper, state["index"], *moments)
+    tensors = gradient, weight.detach(), hyper, state["index"], torch.zeros(1), *moments
+    kernels.run(BackendOptions(), config, state["dim"], *tensors)
 
 
 @pytest.mark.parametrize("features", [2048, 2000])  # full blocks, and a last one that is not
