@@ -99,6 +99,7 @@ def test_public_names() -> None:
     modules = {
         "backend",
         "checks",
+        "conformance",
         "config",
         "errors",
         "explain",
