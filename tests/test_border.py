@@ -1031,3 +1031,21 @@ def test_a_new_optimizer_between_backward_and_step_is_told(mode: bool) -> None:
     match = "another optimizer has already applied this gradient" if mode else "compact one of another optimizer"
     with pytest.raises(StateError, match=rf"first\.weight: .*{match}"):
         new.step()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_from_outside_after_zeros(mode: Any) -> None:
+    """A stand-in that was set to zero has no room for what an outside gradient adds: refused where a step is fused for good."""
+    run = Run(mode)
+
+    def loop(forward: Any, model: nn.Module, optimizer: Any, number: int) -> None:
+        loss_of = penalty_after if number == 3 else lambda forward, model, x: (forward(x) - 1).square().mean()
+        loss_of(forward, model, batch(number)).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+
+    if mode is not True:
+        run.steps(loop, 5)
+        return
+    with pytest.raises(StateError, match=r"second\.weight: its gradient was applied inside the backward and then set to zero"):
+        run.steps(loop, 5)

@@ -111,6 +111,12 @@ class MovedGrad(Tensor):
             dtype = args[2] if len(args) > 2 else kwargs.get("dtype")
             return [torch.linalg.vector_norm(gradient, 2, dtype=dtype) for gradient in args[0]]
         what = "scaled, clipped or added to" if func._schema.is_mutable else "read"
+        for gradient in args[:1]:
+            if func._schema.is_mutable and isinstance(gradient, MovedGrad) and gradient.zeroed:
+                raise StateError(
+                    f"{gradient.name_}: its gradient was applied inside the backward and then set to zero; what is written into "
+                    "it now would be lost. Use zero_grad(set_to_none=True), or make the optimizer with step_in_backward=False."
+                )
         if func is aten._amp_foreach_non_finite_check_and_unscale_.default:
             what = "unscaled by GradScaler"
         args, kwargs = _torch.tree_map_only(MovedGrad, lambda gradient: gradient._zeros(what), (args, kwargs))
