@@ -342,7 +342,7 @@ def compile_kernel(gm: fx.GraphModule, *, compiler: str, mode: str, patches: Map
         key: stands for how our operators are lowered, in cache keys.
 
     Returns:
-        A function of the graph's inputs.
+        A function of the graph's inputs. The fake values of what the graph returns have the strides that the compiler chose.
     """
     nodes = list(gm.graph.find_nodes(op="placeholder"))
     inputs = [node.meta["val"] for node in nodes]
@@ -351,8 +351,14 @@ def compile_kernel(gm: fx.GraphModule, *, compiler: str, mode: str, patches: Map
     else:
         unused = Partitioner(min_cut_rematerialization_partition, key)
         config = {**_mode_options(mode), **patches, "triton.cudagraphs": False, "custom_partitioner_fn": unused}
-        with tracing(TracingContext(inputs[0].fake_mode)), inductor_config.patch(config), torch.no_grad():
+        results = next(iter(gm.graph.find_nodes(op="output"))).args[0]
+        with (
+            tracing(TracingContext(inputs[0].fake_mode)), inductor_config.patch(config), torch.no_grad(),
+            reported_strides() as strides,
+        ):  # fmt: skip
             boxed = compile_fx_inner(gm, inputs, static_input_idxs=range(len(inputs)))
+        for node, stride in zip(results, strides or [], strict=False):
+            node.meta["val"] = node.meta["val"].as_strided(node.meta["val"].shape, stride)
     return lambda *args: boxed(list(args))
 
 

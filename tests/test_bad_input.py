@@ -21,7 +21,7 @@ BAD = [
     ({"rank": 1.0}, r"a fraction of the width between 0 and 1, or None, got 1\.0"),
     ({"rank": "full"}, "rank='full' is not available in this version"),
     ({"preset": "papers"}, "preset='papers' is not known. Did you mean 'paper'"),
-    ({"scores": "estimate"}, "selection='uniform' looks at none"),
+    ({"scores": "estimate"}, "selection='uniform' looks at no scores"),
     ({"amsgrad": True}, "AdamW: amsgrad=True is not available"),
     ({"maximize": True}, "AdamW: maximize=True is not available"),
     ({"rnk": 3}, "AdamW: rnk=3 is not one of its keywords. Did you mean 'rank'"),

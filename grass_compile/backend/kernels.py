@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .. import _torch, ops
 from ..config import BackendOptions, SiteConfig
-from ..passes.kernel import step_graph
+from ..passes.fx_utils import outputs, placeholders
+from ..passes.kernel import step_graphs
 
 log = logging.getLogger(__name__)
 
@@ -65,9 +66,18 @@ would be as large as what the codes are there to save."""
 def _compiled_step(options: BackendOptions, config: SiteConfig, dim: int, specs: Any) -> Callable[..., Any]:
     log.info("compiling a step: rank %d along dimension %d of %s", specs[0][0][dim], dim, list(specs[1][0]))
     with _torch.without_autocast():  # whoever calls this first must not decide in which dtype a rule's products are
-        gm = step_graph(config, dim, specs)
+        graphs = step_graphs(config, dim, specs)
     patches = {**(RECOMPUTE if config.rule.state_dtypes else {}), **dict(options.inductor)}
-    return _torch.compile_kernel(gm, compiler=options.compiler, mode=options.mode, patches=patches, key=source_hash())
+    compile = functools.partial(
+        _torch.compile_kernel, compiler=options.compiler, mode=options.mode, patches=patches, key=source_hash()
+    )
+    first = compile(graphs[0])
+    if len(graphs) == 1:
+        return first
+    for node, result in zip(placeholders(graphs[1])[len(specs) :], outputs(graphs[0]), strict=True):
+        node.meta["val"] = result.meta["val"]
+    then = compile(graphs[1])
+    return lambda *tensors: then(*tensors, *first(*tensors))
 
 
 @functools.cache

@@ -18,15 +18,13 @@ from torch import Tensor
 class Journal:
     """Addresses of what was written, one list for each kind of write."""
 
-    __slots__ = ("refreshed", "stepped", "torn")
+    __slots__ = ("refreshed", "stepped")
 
     def __init__(self) -> None:
         self.stepped: set[int] = set()
         """Weights whose step is complete."""
         self.refreshed: set[int] = set()
         """Indices that were chosen anew, along with the state that goes with them."""
-        self.torn: set[int] = set()
-        """Tensors whose write began and did not end."""
 
 
 _open = threading.local()
@@ -45,7 +43,8 @@ def recording() -> Iterator[Journal]:
 
 @contextlib.contextmanager
 def writing(target: Tensor, kind: Literal["stepped", "refreshed"]) -> Iterator[None]:
-    """Around a write: all of it happens, or the journal says that it was torn. Ctrl-C waits until the write is complete.
+    """Around a write that happens as a whole or raises and has written nothing (`grass_compile.passes.kernel`); it is noted once
+    it is complete. Ctrl-C waits until then.
 
     Args:
         target: what is written; its address is noted.
@@ -55,12 +54,9 @@ def writing(target: Tensor, kind: Literal["stepped", "refreshed"]) -> Iterator[N
     if journal is None:
         yield
         return
-    address = target.data_ptr()
     with uninterrupted():
-        journal.torn.add(address)
         yield
-        journal.torn.discard(address)
-        getattr(journal, kind).add(address)
+        getattr(journal, kind).add(target.data_ptr())
 
 
 @contextlib.contextmanager

@@ -198,9 +198,9 @@ def op_counts(gm: fx.GraphModule) -> dict[str, int]:
     return counts
 
 
-def copy(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of a traced graph with nodes of its own and the same metadata."""
+def copy(gm: fx.GraphModule, mapping: dict[fx.Node, fx.Node] | None = None) -> fx.GraphModule:
+    """A copy of a traced graph with nodes of its own and the same metadata; ``mapping`` is filled with the copy of each node."""
     graph = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
+    mapping = {} if mapping is None else mapping
     graph.output(graph.graph_copy(gm.graph, mapping)).meta = dict(output_node(gm).meta)
     return fx.GraphModule(gm, graph)

@@ -179,9 +179,7 @@ class Call:
             if not step:
                 continue
             address = record.parameter.data_ptr()
-            if address in journal.torn:
-                record.torn = True
-            elif address in journal.stepped:
+            if address in journal.stepped:
                 moved.append(record.parameter)
                 self._note_step(record, refresh)
             elif refresh and not record.options.blind and record.scratch_address() in journal.refreshed:
@@ -204,11 +202,6 @@ def _check(record: ProjectedParameter, updates: int) -> None:
     if record.owner is None or registry.lookup(record.parameter) is not record:
         raise StateError(f"{record.label}: its optimizer was replaced or deleted between forward and backward.")
     manager = manager_of(record)
-    if record.torn:
-        raise StateError(
-            f"{record.label}: an earlier step of it broke off in the middle, so that weight and state no longer fit. Load a "
-            "checkpoint into model and optimizer."
-        )
     if record.moved and manager.broken:
         raise StateError(f"{record.label}: {manager.broken}")
     if record.state["updates"] != updates:

@@ -254,7 +254,7 @@ class ProjectionManager:
             StateError: naming a weight.
         """
         moved = [record for record in self.records.values() if record.moved]
-        if moved and not self.broken and not any(record.torn for record in self.records.values()):
+        if moved and not self.broken:
             raise StateError(
                 f"{moved[0].label}: it has moved inside the backward, and its step is not closed. Call opt.step() or "
                 "opt.zero_grad() before load_state_dict(). Nothing was changed."

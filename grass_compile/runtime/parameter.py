@@ -79,7 +79,6 @@ class ProjectedParameter:
             ``opt.step()``; None if none was.
         delivered: that gradient.
         seen: where the weight stood, and its version, when its gradient was delivered or had moved it.
-        torn: whether a step of it broke off in the middle, so that weight and state no longer fit.
         leaf: the input of compiled graphs whose gradient is the compact one, see `grass_compile.runtime.delivery`.
         leaf_node: the autograd node that accumulates that.
     """
@@ -87,7 +86,7 @@ class ProjectedParameter:
     __slots__ = (
         "__weakref__", "_agrees", "_configs", "_lead", "_noise", "_owner", "_proposed", "_scratch", "_square_sum", "_stand_in",
         "assigned", "chosen", "delivered", "flight", "group", "kernel", "leaf", "leaf_node", "moved", "name", "number", "options",
-        "outstanding", "parameter", "proposes", "refreshed", "rows", "rule", "seen", "skipped", "torn", "trained_dense",
+        "outstanding", "parameter", "proposes", "refreshed", "rows", "rule", "seen", "skipped", "trained_dense",
     )  # fmt: skip
 
     def __init__(
@@ -115,7 +114,7 @@ class ProjectedParameter:
         self.chosen: tuple[Tensor, bool, Tensor | None] | None = None
         self.delivered: weakref.ref[CompactGrad] | None = None
         self.seen: tuple[int, int] | None = None
-        self.moved = self.trained_dense = self.proposes = self.torn = False
+        self.moved = self.trained_dense = self.proposes = False
         self._scratch: Tensor | None = None
         self._noise: Tensor | None = None
         self._proposed: Tensor | None = None

@@ -15,7 +15,7 @@ from grass_compile.math.layout import SHARED_HYPER
 from grass_compile.optim.rules import AdamWRule
 from grass_compile.passes.fx_utils import op_counts, outputs, placeholders
 from grass_compile.passes.joint.rewrite import OF_SELECTOR
-from grass_compile.passes.kernel import step_graph
+from grass_compile.passes.kernel import step_graphs
 
 from .. import forms, paper
 from ..harness import products
@@ -129,7 +129,7 @@ def test_the_step_by_itself_writes_in_place(dim: int, projection: str) -> None:
     hyper = torch.zeros(len(AdamWRule().hyper_names) + len(SHARED_HYPER))
     selector = torch.zeros(9 if dim else 6, 4) if projection == "galore" else torch.zeros(2, dtype=torch.int64)
     tensors = (compact, torch.zeros(6, 9), hyper, selector, torch.zeros(1), state, state)
-    gm = step_graph(config, dim, tuple((tuple(t.shape), t.stride(), t.dtype, t.device) for t in tensors))
+    (gm,) = step_graphs(config, dim, tuple((tuple(t.shape), t.stride(), t.dtype, t.device) for t in tensors))
     counts = op_counts(gm)
     assert counts["grass_compile.rank_update_.default"] == 1 and "grass_compile.rank_update.default" not in counts
     assert counts["aten.copy_.default"] == 3
