@@ -362,6 +362,11 @@ def compile_kernel(gm: fx.GraphModule, *, compiler: str, mode: str, patches: Map
     return lambda *args: boxed(list(args))
 
 
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 in hardware, or with instructions wide enough to do well without."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) if torch.backends.mkldnn.is_available() else False
+
+
 def fresh_fake_mode() -> FakeTensorMode:
     """A fake tensor mode of its own; Inductor's cache wants it to know symbolic shapes, be there any or not."""
     return FakeTensorMode(shape_env=ShapeEnv())
