@@ -4,8 +4,7 @@
     DEMO_STEPS=20 python examples/demo.py       # a quick look
     python examples/demo.py --text ~/notes      # any folder of text instead of the Python standard library
 
-Writes `report.md`, `metrics.json` and `loss.png` into `out/`. On a CPU without instructions for bfloat16, in which Muon
-iterates, the Muon runs take many times as long.
+Writes `report.md`, `metrics.json` and `loss.png` into `out/`.
 """
 
 from __future__ import annotations
