@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import functools
 import math
 import numbers
 from collections.abc import Iterable, Iterator
@@ -56,7 +57,8 @@ def boolean(what: str, value: object) -> bool:
     return value
 
 
-def matching(name: str, patterns: Iterable[str]) -> str | None:
+@functools.lru_cache(maxsize=4096)
+def matching(name: str, patterns: tuple[str, ...]) -> str | None:
     """The first pattern (``fnmatch``) that fits a parameter's name, or None; a leading dot lets ``*.head.weight`` fit
     ``head.weight``."""
     plain = name.replace("_orig_mod.", "")

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 
@@ -24,6 +24,29 @@ COMPILERS = ("inductor", "aot_eager")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
+T = TypeVar("T", bound=type)
+
+
+def hashed_once(cls: T) -> T:
+    """A frozen dataclass whose instances compute their hash once: they are keys in every call of a compiled region."""
+    compute: Any = cls.__hash__
+
+    def hash_once(self: Any) -> int:
+        known: int | None = self.__dict__.get("_hash")
+        if known is None:
+            known = compute(self)
+            object.__setattr__(self, "_hash", known)
+        return known
+
+    def state(self: Any) -> dict[str, Any]:  # in another process, strings hash to other numbers
+        return {name: value for name, value in self.__dict__.items() if name != "_hash"}
+
+    type.__setattr__(cls, "__hash__", hash_once)
+    type.__setattr__(cls, "__getstate__", state)
+    return cls
+
+
+@hashed_once
 @dataclasses.dataclass(frozen=True)
 class SiteConfig:
     """The optimizer's request for one weight. Hashable: part of the key of compiled graphs.
@@ -185,6 +208,7 @@ def _check_dense_projection(values: Mapping[str, Any]) -> None:
         )
 
 
+@hashed_once
 @dataclasses.dataclass(frozen=True)
 class BackendOptions:
     """``options={...}`` of ``torch.compile(model, backend="grass", options={...})``.

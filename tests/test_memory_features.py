@@ -85,15 +85,14 @@ def test_checkpointing_changes_nothing(axis: str, whole: bool, deferred: bool, s
 
 
 @pytest.mark.inductor
-@pytest.mark.parametrize("budget", [0.0, 0.5])
-def test_activation_memory_budget(budget: float) -> None:
+def test_activation_memory_budget() -> None:
     """Inductor recomputes as much as it likes; the updates still come after the last reader."""
     from torch._functorch import config
 
     model = made(False)
     expected, _ = train(model, torch.compile(model, backend="grass", options={"compiler": "aot_eager"}), axis="columns")
     model = made(False)
-    with config.patch(activation_memory_budget=budget):
+    with config.patch(activation_memory_budget=0.5):
         found, _ = train(model, torch.compile(model, backend="grass"), axis="columns")
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
 

@@ -68,7 +68,7 @@ def test_model_equals_oracle(name: str, axis: str) -> None:
 
 @pytest.mark.inductor
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ELIGIBLE)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_model_equals_oracle_under_inductor(name: str) -> None:
     build, count = ELIGIBLE[name]
     check(build().double(), count, "inductor", "auto", steps=7, tolerance=1e-6)

@@ -18,13 +18,46 @@ from torch import Tensor
 class Journal:
     """Addresses of what was written, one list for each kind of write."""
 
-    __slots__ = ("refreshed", "stepped")
+    __slots__ = ("_busy", "_handler", "_interrupt", "refreshed", "stepped")
 
     def __init__(self) -> None:
         self.stepped: set[int] = set()
         """Weights whose step is complete."""
         self.refreshed: set[int] = set()
         """Indices that were chosen anew, along with the state that goes with them."""
+        self._busy = False
+        self._handler: Any = None
+        self._interrupt: tuple[Any, ...] | None = None
+
+    def begin(self) -> None:
+        """A write begins, and Ctrl-C has to wait."""
+        self._busy = True
+
+    def end(self) -> None:
+        """It has ended. Ctrl-C, if there was one, comes now."""
+        self._busy = False
+        if self._interrupt is not None:
+            interrupt, self._interrupt = self._interrupt, None
+            self._handler(*interrupt)
+
+    @contextlib.contextmanager
+    def catching(self) -> Iterator[None]:
+        """Inside, Ctrl-C waits for the end of a write. (Python runs signal handlers in the main thread alone.)"""
+        if threading.current_thread() is not threading.main_thread() or not callable(handler := signal.getsignal(signal.SIGINT)):
+            yield
+            return
+        self._handler = handler
+        signal.signal(signal.SIGINT, self._caught)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, handler)
+
+    def _caught(self, *interrupt: Any) -> None:
+        if self._busy:
+            self._interrupt = interrupt
+        else:
+            self._handler(*interrupt)
 
 
 _open = threading.local()
@@ -36,7 +69,8 @@ def recording() -> Iterator[Journal]:
     outer = getattr(_open, "journal", None)
     journal = _open.journal = Journal()
     try:
-        yield journal
+        with journal.catching():
+            yield journal
     finally:
         _open.journal = outer
 
@@ -54,22 +88,9 @@ def writing(target: Tensor, kind: Literal["stepped", "refreshed"]) -> Iterator[N
     if journal is None:
         yield
         return
-    with uninterrupted():
-        yield
-        getattr(journal, kind).add(target.data_ptr())
-
-
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Inside, Ctrl-C waits. (Only the main thread is ever interrupted.)"""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    waiting: list[tuple[Any, ...]] = []
-    handler = signal.signal(signal.SIGINT, lambda *arguments: waiting.append(arguments))
+    journal.begin()
     try:
         yield
+        getattr(journal, kind).add(target.data_ptr())
     finally:
-        signal.signal(signal.SIGINT, handler if handler is not None else signal.SIG_DFL)
-    if waiting and callable(handler):
-        handler(*waiting[0])
+        journal.end()

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx
 
-from ..config import SiteConfig, UserPass
+from ..config import SiteConfig, UserPass, hashed_once
 from ..keywords import Axis
 from ..math.layout import graph_state
 
@@ -195,6 +195,7 @@ class Refusal:
     reason: str
 
 
+@hashed_once
 @dataclasses.dataclass(frozen=True)
 class Projection:
     """What the runtime needs to know of a site; free of graph nodes, hashable, part of the key of what is compiled.

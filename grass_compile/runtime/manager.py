@@ -18,6 +18,7 @@ from ..math.finite import clip_
 from ..math.rule import Rule
 from ..math.transfer import to_device
 from ..math.update import run_eagerly
+from ..ops.journal import recording, writing
 from . import registry
 from .delivery import reduce
 from .gradient import CompactGrad
@@ -361,9 +362,11 @@ class ProjectionManager:
     def apply(self, gradients: Mapping[Tensor, CompactGrad]) -> None:
         """Run the compact step of every weight in ``gradients``; of those that an earlier call has run before it broke off, not
         again."""
-        for parameter, gradient in gradients.items():
-            if not gradient.applied:
-                self._apply(self.records[parameter], parameter, gradient)
+        with recording():
+            for parameter, gradient in gradients.items():
+                if not gradient.applied:
+                    with writing(parameter, "stepped"):
+                        self._apply(self.records[parameter], parameter, gradient)
         _torch.mark_written(list(gradients))
 
     def _apply(self, record: ProjectedParameter, parameter: Tensor, gradient: CompactGrad) -> None:

@@ -131,8 +131,10 @@ class ProjectedParameter:
     @property
     def state(self) -> dict[str, Any]:
         """``optimizer.state[parameter]``."""
-        assert self.owner is not None and self.owner.optimizer is not None
-        return self.owner.optimizer.state[self.parameter]  # type: ignore[no-any-return]
+        owner = self._owner()
+        optimizer = owner.optimizer if owner is not None else None
+        assert optimizer is not None
+        return optimizer.state[self.parameter]  # type: ignore[no-any-return]
 
     @property
     def label(self) -> str:
@@ -145,7 +147,7 @@ class ProjectedParameter:
         """The optimizer's wishes for this weight now; the axis is fixed once it is assigned."""
         decays = self.group["weight_decay"] != 0
         axis = self.assigned.axis if self.assigned else self.options.axis
-        key = (decays, axis, self.options)
+        key = (decays, axis)
         if key not in self._configs:
             self._configs[key] = self.options.site(axis, decays, self.rule)
         return self._configs[key]

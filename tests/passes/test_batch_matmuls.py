@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -101,21 +102,24 @@ def test_disabled(backwards: list[fx.GraphModule]) -> None:
     assert gathers(backwards[1]) == [1] * 4 and compact_products(backwards[1]) == [RANK] * 4
 
 
+TRAINING: list[dict[str, Any]] = [
+    {},
+    {"weight_decay": 0.1, "on_refresh": "carry"},
+    {"stagger": True, "update_proj_gap": 4},
+    {"selection": "uniform", "update_proj_gap": 2},
+    {"scores": "sampled"},
+    {"micro": 2},
+    {"step_in_backward": False},
+    {"max_grad_norm": 0.5},
+]
+ALL_AT_ONCE = {"weight_decay": 0.1, "on_refresh": "carry", "stagger": True, "update_proj_gap": 4, "micro": 2}
+
+
 @pytest.mark.parametrize(
-    "keywords",
-    [
-        {},
-        {"weight_decay": 0.1, "on_refresh": "carry"},
-        {"stagger": True, "update_proj_gap": 4},
-        {"selection": "uniform", "update_proj_gap": 2},
-        {"scores": "sampled"},
-        {"micro": 2},
-        {"step_in_backward": False},
-        {"max_grad_norm": 0.5},
-    ],
-    ids=str,
+    ("network", "keywords"),
+    [*itertools.product([Attention, Chained], TRAINING), (Decoder, {}), (Decoder, ALL_AT_ONCE)],
+    ids=lambda value: value.__name__ if isinstance(value, type) else str(value),
 )
-@pytest.mark.parametrize("network", [Attention, Decoder, Chained])
 def test_the_same_weights_come_out(network: type[nn.Module], keywords: dict[str, Any]) -> None:
     torch.manual_seed(0)
     joined = network()

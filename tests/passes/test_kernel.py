@@ -84,9 +84,15 @@ def failing(compiler: str, at: int) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)])
-@pytest.mark.parametrize(("name", "keywords"), STEPS, ids=lambda value: "-".join(value) if isinstance(value, dict) else value)
-def test_a_step_that_runs_out_of_memory_has_written_nothing(name: str, keywords: dict[str, Any], compiler: str) -> None:
+@pytest.mark.parametrize(
+    ("compiler", "name", "keywords"),
+    [
+        *[("aot_eager", *step) for step in STEPS],
+        *[pytest.param("inductor", *step, marks=pytest.mark.inductor) for step in STEPS if step[0] not in ("Lion", "SGD")],
+    ],
+    ids=lambda value: value if isinstance(value, str) else str(value),
+)
+def test_a_step_that_runs_out_of_memory_has_written_nothing(compiler: str, name: str, keywords: dict[str, Any]) -> None:
     """Wherever it happens, the weight and its state are as before or as after; and once there is memory, nothing has been."""
 
     def train(fails: bool) -> tuple[list[list[Tensor]], list[Tensor], list[Tensor]]:

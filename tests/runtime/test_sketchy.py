@@ -63,7 +63,7 @@ def test_selected_rows_equal_the_formula(axis: str, on_refresh: str, deferred: b
 
 
 @pytest.mark.inductor
-@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("axis", ["rows"])
 def test_selected_rows_equal_the_formula_under_inductor(axis: str) -> None:
     keywords = {**KEYWORDS, "on_refresh": "carry", "compiler": "inductor"}
     check(SketchyRule(3), sketchy(1e-2, 3), axis=axis, steps=7, shared=SHARED, **keywords)
