@@ -182,6 +182,9 @@ METHODS: dict[str, Method] = {
     "grass-columns": Method("grass", _grass("columns"), _witness_grass, refreshes=True),
     "grass-auto": Method("grass", _grass("auto"), _witness_grass, refreshes=True),
     "grass-blind": Method("grass", _grass("columns", selection="uniform"), _witness_grass, refreshes=True),
+    "grass-blind-watched": Method(
+        "grass", _grass("columns", selection="uniform", step_in_backward="auto"), _witness_grass, refreshes=True
+    ),
     "grass-shared": Method("grass", _grass("columns", selection="uniform", share_index=True), _witness_grass, refreshes=True),
     "grass-muon": Method("grass", _grass("columns", "Muon", selection="uniform"), _witness_grass, refreshes=True),
     "grass-rows-deferred": Method("grass", _grass("rows", step_in_backward=False), _witness_grass, refreshes=True),

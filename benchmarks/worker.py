@@ -93,13 +93,13 @@ def _median(values: list[float]) -> float | None:
 
 
 def compile_seconds(warmup: list[StepSample], regular: list[StepSample], refresh: list[StepSample]) -> float:
-    """Seconds by which the first steps outlast later ones of their kind, in the compiled part alone.
+    """Seconds by which the first steps outlast later ones of their kind; the optimizer's call too, which may compile steps.
 
     Without a later refresh to compare with, the first step counts whole but for a regular step's time.
     """
-    later_regular = statistics.median(s.forward_backward for s in regular)
-    later_refresh = _median([s.forward_backward for s in refresh]) or later_regular
-    return sum(s.forward_backward - (later_refresh if s.refresh else later_regular) for s in warmup)
+    later_regular = statistics.median(s.seconds for s in regular)
+    later_refresh = _median([s.seconds for s in refresh]) or later_regular
+    return sum(s.seconds - (later_refresh if s.refresh else later_regular) for s in warmup)
 
 
 def timed_steps(trainer: Trainer) -> list[StepSample]:

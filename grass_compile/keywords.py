@@ -219,7 +219,9 @@ def _spelled(hint: Any) -> str:
         return ", ".join(_spelled(one) for one in get_args(hint))
     if hint is type(None):
         return "`None`"
-    return f"`{hint.__name__}`" if hint.__module__ == "builtins" else "`" + str(hint).replace("collections.abc.", "") + "`"
+    if isinstance(hint, type) and get_origin(hint) is None:
+        return f"`{hint.__name__}`" if hint.__module__ == "builtins" else f"`{hint.__module__}.{hint.__name__}`"
+    return "`" + str(hint).replace("collections.abc.", "") + "`"
 
 
 def _code(value: Any) -> str:

@@ -19,7 +19,12 @@ REASONS: dict[str, str] = {
     "constant_pad_nd": PADDED,
     "as_strided_scatter": PADDED,
 }
-REGIONS = {"cond": "torch.cond", "while_loop": "torch's while_loop", "invoke_subgraph": "a torch.compiler.nested_compile_region"}
+REGIONS = {
+    "cond": "torch.cond",
+    "while_loop": "torch's while_loop",
+    "scan": "torch's scan",
+    "invoke_subgraph": "a torch.compiler.nested_compile_region",
+}
 """Operators that hold graphs of their own, by their names, as users know them."""
 
 
