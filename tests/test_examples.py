@@ -18,6 +18,7 @@ import grass_compile
 from benchmarks import sweep  # first: it makes the demo's scripts importable
 from demo import methods, parse
 from grass_compile.backend import grass
+from grass_compile.optim.rules.muon import iteration_dtype
 from optimizers import DenseMuon, build_optimizer
 from rates import RECORDED_SWEEP, with_best_rates
 from report import Run, table, write_report
@@ -96,8 +97,9 @@ def test_sweep_knows_what_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
         sweep.record(config, "dense", RECORDED_SWEEP)
 
 
-def test_dense_muon_is_torchs_muon_and_adamw() -> None:
+def test_dense_muon_is_torchs_muon_and_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
     """Matrices of the blocks move by Muon's rule, everything else by AdamW's; a schedule reaches both."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda matrix: matrix.to(iteration_dtype(matrix.device)))
     config = TrainConfig(lr=3e-2, dense_lr=1e-2, optimizer="Muon", query_lr_factor=1.0, **TINY)
     model, twin = build_model(config), build_model(config)
     optimizer = build_optimizer(model, config)
