@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import torch
 
 from .checks import boolean, nearest, one_of
+from .distributed.layout import Layout
 from .errors import ConfigError
 from .keywords import KEYWORDS, PROJECT, STORED, AxisChoice, NonFinite, OnRefresh, ProjectionKind, Scores, Selection, completed
 
@@ -65,6 +66,7 @@ class SiteConfig:
         checked: whether a step whose gradient is not finite is skipped.
         projection: ``grass`` selects rows, ``galore`` projects onto singular vectors, ``gaussian`` onto random vectors.
         share_index: whether weights that read the same activations choose their columns together.
+        layout: how the weight is spread over processes; None on one.
     """
 
     rank: int | float
@@ -80,6 +82,7 @@ class SiteConfig:
     checked: bool = False
     projection: ProjectionKind = "grass"
     share_index: bool = False
+    layout: Layout | None = None
 
     @property
     def counted(self) -> bool:
@@ -95,7 +98,7 @@ class SiteConfig:
     def step_alone(self) -> SiteConfig:
         """The same as far as a step between refreshes goes; configurations for which this is equal share compiled steps."""
         on_refresh: OnRefresh = "carry" if self.on_refresh == "carry" else "reset"
-        return dataclasses.replace(self, on_refresh=on_refresh, selection="top", scores="exact", share_index=False)
+        return dataclasses.replace(self, on_refresh=on_refresh, selection="top", scores="exact", share_index=False, layout=None)
 
 
 @dataclasses.dataclass(frozen=True)

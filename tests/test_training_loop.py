@@ -292,20 +292,6 @@ def test_dynamic_batch_compiles_once_more(axis: str) -> None:
     assert run.difference() < 1e-12
 
 
-def test_distributed_data_parallel_is_refused(tmp_path: Any) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        model = forms.LinearBias()
-        optimizer = paper.AdamW(model.named_parameters(), rank=4)
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        compiled = torch.compile(wrapped, backend="grass", options={"compiler": "aot_eager"})
-        with pytest.raises(ConfigError, match="DistributedDataParallel, which is not supported yet"):
-            compiled(x())
-        assert not optimizer.state
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 def test_fully_shard_is_refused(tmp_path: Any) -> None:
     from torch.distributed.fsdp import fully_shard
 

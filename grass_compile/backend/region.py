@@ -17,14 +17,15 @@ from torch import Tensor, fx
 
 from .. import _torch
 from ..config import BackendOptions
-from ..errors import ConfigError, GraphError, GrassError, GrassWarning
+from ..distributed import ddp
+from ..errors import GraphError, GrassError, GrassWarning
 from ..optim import adoption
 from ..optim.rules import AdamWRule
 from ..passes import pipeline
 from ..passes.pipeline import PASSES, PlanMismatch
 from ..passes.records import Analysis, Plan, WeightInput
 from ..runtime import registry
-from ..runtime.call import Call, expected, in_graph
+from ..runtime.call import Call, expected, in_graph, manager_of
 from ..runtime.compact import Assigned
 from ..runtime.delivery import leaf_of, twin_of
 from ..runtime.parameter import ProjectedParameter, refusal
@@ -128,6 +129,8 @@ class Region:
         if plan is None:
             return self.variant(None).call(*args)
         held = [records[projection.position] for projection in plan.projections]
+        if (module := ddp.active()) is not None:
+            ddp.take_out(module, [record.parameter for record in held])
         refresh = tuple(record.due for record in held)
         variant = self.variant(plan, held)
         assert variant.pair is not None
@@ -144,7 +147,13 @@ class Region:
         if node is not None:
             backward = variant.pair.backward
             call = Call(
-                held, refresh, functools.partial(_start, backward), plan.clipped is not None, numbers, others(parameters, plan)
+                held,
+                refresh,
+                functools.partial(_start, backward),
+                plan.clipped is not None,
+                numbers,
+                others(parameters, plan),
+                module is None or ddp.syncs(module),
             )
             node.register_prehook(call.before_backward)
             node.register_hook(call.after_backward)
@@ -163,6 +172,8 @@ class Region:
             ConfigError: the model runs inside a wrapper that would be silently wrong.
         """
         weights, records, held, free = [], {}, False, []
+        module = ddp.active()
+        layout = ddp.layout_of(module) if module is not None else None
         for (position, name), parameter in zip(self.captured.parameters, parameters, strict=True):
             record = registry.lookup(parameter)
             held = held or record is not None
@@ -172,6 +183,9 @@ class Region:
                 free.append((name, position, parameter))
             elif record.options.rank is not None:
                 record.name = record.name or name
+                if layout is not None:
+                    record.spread(layout)
+                    manager_of(record).meet(layout)
                 weights.append(WeightInput(record.name, position, record.config(), record.refusal(name)))
                 records[position] = record
         if self.options.project is not None:
@@ -179,11 +193,6 @@ class Region:
             held = True
         if not held and any(isinstance(parameter, torch.nn.Parameter) for parameter in parameters):
             self._warn_unheld()
-        elif weights and _torch.inside_ddp():
-            raise ConfigError(
-                f"{weights[0].name}: the model runs inside DistributedDataParallel, which is not supported yet: the ranks would "
-                "drift apart silently. Train on one device, or use another backend."
-            )
         return tuple(weights), records
 
     def _wish(self, free: Sequence[tuple[str, int, Tensor]]) -> None:

@@ -46,6 +46,7 @@ class GrassOptimizer(torch.optim.Optimizer):
         check_names(own, type(self).__name__)
         self._given = _with_seed(own)
         self._manager = ProjectionManager(self, False)
+        self._manager.seed_drawn = own.get("seed") is None
         self._warned = False
         try:
             super().__init__(params, **torch_keywords)
@@ -178,6 +179,7 @@ class GrassOptimizer(torch.optim.Optimizer):
         manager.warn_of_nothing()
         if manager.max_norm is not None and not manager.clipped:
             manager.clip(manager.max_norm)
+        manager.average()
         waiting = manager.pending()
         manager.apply(waiting)
         hidden = {**waiting, **manager.stand_ins(), **manager.nonfinite.withhold(manager.records)}
@@ -251,6 +253,14 @@ class GrassOptimizer(torch.optim.Optimizer):
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
         """Torch's fused optimizers write this; here the getter above answers."""
+
+    def check_agreement(self) -> None:
+        """Compare the weights that are projected, and their state, between all processes that train them; each has to call this.
+
+        Raises:
+            StateError: on all of them, with what differs.
+        """
+        self._manager.check_agreement()
 
     def accumulate(self) -> contextlib.AbstractContextManager[None]:
         """For every micro-batch but the last: inside, ``backward()`` leaves compact gradients and moves nothing.

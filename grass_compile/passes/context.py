@@ -44,6 +44,7 @@ class PassContext:
         refresh: of a half, for each projection, whether its backward chooses new rows.
         actions: of a backward, for each projection, what to do with its gradient.
         clip: of a backward, whether to clip all gradients by their common norm.
+        syncs: of a backward, whether gradients are averaged over the ranks.
         saved: of a backward, fake values of what its forward saves, by the names of the inputs.
     """
 
@@ -56,6 +57,7 @@ class PassContext:
     refresh: tuple[bool, ...] = ()
     actions: tuple[Action, ...] = ()
     clip: bool = False
+    syncs: bool = True
     saved: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property

@@ -6,7 +6,7 @@
                                                                                                |  min-cut partition
     forward graph, backward graph with anchors  <----------------------------------------------+
          |              |
-         |              +--restore_full_grad--> --batch_matmuls--> --lower_anchors--> --schedule_steps--> --verify-->
+         |              +--restore_full_grad--> --batch_matmuls--> --reduce, lower_anchors--> --schedule_steps--> --verify-->
          |                                                           a backward for each way to use the gradients
          +--restore_full_grad, forget_samples--> a forward that keeps what that backward reads
 
@@ -28,6 +28,7 @@ from .. import _torch
 from ..math.layout import Action
 from .backward.batch_matmuls import batch_matmuls
 from .backward.lower_anchors import lower_anchors
+from .backward.reduce import reduce
 from .backward.restore_full_grad import restore_full_grad
 from .backward.schedule_steps import schedule_steps
 from .backward.verify import verify
@@ -52,7 +53,7 @@ JOINT: tuple[Pass, ...] = (normalize, detect, rewrite, score, anchor)
 FORWARD: tuple[Pass, ...] = (restore_full_grad, forget_samples)
 """Over a copy of the forward, for a set of weights that choose new rows."""
 
-BACKWARD: tuple[Pass, ...] = (restore_full_grad, batch_matmuls, lower_anchors, schedule_steps, verify)
+BACKWARD: tuple[Pass, ...] = (restore_full_grad, batch_matmuls, reduce, lower_anchors, schedule_steps, verify)
 """Over a copy of the backward, for each way to use the gradients. The user's own come before `verify`, which checks them too."""
 
 PASSES = ("normalize", "detect", "rewrite", "score", "anchor", "batch_matmuls", "lower_anchors", "schedule_steps", "verify")
@@ -223,7 +224,7 @@ def finish_forward(gm: fx.GraphModule, plan: Plan, refresh: tuple[bool, ...]) ->
 
 
 def finish_backward(
-    gm: fx.GraphModule, plan: Plan, key: tuple[tuple[bool, ...], tuple[Action, ...], bool], saved: Mapping[str, Any]
+    gm: fx.GraphModule, plan: Plan, key: tuple[tuple[bool, ...], tuple[Action, ...], bool, bool], saved: Mapping[str, Any]
 ) -> fx.GraphModule:
     """A copy of a backward graph in which every anchor has become what this backward does with the gradient.
 
@@ -231,12 +232,14 @@ def finish_backward(
         gm: the backward graph that `transform` returned.
         plan: the plan it was made for.
         key: for each projection, whether to choose new rows, which most actions do; for each, what to do;
-            and whether to clip all gradients by their common norm.
+            whether to clip all gradients by their common norm; and whether to average them over the ranks.
         saved: fake values of what the forward saves, by the names of the inputs here.
     """
-    refresh, actions, clip = key
+    refresh, actions, clip, syncs = key
     gm = copy(gm)
-    context = PassContext(plan=plan, disabled=plan.disabled, refresh=refresh, actions=actions, clip=clip, saved=saved)
+    context = PassContext(
+        plan=plan, disabled=plan.disabled, refresh=refresh, actions=actions, clip=clip, syncs=syncs, saved=saved
+    )
     run((*BACKWARD[:-1], *plan.backward_passes, *BACKWARD[-1:]), gm, context)
     _torch.trace_graph("grass_backward", gm)
     return gm

@@ -12,14 +12,15 @@ from ..config import SiteConfig
 from ..errors import StateError
 from ..math.layout import Action
 from ..ops.journal import Journal
+from ..passes.backward.reduce import averages
 from . import registry
 from .manager import ProjectionManager
 from .moved import MovedGrad
 from .parameter import ProjectedParameter
 
-Key = tuple[tuple[bool, ...], tuple[Action, ...], bool]
-"""The work of one backward: for each weight, whether its graph is that of a refresh; for each, what to do with its gradient; and
-whether all gradients are clipped by their common norm."""
+Key = tuple[tuple[bool, ...], tuple[Action, ...], bool, bool]
+"""The work of one backward: for each weight, whether its graph is that of a refresh; for each, what to do with its gradient;
+whether all gradients are clipped by their common norm; and whether they are averaged over the ranks."""
 
 Start = Callable[[Key, Callable[[Journal], None]], None]
 """Says what the backward that is about to run in this thread has to do, and whom to tell if it breaks off."""
@@ -40,6 +41,7 @@ class Call:
         clips: bool,
         numbers: Sequence[tuple[Tensor, ProjectedParameter, bool]],
         others: Sequence[Tensor],
+        syncs: bool = True,
     ) -> None:
         """Note a forward.
 
@@ -51,7 +53,9 @@ class Call:
             numbers: each tensor of hyper-parameters that went in, with a record that it belongs to, and whether that is a
                 refresh.
             others: the parameters that it does not project.
+            syncs: whether the backward averages gradients over the ranks.
         """
+        self._syncs = syncs
         self._numbers, self._clips, self._others, self._start = tuple(numbers), clips, tuple(others), start
         self._records, self._refresh = tuple(records), tuple(refresh)
         self._in_graph = in_graph(records, refresh)
@@ -93,7 +97,11 @@ class Call:
                 if refresh and record.options.blind:
                     record.restart()
         self._refresh_numbers()
-        self._start((self._in_graph, self._actions, clip), self._broke_off)
+        syncs = self._syncs and not any(record.apart for record in self._records)  # what is there has to be averaged too
+        for record, action, full in zip(self._records, self._actions, self._in_graph, strict=True):
+            exact = full and record.options.scores == "exact"
+            record.averaged, record.averages = averages(action, exact, syncs), self._syncs
+        self._start((self._in_graph, self._actions, clip, syncs), self._broke_off)
 
     def _refresh_numbers(self) -> None:
         """Bring the numbers that went in with the forward up to date: the learning rate may have changed since."""
@@ -112,6 +120,8 @@ class Call:
         if not record.parameter.requires_grad:  # frozen since the forward
             return False
         if _torch.will_run(record.leaf_node):
+            if record.layout is not None and _torch.will_run(_torch.accumulator(record.parameter)):
+                raise record.outside()
             return True
         held = [p for p in self._others if p.requires_grad and registry.lookup(p) is not None]
         named = [_torch.will_accumulate(_torch.accumulator(parameter)) for parameter in held]
@@ -137,6 +147,8 @@ class Call:
             return "several forwards of it wait for their backward"
         if record.waits:
             return "a gradient of it waits for opt.step() already"
+        if record.layout is not None and not self._syncs:
+            return "no_sync() leaves it a gradient of its own on each rank"
         if _torch.will_run(_torch.accumulator(record.parameter)):
             return "it gets a gradient from outside of this region too"
         if record.parameter.data_ptr() != address:
@@ -249,7 +261,7 @@ def expected(records: Sequence[ProjectedParameter], refresh: tuple[bool, ...], c
         if modes != {not fused}:
             clip = clips and fused
             actions = (_action(record, fused, new, clip) for record, new in zip(records, refresh, strict=True))
-            keys.append((refresh, tuple(actions), clip))
+            keys.append((refresh, tuple(actions), clip, True))
     return keys
 
 

@@ -65,6 +65,7 @@ def _deliver(record: ProjectedParameter, values: Tensor) -> None:
     present = record.parameter.grad
     if isinstance(present, CompactGrad) and not present.zeroed:
         present.compact.add_(values)
+        _note_ranks(record)
         return
     assert record.assigned is not None and record.rows is not None
     fresh = record.rows is not record.state[record.selector]
@@ -73,7 +74,18 @@ def _deliver(record: ProjectedParameter, values: Tensor) -> None:
     made = _compact_grad(record, values, rows, fresh, record.proposed.clone() if record.proposes else None)
     if present is not None and not isinstance(present, (CompactGrad, MovedGrad)):
         made.compact.add_(made.part_of(present.to_dense() if present.layout is not torch.strided else present))
+        record.apart = record.layout is not None
     _put(record, made)
+    _note_ranks(record)
+
+
+def _note_ranks(record: ProjectedParameter) -> None:
+    """What was computed on each rank alone is averaged as soon as a backward averages, as by ``DistributedDataParallel``."""
+    if record.layout is None:
+        return
+    record.apart = record.apart or not record.averaged
+    if record.averages:
+        record.average()
 
 
 def _deliver_dense(record: ProjectedParameter, values: Tensor) -> None:
@@ -88,6 +100,8 @@ def reduced(record: ProjectedParameter, full: Tensor) -> CompactGrad:
     """
     assert record.assigned is not None
     full = full.to_dense() if full.layout is not torch.strided else full
+    if record.layout is not None:
+        full = record.layout.mean_(full.clone())
     dim, rank, projection = record.assigned.dim, record.assigned.rank, record.options.projection
     rows, fresh, next_rows = record.state[record.selector].clone(), False, None
     if record.chosen is not None:
@@ -124,3 +138,4 @@ def _put(record: ProjectedParameter, made: CompactGrad) -> None:
     record.chosen = made.rows, made.fresh, made.next_rows
     record.delivered, record.seen = weakref.ref(made), record.look()
     made.on_touch = record.on_touch()
+    made.outside = record.outside if record.layout is not None else None

@@ -37,6 +37,7 @@ class CompactGrad(Tensor):
         zeroed: whether ``zero_grad(set_to_none=False)`` has emptied it, so that nothing waits in it.
         task: the number of the backward that delivered it, or -1.
         applied: whether `opt.step()` has moved the weight by it and not come to its end yet.
+        outside: makes the error for a full gradient that is added to it; None where it is welcome.
         on_touch: told what a script does to it that a gradient which was already applied would have to refuse.
     """
 
@@ -51,6 +52,7 @@ class CompactGrad(Tensor):
     task: int
     applied: bool
     on_touch: Callable[[str], None] | None
+    outside: Callable[[], Exception] | None
 
     @staticmethod
     def __new__(cls, values: Tensor, index: Tensor, dim: int, weight: Tensor, *rest: Any) -> CompactGrad:
@@ -71,7 +73,7 @@ class CompactGrad(Tensor):
         self.compact, self.rows, self.along, self.name_, self.fresh = values, index, dim, name, fresh
         self.next_rows, self.projection = next_rows, projection
         self.zeroed = self.applied = False
-        self.task, self.on_touch = _torch.graph_task(), None
+        self.task, self.on_touch, self.outside = _torch.graph_task(), None, None
 
     def tolist(self) -> Any:
         """The full gradient as nested lists."""
@@ -137,6 +139,8 @@ class CompactGrad(Tensor):
             return args[0]
         if func in _FROM_FULL and isinstance(args[0], CompactGrad):
             other = args[1]
+            if args[0].outside is not None and isinstance(other, Tensor) and not isinstance(other, CompactGrad) and other.dim():
+                raise args[0].outside()
             func(args[0].compact, args[0].part_of(other) if isinstance(other, Tensor) and other.dim() else other, **kwargs)
             args[0].zeroed = False
             return args[0]

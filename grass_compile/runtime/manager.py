@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from .. import _torch
 from ..config import GroupOptions
+from ..distributed.agreement import check_settings, check_tensors
+from ..distributed.layout import Layout
 from ..errors import GrassWarning, StateError
 from ..math.finite import clip_
 from ..math.rule import Rule
@@ -40,6 +43,7 @@ class ProjectionManager:
         clipped: whether the gradients of this step have been clipped inside the backward.
         grad_norm: the gradient norm at the last clipping, 0-d, on the device.
         hidden: gradients that are taken out of ``.grad`` while torch's own code takes its step.
+        seed_drawn: whether the seed was drawn rather than given.
         broken: what to do after a backward that broke off when some weights had moved, or "".
     """
 
@@ -53,6 +57,8 @@ class ProjectionManager:
         self.grad_norm: Tensor | None = None
         self.hidden: dict[Tensor, Tensor] = {}
         self.broken = ""
+        self.seed_drawn = False
+        self._met: Layout | None = None
         self._norm_leaf: Tensor | None = None
         self._accumulating = 0
         self._task = -1
@@ -78,6 +84,41 @@ class ProjectionManager:
         record = ProjectedParameter(parameter, _torch.strip_dynamo_prefix(name), group, options, rule, self)
         self.records[parameter] = record
         registry.register(record)
+
+    def meet(self, layout: Layout) -> None:
+        """Compare settings with the other ranks, once, and take their seed if it was drawn; all of them have to call this.
+
+        Raises:
+            ConfigError: on all ranks, with what differs.
+        """
+        if self._met == layout:
+            return
+        facts: dict[str, Any] = {"the torch version": torch.__version__}
+        for number, record in enumerate(self.records.values()):
+            facts[f"parameter {number}"] = f"{record.name} {list(record.parameter.shape)} {record.parameter.dtype}"
+            facts |= {f"{record.label}: {name}": value for name, value in _settings(record).items()}
+        seeds = tuple(record.options.seed for record in self.records.values())
+        common = check_settings(layout, facts, seeds, self.seed_drawn)
+        self._met = layout
+        if seeds != common:
+            for record, seed in zip(self.records.values(), common, strict=True):
+                dict.__setitem__(record.group, "seed", seed)
+                record.change(dataclasses.replace(record.options, seed=seed))
+
+    def check_agreement(self) -> None:
+        """Compare projected weights and their state on all ranks; all of them have to call this.
+
+        Raises:
+            StateError: on all ranks, with what differs.
+        """
+        if self._met is None:
+            return
+        tensors = {}
+        for record in self.records.values():
+            tensors[record.label] = record.parameter
+            state = record.optimizer_state()
+            tensors |= {f"{record.label}: {name}": value for name, value in state.items() if isinstance(value, Tensor)}
+        check_tensors(self._met, tensors)
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -348,6 +389,7 @@ class ProjectionManager:
             gradient = parameter.grad
             if record.assigned is not None and gradient is not None and not isinstance(gradient, CompactGrad):
                 reduce(record)
+        self.average()
         gradients = [parameter.grad for parameter in self.records if parameter.grad is not None]
         if self.nonfinite.checked:
             self.grad_norm = clip_(gradients, max_norm, norm_type)
@@ -357,6 +399,12 @@ class ProjectionManager:
             for gradient in gradients:
                 gradient.mul_(factor.to(gradient.device))
         return self.grad_norm
+
+    @torch.no_grad()
+    def average(self) -> None:
+        """Average what waits over the ranks, as far as no backward has."""
+        for record in self.records.values():
+            record.average()
 
     @torch.no_grad()
     def apply(self, gradients: Mapping[Tensor, CompactGrad]) -> None:
@@ -405,6 +453,12 @@ class ProjectionManager:
             record.moved, record.chosen = False, None
             if (gradient := record.pending) is not None:
                 gradient.applied = False
+
+
+def _settings(record: ProjectedParameter) -> dict[str, str]:
+    """What all ranks have to have in common of what one weight is asked, by keyword; but for the seed."""
+    own = {name: value for name, value in record.group.items() if name not in ("params", "param_names", "seed")}
+    return {"the rule": repr(record.rule), **{name: repr(value) for name, value in own.items()}}
 
 
 @_torch.outside_dynamo

@@ -6,6 +6,7 @@ A compiled graph serves many parameters, so nothing about a parameter is baked i
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -16,7 +17,8 @@ from torch import Tensor
 from .. import _torch
 from ..checks import matching
 from ..config import GroupOptions, SiteConfig
-from ..errors import StateError
+from ..distributed.layout import Layout
+from ..errors import ConfigError, StateError
 from ..math import selection
 from ..math.finite import is_finite
 from ..math.layout import layout_of, settled_state, step_state
@@ -81,12 +83,17 @@ class ProjectedParameter:
         seen: where the weight stood, and its version, when its gradient was delivered or had moved it.
         leaf: the input of compiled graphs whose gradient is the compact one, see `grass_compile.runtime.delivery`.
         leaf_node: the autograd node that accumulates that.
+        layout: how it is spread over processes; None on one.
+        averaged: whether the compact gradient on its way is the mean over the ranks.
+        averages: whether what waits is to be that once it has arrived.
+        apart: whether the gradient that waits differs from rank to rank.
     """
 
     __slots__ = (
         "__weakref__", "_agrees", "_configs", "_lead", "_noise", "_owner", "_proposed", "_scratch", "_square_sum", "_stand_in",
-        "assigned", "chosen", "delivered", "flight", "group", "kernel", "leaf", "leaf_node", "moved", "name", "number", "options",
-        "outstanding", "parameter", "proposes", "refreshed", "rows", "rule", "seen", "skipped", "trained_dense",
+        "apart", "assigned", "averaged", "averages", "chosen", "delivered", "flight", "group", "kernel", "layout", "leaf",
+        "leaf_node", "moved", "name", "number", "options", "outstanding", "parameter", "proposes", "refreshed", "rows", "rule",
+        "seen", "skipped", "trained_dense",
     )  # fmt: skip
 
     def __init__(
@@ -102,6 +109,8 @@ class ProjectedParameter:
         self.refreshed, self.skipped = False, 0
         self._configs: dict[Any, SiteConfig] = {}
         self._agrees = False
+        self.layout: Layout | None = None
+        self.averaged = self.averages = self.apart = False
         self.forget()
 
     def forget(self) -> None:
@@ -149,8 +158,26 @@ class ProjectedParameter:
         axis = self.assigned.axis if self.assigned else self.options.axis
         key = (decays, axis)
         if key not in self._configs:
-            self._configs[key] = self.options.site(axis, decays, self.rule)
+            self._configs[key] = dataclasses.replace(self.options.site(axis, decays, self.rule), layout=self.layout)
         return self._configs[key]
+
+    def spread(self, layout: Layout) -> None:
+        """Note that the weight is spread over processes; that cannot change any more.
+
+        Raises:
+            ConfigError: it is spread in another way already, or one of its keywords does not go with it yet.
+        """
+        if self.layout == layout:
+            return
+        if self.layout is not None:
+            raise ConfigError(f"{self.label}: it is trained by two groups of processes, {self.layout} and {layout}.")
+        if self.options.scores != "exact":
+            raise ConfigError(
+                f"{self.label}: scores={self.options.scores!r} is not supported with several processes, whose sketches would "
+                "differ. Use scores='exact', or selection='uniform'."
+            )
+        self.layout = layout
+        self._configs.clear()
 
     def refusal(self, name: str) -> str | None:
         """Why this weight stays dense whatever the graph looks like, or None.
@@ -244,6 +271,20 @@ class ProjectedParameter:
         self._configs.clear()
         if self.assigned is not None and is_compact(self.optimizer_state()):
             self.state["step"] = self.state["step"].to(self.parameter.device if self.config().counted else "cpu")
+
+    def outside(self) -> StateError:
+        """The error for a gradient that its region does not compute, where ranks share the weight."""
+        return StateError(
+            f"{self.label}: it gets a gradient from outside of its compiled region too, which nobody would average over the "
+            "ranks. Compute all of its loss inside the compiled model, or keep it dense with exclude=."
+        )
+
+    def average(self) -> None:
+        """Average the gradient that waits over the ranks, if it was not yet; a mean of what holds means already is that of the
+        rest. All ranks have to call this."""
+        if self.apart and self.layout is not None and (gradient := self.pending) is not None:
+            self.layout.mean_(gradient.compact)
+        self.apart = False
 
     @property
     def pending(self) -> CompactGrad | None:

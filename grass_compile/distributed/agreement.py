@@ -1,0 +1,85 @@
+"""What all ranks have to have in common is compared when they first meet, in the first compiled forward.
+
+A rank with another rank, seed or model would not fail: its weights would drift away from the others', or the group would hang in
+a collective of another size. So each rank sees what every other has, and all of them raise, or none does.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, StateError
+from .layout import Layout
+
+Facts = dict[str, Any]
+"""What is compared, by what it is called in a message."""
+
+SAME = "All ranks have to train the same model with the same optimizer."
+
+
+def everyone(layout: Layout, mine: Any) -> list[Any]:
+    """What each rank of a group has; all of them have to call this."""
+    c10d: Any = torch.distributed.distributed_c10d
+    group = c10d._resolve_process_group(layout.group)
+    theirs: list[Any] = [None] * layout.size
+    torch.distributed.all_gather_object(theirs, mine, group=group)
+    return theirs
+
+
+def check_settings(layout: Layout, facts: Facts, seeds: tuple[int, ...], drawn: bool) -> tuple[int, ...]:
+    """Compare the settings of an optimizer on all ranks.
+
+    Args:
+        layout: the group.
+        facts: what has to be the same on all.
+        seeds: of its random numbers.
+        drawn: whether they were drawn rather than given.
+
+    Returns:
+        The seeds that all take: the first rank's if they were drawn.
+
+    Raises:
+        ConfigError: on all ranks, with the first difference.
+    """
+    theirs = everyone(layout, (facts, seeds, drawn))
+    first, common, was_drawn = theirs[0]
+    for rank, (other, seeds_there, _) in enumerate(theirs):
+        if set(other) != set(first):
+            name = min(set(other) ^ set(first))
+            there, missing = (rank, 0) if name in other else (0, rank)
+            raise ConfigError(f"{name} is there on rank {there} and not on rank {missing}. {SAME}")
+        for name, value in other.items():
+            if value != first[name]:
+                raise ConfigError(f"{name} is {first[name]} on rank 0 and {value} on rank {rank}. {SAME}")
+        if seeds_there != common and not was_drawn:
+            here, there = next(pair for pair in zip(common, seeds_there, strict=True) if pair[0] != pair[1])
+            raise ConfigError(
+                f"seed is {here} on rank 0 and {there} on rank {rank}. Give all ranks the same, or none: then all take the one "
+                "that rank 0 draws."
+            )
+    return common  # type: ignore[no-any-return]
+
+
+def check_tensors(layout: Layout, tensors: dict[str, Tensor]) -> None:
+    """Compare tensors bit for bit on all ranks.
+
+    Raises:
+        StateError: on all ranks, naming the first that differs.
+    """
+    mine = {name: _checksum(tensor) for name, tensor in tensors.items()}
+    first, *others = everyone(layout, mine)
+    for rank, other in enumerate(others, 1):
+        for name in first:
+            if other.get(name) != first[name]:
+                raise StateError(
+                    f"{name} differs between rank 0 and rank {rank}, although the ranks are to hold the same. Load a checkpoint "
+                    "on all of them; if it comes again, please report this."
+                )
+
+
+def _checksum(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())

@@ -1,0 +1,74 @@
+"""Processes of a group that wait for functions to run, so that a file of tests starts them once."""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import multiprocessing
+import os
+import traceback
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+
+class Ranks:
+    """A group of processes over loopback. Calling it runs a function of a module on each of them."""
+
+    def __init__(self, size: int, folder: Path) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.size, self._pipes, self._processes = size, [], []
+        for rank in range(size):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, size, str(folder / "store"), there), daemon=True)
+            process.start()
+            self._pipes.append(here)
+            self._processes.append(process)
+
+    def __call__(self, function: Any, *args: Any, **keywords: Any) -> list[Any]:
+        """The result of ``function(*args, **keywords)`` on each rank; where it raised, the exception. It has to be one of a
+        module, and its results have to be picklable."""
+        for pipe in self._pipes:
+            pipe.send((function.__module__, function.__name__, args, keywords))
+        return [pipe.recv() for pipe in self._pipes]
+
+    def close(self) -> None:
+        """End the processes."""
+        for pipe in self._pipes:
+            pipe.send(None)
+        for process in self._processes:
+            process.join(timeout=20)
+            process.kill()
+
+
+def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
+    os.environ.update(GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1", RANK=str(rank), WORLD_SIZE=str(size))
+    import torch
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=datetime.timedelta(seconds=60)
+    )
+    while (task := pipe.recv()) is not None:
+        module, name, args, keywords = task
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        try:
+            result = getattr(importlib.import_module(module), name)(*args, **keywords)
+        except Exception as error:
+            error.add_note(traceback.format_exc()) if hasattr(error, "add_note") else None
+            result = error
+        pipe.send(result)
+    torch.distributed.destroy_process_group()
+
+
+def result_of(results: list[Any]) -> list[Any]:
+    """The results of all ranks.
+
+    Raises:
+        Exception: that of the first rank that raised.
+    """
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return results

@@ -1,0 +1,231 @@
+"""``DistributedDataParallel``: two ranks train as one process does on the joined batch, and send compact gradients."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import grass_compile
+from grass_compile import ConfigError, StateError
+
+from .ranks import Ranks, result_of
+from .training import HIDDEN, PROJECTED, RANK, WIDTH, WORLD, Decoder, Outcome, Training, batches, train
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    group = Ranks(WORLD, tmp_path_factory.mktemp("ranks"))
+    yield group
+    group.close()
+
+
+def compare(ranks: Ranks, training: Training) -> Outcome:
+    """Train both, and compare; returns what the first rank has."""
+    outcomes: list[Outcome] = result_of(ranks(train, training))
+    alone = train(training, distributed=False)
+    first = outcomes[0]
+    for other in outcomes[1:]:
+        assert all(torch.equal(first.weights[name], other.weights[name]) for name in first.weights)
+    assert first.rows.keys() == alone.rows.keys() and {name.rpartition(".")[0] for name in alone.rows} == set(PROJECTED)
+    for name, rows in alone.rows.items():
+        torch.testing.assert_close(first.rows[name], rows, rtol=1e-4, atol=1e-4)  # a basis, for one of the projections
+    for name, weight in alone.weights.items():
+        torch.testing.assert_close(
+            first.weights[name], weight, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    return first
+
+
+def how(**keywords: Any) -> tuple[tuple[str, Any], ...]:
+    return tuple(keywords.items())
+
+
+SHAPES = 2 * [(WIDTH, WIDTH), (WIDTH, WIDTH), (HIDDEN, WIDTH), (WIDTH, HIDDEN)]
+DENSE = sum(p.numel() for name, p in Decoder().named_parameters() if name.removesuffix(".weight") not in PROJECTED)
+COMPACT = {"columns": sum(m * RANK for m, _ in SHAPES), "rows": sum(n * RANK for _, n in SHAPES)}
+
+
+@pytest.mark.parametrize("mode", [True, "auto", False])
+@pytest.mark.parametrize("selection", ["uniform", "top", "norm"])
+@pytest.mark.parametrize("axis", ["columns", "rows"])
+def test_two_ranks_are_one_process(ranks: Ranks, axis: str, selection: str, mode: Any) -> None:
+    """And a regular step sends exactly the compact gradients, and the dense rest."""
+    found = compare(ranks, Training(how(axis=axis, selection=selection, step_in_backward=mode)))
+    assert found.fused == (mode is not False)
+    assert found.regular == {"_c10d_functional": COMPACT[axis], "c10d": DENSE}
+    full = sum(m * n for m, n in SHAPES)
+    assert found.refresh["_c10d_functional"] == (COMPACT[axis] if selection == "uniform" else full)
+
+
+@pytest.mark.parametrize("place", ["model", "blocks"])
+def test_what_is_compiled_does_not_matter(ranks: Ranks, place: str) -> None:
+    compare(ranks, Training(how(step_in_backward=True), place=place))
+
+
+@pytest.mark.parametrize("no_sync", [False, True])
+@pytest.mark.parametrize("selection", ["uniform", "top"])
+def test_accumulation(ranks: Ranks, selection: str, no_sync: bool) -> None:
+    """Under ``no_sync()``, compact gradients are sent once a step."""
+    found = compare(ranks, Training(how(selection=selection), micro=2, no_sync=no_sync))
+    assert found.regular["_c10d_functional"] == COMPACT["columns"] * (1 if no_sync else 2)
+
+
+FEATURES = [
+    Training(clip=0.05),
+    Training(how(max_grad_norm=0.05)),
+    Training(how(max_grad_norm=0.05), micro=2, no_sync=True),
+    Training(how(projection="gaussian")),
+    Training(how(projection="galore")),
+    Training(how(stagger=True)),
+    Training(how(share_index=True)),
+    Training(how(on_refresh="reset", selection="top")),
+    Training(optimizer="Muon"),
+    Training(optimizer="AdamW8bit"),
+    Training(optimizer="adopted"),
+    Training(optimizer="adopted", micro=2, no_sync=True),
+]
+
+
+@pytest.mark.parametrize("training", FEATURES, ids=lambda t: f"{t.optimizer}-{dict(t.how)}-{t.micro}-{t.clip}")
+def test_features(ranks: Ranks, training: Training) -> None:
+    compare(ranks, training)
+
+
+@pytest.mark.inductor
+def test_under_inductor(ranks: Ranks) -> None:
+    compare(ranks, Training(compiler="inductor"))
+
+
+# ------------------------------------------------------------------------------------------------------------ agreement
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x).tanh())  # type: ignore[no-any-return]
+
+
+def train_differently(**differs: Any) -> None:
+    """One rank with another keyword, or model."""
+    mine = {name: values[dist.get_rank()] for name, values in differs.items()}
+    torch.manual_seed(mine.pop("manual_seed", 0))
+    model = Small()
+    optimizer = grass_compile.AdamW(model.named_parameters(), **{"rank": 2, **mine})
+    run = torch.compile(DistributedDataParallel(model), backend="grass", options={"compiler": "aot_eager"})
+    for _ in range(4):
+        run(torch.randn(3, 8)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    optimizer.check_agreement()
+
+
+@pytest.mark.parametrize(
+    ("differs", "message"),
+    [
+        ({"rank": (2, 3)}, "first.weight: rank is 2 on rank 0 and 3 on rank 1"),
+        ({"seed": (1, 2)}, "seed is 1 on rank 0 and 2 on rank 1"),
+        ({"selection": ("top", "uniform")}, "first.weight: selection is 'top' on rank 0 and 'uniform' on rank 1"),
+        ({"betas": ((0.9, 0.99), (0.9, 0.999))}, "first.weight: betas is .* on rank 0"),
+    ],
+)
+def test_ranks_that_differ_are_refused_on_all(ranks: Ranks, differs: dict[str, Any], message: str) -> None:
+    for result in ranks(train_differently, **differs):
+        assert isinstance(result, ConfigError) and re.search(message, str(result)), result
+
+
+def test_a_seed_that_is_drawn_is_that_of_the_first_rank(ranks: Ranks) -> None:
+    result_of(ranks(train_differently, manual_seed=(1, 2)))
+
+
+def drift() -> None:
+    model = Small()
+    optimizer = grass_compile.AdamW(model.named_parameters(), rank=2)
+    run = torch.compile(DistributedDataParallel(model), backend="grass", options={"compiler": "aot_eager"})
+    run(torch.randn(3, 8)).square().mean().backward()
+    optimizer.step()
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            model.first.weight[3, 4] += 1e-7
+    optimizer.check_agreement()
+
+
+def test_weights_that_drifted_apart_are_found(ranks: Ranks) -> None:
+    for result in ranks(drift):
+        assert isinstance(result, StateError) and "first.weight differs between rank 0 and rank 1" in str(result)
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+def refuse(kind: str) -> None:
+    model = Small()
+    keywords = {"scores": "estimate", "selection": "top"} if kind == "scores" else {}
+    optimizer = grass_compile.AdamW(model.named_parameters(), rank=2, **keywords)
+    wrapped = DistributedDataParallel(model, static_graph=kind == "static_graph")
+    run = torch.compile(wrapped, backend="grass", options={"compiler": "aot_eager"})
+    before = [p.detach().clone() for p in model.parameters()]
+    try:
+        with wrapped.join() if kind == "join" else torch.enable_grad():
+            loss = run(torch.randn(3, 8)).square().mean()
+            if kind == "later penalty":
+                loss.backward()
+                loss = model.first.weight.square().sum()
+            loss = loss + (model.first.weight.square().sum() if kind == "penalty" else 0)
+            loss.backward()
+    finally:
+        assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+        del optimizer
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "message"),
+    [
+        ("static_graph", ConfigError, "DistributedDataParallel with static_graph=True is not supported"),
+        ("join", ConfigError, r"join\(\) for uneven inputs is not supported"),
+        ("scores", ConfigError, "first.weight: scores='estimate' is not supported with several processes"),
+        ("later penalty", StateError, "first.weight: it gets a gradient from outside of its compiled region"),
+        ("penalty", StateError, "first.weight: it gets a gradient from outside of its compiled region.*average over the ranks"),
+    ],
+)
+def test_what_is_not_supported_is_refused_on_all(ranks: Ranks, kind: str, error: type[Exception], message: str) -> None:
+    for result in ranks(refuse, kind):
+        assert isinstance(result, error) and re.search(message, str(result)), result
+
+
+# ------------------------------------------------------------------------------------------------------- falling out
+
+
+def fall_out(distributed: bool) -> dict[str, torch.Tensor]:
+    """A step in the middle runs uncompiled: the whole gradient of each weight is averaged."""
+    torch.manual_seed(0)
+    model = Decoder()
+    optimizer = grass_compile.AdamW(model.named_parameters(), rank=RANK, eps=1e-6, lr=1e-2, seed=3, step_in_backward=False)
+    run: Any = DistributedDataParallel(model) if distributed else model
+    compiled = torch.compile(run, backend="grass", options={"compiler": "aot_eager"})
+    for step, tokens in enumerate(batches(5)):
+        if distributed:
+            tokens = tokens.chunk(dist.get_world_size())[dist.get_rank()]
+        forward = run if step == 3 else compiled
+        logits = forward(tokens[:, :-1])
+        nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_a_call_that_falls_out_of_the_compiled_region(ranks: Ranks) -> None:
+    first, second = result_of(ranks(fall_out, True))
+    alone = fall_out(False)
+    for name, weight in alone.items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], weight, rtol=1e-5, atol=1e-5)
