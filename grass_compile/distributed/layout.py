@@ -25,3 +25,16 @@ class Layout:
         tensor.div_(self.size)
         reduced = torch.ops._c10d_functional.all_reduce_(tensor, "sum", self.group)
         return torch.ops._c10d_functional.wait_tensor(reduced)  # type: ignore[no-any-return]
+
+
+def averages(action: str, full: bool, syncs: bool) -> bool:
+    """Whether a backward averages one gradient inside its graph.
+
+    Args:
+        action: what it does with it.
+        full: whether that is the whole gradient.
+        syncs: whether it averages what it can.
+    """
+    if full:  # what is chosen by; of what only adds to rows chosen before, these rows are averaged when it has arrived
+        return action == "choose" or (syncs and action == "step")
+    return syncs and action != "skip"

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from .. import _torch
 from ..config import SiteConfig
+from ..distributed.layout import averages
 from ..errors import StateError
 from ..math.layout import Action
 from ..ops.journal import Journal
-from ..passes.backward.reduce import averages
 from . import registry
 from .manager import ProjectionManager
 from .moved import MovedGrad

@@ -24,26 +24,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...math.layout import Action
+from ...distributed.layout import averages
 from ..context import PassContext
 from ..fx_utils import call, provenance
 from ..joint.anchor import anchors
 
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
-
-
-def averages(action: Action, full: bool, syncs: bool) -> bool:
-    """Whether a backward averages one gradient inside its graph.
-
-    Args:
-        action: what it does with it.
-        full: whether that is the whole gradient.
-        syncs: whether it averages what it can.
-    """
-    if full:  # what is chosen by; of what only adds to rows chosen before, these rows are averaged when it has arrived
-        return action == "choose" or (syncs and action == "step")
-    return syncs and action != "skip"
 
 
 def reduce(gm: fx.GraphModule, context: PassContext) -> int:
