@@ -534,15 +534,6 @@ class _InPlace:
 # ------------------------------------------------------------------------------------------------------- distributed
 
 
-def inside_ddp() -> bool:
-    """Whether the forward of a ``DistributedDataParallel`` module is running."""
-    if not torch.distributed.is_available():
-        return False
-    from torch.nn.parallel import DistributedDataParallel
-
-    return DistributedDataParallel._active_ddp_module is not None
-
-
 def sharded_by(parameter: Tensor) -> str | None:
     """The name of the wrapper that shards a parameter, or None."""
     if not torch.distributed.is_available():

@@ -25,7 +25,7 @@ ALLOWED = {
     "errors": (), "_torch": (), "_inductor": (), "report": ("errors",), "checks": ("errors",),
     "keywords": ("errors", "checks"),
     "config": ("errors", "checks", "keywords", "distributed.layout"),
-    "distributed": ("errors", "distributed.layout"),
+    "distributed": ("errors", "distributed"),
     "math": (*LEAVES, "math", *MATH_OPERATORS),
     "ops": (*LEAVES, "math", "ops"),
     "passes": (*LEAVES, "math", "ops", "passes"),

@@ -82,7 +82,7 @@ def clipped_inside(parameters: Mapping[int, Tensor], records: Mapping[int, Proje
     manager = next((manager_of(record) for record in records.values()), None)
     if manager is None or manager.max_norm is None or manager.watch.mode is False:
         return None
-    if any(record.layout is not None for record in records.values()):  # others average the dense gradients, later
+    if any(record.averaging is not None for record in records.values()):  # others average the dense gradients, later
         return None
     positions = {id(tensor): position for position, tensor in parameters.items() if tensor.requires_grad}
     trained = [parameter for parameter in manager.records if parameter.requires_grad]

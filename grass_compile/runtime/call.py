@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import _torch
 from ..config import SiteConfig
+from ..distributed.averaging import from_outside
 from ..distributed.layout import averages
 from ..errors import StateError
 from ..math.layout import Action
@@ -97,11 +98,15 @@ class Call:
                 if refresh and record.options.blind:
                     record.restart()
         self._refresh_numbers()
-        syncs = self._syncs and not any(record.apart for record in self._records)  # what is there has to be averaged too
+        self._start((self._in_graph, self._actions, clip, self._decide_averages()), self._broke_off)
+
+    def _decide_averages(self) -> bool:
+        """Whether this backward averages gradients inside its graph: not if what waits has to be averaged along with them."""
+        syncs = self._syncs and not any(r.averaging is not None and r.averaging.apart and r.waits for r in self._records)
         for record, action, full in zip(self._records, self._actions, self._in_graph, strict=True):
-            exact = full and record.options.scores == "exact"
-            record.averaged, record.averages = averages(action, exact, syncs), self._syncs
-        self._start((self._in_graph, self._actions, clip, syncs), self._broke_off)
+            if record.averaging is not None:
+                record.averaging.in_graph, record.averaging.on_arrival = averages(action, full, syncs), self._syncs
+        return syncs
 
     def _refresh_numbers(self) -> None:
         """Bring the numbers that went in with the forward up to date: the learning rate may have changed since."""
@@ -120,8 +125,8 @@ class Call:
         if not record.parameter.requires_grad:  # frozen since the forward
             return False
         if _torch.will_run(record.leaf_node):
-            if record.layout is not None and _torch.will_run(_torch.accumulator(record.parameter)):
-                raise record.outside()
+            if record.averaging is not None and _torch.will_run(_torch.accumulator(record.parameter)):
+                raise from_outside(record.label)
             return True
         held = [p for p in self._others if p.requires_grad and registry.lookup(p) is not None]
         named = [_torch.will_accumulate(_torch.accumulator(parameter)) for parameter in held]
@@ -147,7 +152,7 @@ class Call:
             return "several forwards of it wait for their backward"
         if record.waits:
             return "a gradient of it waits for opt.step() already"
-        if record.layout is not None and not self._syncs:
+        if record.averaging is not None and not self._syncs:
             return "no_sync() leaves it a gradient of its own on each rank"
         if _torch.will_run(_torch.accumulator(record.parameter)):
             return "it gets a gradient from outside of this region too"

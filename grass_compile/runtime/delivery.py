@@ -12,6 +12,7 @@ of the full gradient are added.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import _torch
+from ..distributed.averaging import from_outside
 from ..math.finite import is_finite
 from ..math.projection import selected
 from ..math.selection import scores, top
@@ -65,27 +67,20 @@ def _deliver(record: ProjectedParameter, values: Tensor) -> None:
     present = record.parameter.grad
     if isinstance(present, CompactGrad) and not present.zeroed:
         present.compact.add_(values)
-        _note_ranks(record)
+        if record.averaging is not None:
+            record.averaging.arrived(present.compact, is_new=False, mixed=False)
         return
     assert record.assigned is not None and record.rows is not None
     fresh = record.rows is not record.state[record.selector]
     # Nobody writes into the basis of a state, so that need not be copied.
     rows = record.rows.clone() if fresh or record.options.projection != "galore" else record.rows
     made = _compact_grad(record, values, rows, fresh, record.proposed.clone() if record.proposes else None)
-    if present is not None and not isinstance(present, (CompactGrad, MovedGrad)):
+    mixed = present is not None and not isinstance(present, (CompactGrad, MovedGrad))
+    if mixed and present is not None:
         made.compact.add_(made.part_of(present.to_dense() if present.layout is not torch.strided else present))
-        record.apart = record.layout is not None
     _put(record, made)
-    _note_ranks(record)
-
-
-def _note_ranks(record: ProjectedParameter) -> None:
-    """What was computed on each rank alone is averaged as soon as a backward averages, as by ``DistributedDataParallel``."""
-    if record.layout is None:
-        return
-    record.apart = record.apart or not record.averaged
-    if record.averages:
-        record.average()
+    if record.averaging is not None:
+        record.averaging.arrived(made.compact, is_new=True, mixed=mixed)
 
 
 def _deliver_dense(record: ProjectedParameter, values: Tensor) -> None:
@@ -100,8 +95,8 @@ def reduced(record: ProjectedParameter, full: Tensor) -> CompactGrad:
     """
     assert record.assigned is not None
     full = full.to_dense() if full.layout is not torch.strided else full
-    if record.layout is not None:
-        full = record.layout.mean_(full.clone())
+    if record.averaging is not None:
+        full = record.averaging.layout.mean_(full.clone())
     dim, rank, projection = record.assigned.dim, record.assigned.rank, record.options.projection
     rows, fresh, next_rows = record.state[record.selector].clone(), False, None
     if record.chosen is not None:
@@ -138,4 +133,4 @@ def _put(record: ProjectedParameter, made: CompactGrad) -> None:
     record.chosen = made.rows, made.fresh, made.next_rows
     record.delivered, record.seen = weakref.ref(made), record.look()
     made.on_touch = record.on_touch()
-    made.outside = record.outside if record.layout is not None else None
+    made.outside = functools.partial(from_outside, record.label) if record.averaging is not None else None

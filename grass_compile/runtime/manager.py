@@ -97,6 +97,7 @@ class ProjectionManager:
         for number, record in enumerate(self.records.values()):
             facts[f"parameter {number}"] = f"{record.name} {list(record.parameter.shape)} {record.parameter.dtype}"
             facts |= {f"{record.label}: {name}": value for name, value in _settings(record).items()}
+            facts[f"why {record.label} stays dense"] = record.refusal(record.name)
         seeds = tuple(record.options.seed for record in self.records.values())
         common = check_settings(layout, facts, seeds, self.seed_drawn)
         self._met = layout
@@ -404,7 +405,8 @@ class ProjectionManager:
     def average(self) -> None:
         """Average what waits over the ranks, as far as no backward has."""
         for record in self.records.values():
-            record.average()
+            if record.averaging is not None and (gradient := record.pending) is not None:
+                record.averaging.finish(gradient.compact)
 
     @torch.no_grad()
     def apply(self, gradients: Mapping[Tensor, CompactGrad]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import _torch
 from ..checks import matching
 from ..config import GroupOptions, SiteConfig
+from ..distributed.averaging import Averaging
 from ..distributed.layout import Layout
 from ..errors import ConfigError, StateError
 from ..math import selection
@@ -83,15 +84,12 @@ class ProjectedParameter:
         seen: where the weight stood, and its version, when its gradient was delivered or had moved it.
         leaf: the input of compiled graphs whose gradient is the compact one, see `grass_compile.runtime.delivery`.
         leaf_node: the autograd node that accumulates that.
-        layout: how it is spread over processes; None on one.
-        averaged: whether the compact gradient on its way is the mean over the ranks.
-        averages: whether what waits is to be that once it has arrived.
-        apart: whether the gradient that waits differs from rank to rank.
+        averaging: how its gradient is averaged over processes; None on one.
     """
 
     __slots__ = (
         "__weakref__", "_agrees", "_configs", "_lead", "_noise", "_owner", "_proposed", "_scratch", "_square_sum", "_stand_in",
-        "apart", "assigned", "averaged", "averages", "chosen", "delivered", "flight", "group", "kernel", "layout", "leaf",
+        "assigned", "averaging", "chosen", "delivered", "flight", "group", "kernel", "leaf",
         "leaf_node", "moved", "name", "number", "options", "outstanding", "parameter", "proposes", "refreshed", "rows", "rule",
         "seen", "skipped", "trained_dense",
     )  # fmt: skip
@@ -109,8 +107,7 @@ class ProjectedParameter:
         self.refreshed, self.skipped = False, 0
         self._configs: dict[Any, SiteConfig] = {}
         self._agrees = False
-        self.layout: Layout | None = None
-        self.averaged = self.averages = self.apart = False
+        self.averaging: Averaging | None = None
         self.forget()
 
     def forget(self) -> None:
@@ -158,7 +155,8 @@ class ProjectedParameter:
         axis = self.assigned.axis if self.assigned else self.options.axis
         key = (decays, axis)
         if key not in self._configs:
-            self._configs[key] = dataclasses.replace(self.options.site(axis, decays, self.rule), layout=self.layout)
+            layout = self.averaging.layout if self.averaging is not None else None
+            self._configs[key] = dataclasses.replace(self.options.site(axis, decays, self.rule), layout=layout)
         return self._configs[key]
 
     def spread(self, layout: Layout) -> None:
@@ -167,16 +165,16 @@ class ProjectedParameter:
         Raises:
             ConfigError: it is spread in another way already, or one of its keywords does not go with it yet.
         """
-        if self.layout == layout:
+        if self.averaging is not None and self.averaging.layout == layout:
             return
-        if self.layout is not None:
-            raise ConfigError(f"{self.label}: it is trained by two groups of processes, {self.layout} and {layout}.")
+        if self.averaging is not None:
+            raise ConfigError(f"{self.label}: it is trained by two groups of processes, {self.averaging.layout} and {layout}.")
         if self.options.scores != "exact":
             raise ConfigError(
                 f"{self.label}: scores={self.options.scores!r} is not supported with several processes, whose sketches would "
                 "differ. Use scores='exact', or selection='uniform'."
             )
-        self.layout = layout
+        self.averaging = Averaging(layout)
         self._configs.clear()
 
     def refusal(self, name: str) -> str | None:
@@ -271,20 +269,6 @@ class ProjectedParameter:
         self._configs.clear()
         if self.assigned is not None and is_compact(self.optimizer_state()):
             self.state["step"] = self.state["step"].to(self.parameter.device if self.config().counted else "cpu")
-
-    def outside(self) -> StateError:
-        """The error for a gradient that its region does not compute, where ranks share the weight."""
-        return StateError(
-            f"{self.label}: it gets a gradient from outside of its compiled region too, which nobody would average over the "
-            "ranks. Compute all of its loss inside the compiled model, or keep it dense with exclude=."
-        )
-
-    def average(self) -> None:
-        """Average the gradient that waits over the ranks, if it was not yet; a mean of what holds means already is that of the
-        rest. All ranks have to call this."""
-        if self.apart and self.layout is not None and (gradient := self.pending) is not None:
-            self.layout.mean_(gradient.compact)
-        self.apart = False
 
     @property
     def pending(self) -> CompactGrad | None:

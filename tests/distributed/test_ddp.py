@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -86,6 +87,11 @@ FEATURES = [
     Training(how(stagger=True)),
     Training(how(share_index=True)),
     Training(how(on_refresh="reset", selection="top")),
+    Training(how(step_in_backward=True), micro=2, no_sync=True, accumulate=False),
+    Training(ddp=how(find_unused_parameters=True)),
+    Training(ddp=how(gradient_as_bucket_view=True)),
+    Training(ddp=how(hook=True)),
+    Training(ddp=how(bucket_cap_mb=0.001)),
     Training(optimizer="Muon"),
     Training(optimizer="AdamW8bit"),
     Training(optimizer="adopted"),
@@ -93,9 +99,35 @@ FEATURES = [
 ]
 
 
-@pytest.mark.parametrize("training", FEATURES, ids=lambda t: f"{t.optimizer}-{dict(t.how)}-{t.micro}-{t.clip}")
+@pytest.mark.parametrize("training", FEATURES, ids=lambda t: f"{t.optimizer}-{dict(t.how)}-{t.micro}-{t.clip}-{dict(t.ddp)}")
 def test_features(ranks: Ranks, training: Training) -> None:
     compare(ranks, training)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)])
+@pytest.mark.parametrize("selection", ["uniform", "top"])
+def test_a_rank_that_logs(ranks: Ranks, selection: str, compiler: str) -> None:
+    """Its steps wait for ``opt.step()`` while the others are fused; all of them send in the same order. (Many weights are
+    of one shape, so that in another order nothing would fail.)"""
+    training = Training(how(selection=selection), alone=0, compiler=compiler)
+    outcomes: list[Outcome] = result_of(ranks(train, training))
+    assert [outcome.fused for outcome in outcomes] == [False, True]
+    alone = train(training, distributed=False)
+    for name, weight in alone.weights.items():
+        assert torch.equal(outcomes[0].weights[name], outcomes[1].weights[name])
+        torch.testing.assert_close(outcomes[0].weights[name], weight, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("selection", ["uniform", "top"])
+def test_resuming_on_another_number_of_ranks(ranks: Ranks, selection: str) -> None:
+    training = Training(how(selection=selection))
+    half = dataclasses.replace(training, steps=4)
+    expected = train(training, distributed=False)
+    on_two = result_of(ranks(train, half))[0]
+    on_one = train(half, distributed=False)
+    for found in (train(training, False, 4, on_two.saved), result_of(ranks(train, training, True, 4, on_one.saved))[0]):
+        for name, weight in expected.weights.items():
+            torch.testing.assert_close(found.weights[name], weight, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.inductor
@@ -120,6 +152,8 @@ def train_differently(**differs: Any) -> None:
     mine = {name: values[dist.get_rank()] for name, values in differs.items()}
     torch.manual_seed(mine.pop("manual_seed", 0))
     model = Small()
+    if mine.pop("hook", False):
+        model.first.weight.register_hook(lambda gradient: gradient)
     optimizer = grass_compile.AdamW(model.named_parameters(), **{"rank": 2, **mine})
     run = torch.compile(DistributedDataParallel(model), backend="grass", options={"compiler": "aot_eager"})
     for _ in range(4):
@@ -132,6 +166,7 @@ def train_differently(**differs: Any) -> None:
 @pytest.mark.parametrize(
     ("differs", "message"),
     [
+        ({"hook": (True, False)}, "why first.weight stays dense is it has a hook.*on rank 0 and None on rank 1"),
         ({"rank": (2, 3)}, "first.weight: rank is 2 on rank 0 and 3 on rank 1"),
         ({"seed": (1, 2)}, "seed is 1 on rank 0 and 2 on rank 1"),
         ({"selection": ("top", "uniform")}, "first.weight: selection is 'top' on rank 0 and 'uniform' on rank 1"),

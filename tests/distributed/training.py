@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 from collections import Counter
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -90,8 +92,11 @@ class Training:
         place: what is compiled: the ``model``, the DDP module ``around`` it, or each of its ``blocks``.
         micro: micro-batches a step.
         no_sync: whether all but the last of these are computed under ``no_sync()``.
+        accumulate: whether under ``opt.accumulate()`` (on one process, they always are).
         clip: the norm that the loop itself clips to, or None.
         steps: how many.
+        alone: a rank that in each step looks at a gradient and runs the model once more, as those that log do; or None.
+        ddp: keywords of the DDP module; ``hook`` stands for a communication hook.
     """
 
     how: tuple[tuple[str, Any], ...] = ()
@@ -100,8 +105,11 @@ class Training:
     place: str = "around"
     micro: int = 1
     no_sync: bool = False
+    accumulate: bool = True
     clip: float | None = None
     steps: int = 7
+    alone: int | None = None
+    ddp: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclasses.dataclass
@@ -113,10 +121,11 @@ class Outcome:
     regular: Counter[str]
     refresh: Counter[str]
     fused: bool
+    saved: Any
 
 
-def train(training: Training, distributed: bool = True) -> Outcome:
-    """Train, on every rank or on one alone."""
+def train(training: Training, distributed: bool = True, start: int = 0, saved: Any = None) -> Outcome:
+    """Train, on every rank or on one alone; from ``start`` on with the state dicts that an earlier run ended with."""
     torch.manual_seed(0)
     model: Any = Decoder()
     options: dict[str, Any] = {"compiler": training.compiler}
@@ -128,7 +137,11 @@ def train(training: Training, distributed: bool = True) -> Outcome:
             layer.compile(backend="grass", options=options)
     run = torch.compile(model, backend="grass", options=options) if training.place == "model" else model
     if distributed:
-        run = DistributedDataParallel(run)
+        ddp = dict(training.ddp)
+        hook = ddp.pop("hook", False)
+        run = wrapped = DistributedDataParallel(run, **ddp)
+        if hook:
+            wrapped.register_comm_hook(None, default_hooks.allreduce_hook)
     if training.place == "around":
         run = torch.compile(run, backend="grass", options=options)
     own: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, **({} if training.optimizer == "Muon" else {"eps": 1e-6})}
@@ -138,20 +151,27 @@ def train(training: Training, distributed: bool = True) -> Outcome:
         if adopted
         else getattr(grass_compile, training.optimizer)(model.named_parameters(), **own, **keywords)
     )
+    if saved is not None:
+        weights_before, state_before = copy.deepcopy(saved)  # a pipe hands all processes the same memory
+        model.load_state_dict(weights_before)
+        optimizer.load_state_dict(state_before)
     sent = [Counter[str]() for _ in range(training.steps)]
-    for step, tokens in enumerate(batches(training.steps)):
+    for step, tokens in list(enumerate(batches(training.steps)))[start:]:
         *first, last = micro_batches(tokens, training.micro, distributed)
         with Sent() as counter:
             for part in (*first, last):
                 with contextlib.ExitStack() as stack:
                     if part is not last:
-                        if not adopted:
+                        if not adopted and (training.accumulate or not distributed):
                             stack.enter_context(optimizer.accumulate())
                         if distributed and training.no_sync:
-                            stack.enter_context(getattr(run, "_orig_mod", run).no_sync())
+                            stack.enter_context(wrapped.no_sync())
                     logits = run(part[:, :-1])
                     loss = F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten()) / training.micro
                     loss.backward()
+            if distributed and training.alone == dist.get_rank():
+                model.layers[0].up.weight.grad.abs().max().item()
+                model(last[:, :-1]).sum().item()
             if training.clip is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), training.clip)
             optimizer.step()
@@ -163,4 +183,5 @@ def train(training: Training, distributed: bool = True) -> Outcome:
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     if distributed and not adopted:
         optimizer.check_agreement()
-    return Outcome(weights, rows, sent[-2], sent[-1], not adopted and bool(optimizer.fused))
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    return Outcome(weights, rows, sent[-2], sent[-1], not adopted and bool(optimizer.fused), saved)
