@@ -139,6 +139,7 @@ def train(training: Training, distributed: bool = True, start: int = 0, saved: A
     if distributed:
         ddp = dict(training.ddp)
         hook = ddp.pop("hook", False)
+        dist._DEFAULT_FIRST_BUCKET_BYTES = 1000 if "bucket_cap_mb" in ddp else 2**20  # DDPOptimizer asks for no smaller first one
         run = wrapped = DistributedDataParallel(run, **ddp)
         if hook:
             wrapped.register_comm_hook(None, default_hooks.allreduce_hook)
