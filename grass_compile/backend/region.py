@@ -169,11 +169,10 @@ class Region:
             The weights that a grass optimizer wants projected, and their records by position.
 
         Raises:
-            ConfigError: the model runs inside a wrapper that would be silently wrong.
+            ConfigError: the model runs inside a wrapper that would be silently wrong, or the ranks differ.
         """
         weights, records, held, free = [], {}, False, []
         module = ddp.active()
-        layout = ddp.layout_of(module) if module is not None else None
         for (position, name), parameter in zip(self.captured.parameters, parameters, strict=True):
             record = registry.lookup(parameter)
             held = held or record is not None
@@ -183,8 +182,8 @@ class Region:
                 free.append((name, position, parameter))
             elif record.options.rank is not None:
                 record.name = record.name or name
-                if layout is not None:
-                    record.spread(layout)
+                if module is not None:
+                    record.spread(layout := ddp.layout_of(module))
                     manager_of(record).meet(layout)
                 weights.append(WeightInput(record.name, position, record.config(), record.refusal(name)))
                 records[position] = record

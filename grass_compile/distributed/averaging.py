@@ -26,6 +26,17 @@ class Averaging:
         self.layout = layout
         self.in_graph = self.on_arrival = self.apart = False
 
+    def expect(self, in_graph: bool, on_arrival: bool, along: bool) -> None:
+        """Note what a part of a backward does with its gradient.
+
+        Args:
+            in_graph: see above.
+            on_arrival: see above.
+            along: whether what an earlier part of the same backward has computed is on its way too, and arrives along with it.
+        """
+        self.in_graph = in_graph and (self.in_graph or not along)
+        self.on_arrival = on_arrival or (self.on_arrival and along)
+
     def arrived(self, waiting: Tensor, is_new: bool, mixed: bool) -> None:
         """A gradient has arrived; average what waits now if this backward is to.
 

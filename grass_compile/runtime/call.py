@@ -105,7 +105,7 @@ class Call:
         syncs = self._syncs and not any(r.averaging is not None and r.averaging.apart and r.waits for r in self._records)
         for record, action, full in zip(self._records, self._actions, self._in_graph, strict=True):
             if record.averaging is not None:
-                record.averaging.in_graph, record.averaging.on_arrival = averages(action, full, syncs), self._syncs
+                record.averaging.expect(averages(action, full, syncs), self._syncs, along=record.in_flight)
         return syncs
 
     def _refresh_numbers(self) -> None:

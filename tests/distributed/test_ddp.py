@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import grass_compile
 from grass_compile import ConfigError, StateError
 
 from .ranks import Ranks, result_of
-from .training import HIDDEN, PROJECTED, RANK, WIDTH, WORLD, Decoder, Outcome, Training, batches, train
+from .training import HIDDEN, PROJECTED, RANK, WIDTH, WORLD, Decoder, Outcome, Training, batches, micro_batches, train
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +238,35 @@ def test_what_is_not_supported_is_refused_on_all(ranks: Ranks, kind: str, error:
         assert isinstance(result, error) and re.search(message, str(result)), result
 
 
-# ------------------------------------------------------------------------------------------------------- falling out
+# ------------------------------------------------------------------------------------------- several forwards, falling out
+
+
+def two_forwards(distributed: bool, selection: str, apart: int) -> dict[str, torch.Tensor]:
+    """One backward for two forwards, one of them under ``no_sync()``: what both leave is averaged."""
+    torch.manual_seed(0)
+    model = Decoder()
+    optimizer = grass_compile.AdamW(model.named_parameters(), rank=RANK, eps=1e-6, lr=1e-2, seed=3, selection=selection)
+    wrapped: Any = DistributedDataParallel(model) if distributed else model
+    run = torch.compile(wrapped, backend="grass", options={"compiler": "aot_eager"})
+    for tokens in batches(4):
+        loss: Any = 0
+        for number, part in enumerate(micro_batches(tokens, 2, distributed)):
+            with wrapped.no_sync() if distributed and number == apart else contextlib.nullcontext():
+                loss = loss + nn.functional.cross_entropy(run(part[:, :-1]).flatten(0, 1), part[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: p.detach().clone() for name, p in model.named_parameters() if name.removesuffix(".weight") in PROJECTED}
+
+
+@pytest.mark.parametrize("apart", [0, 1])
+@pytest.mark.parametrize("selection", ["uniform", "top"])
+def test_two_forwards_of_which_one_averages(ranks: Ranks, selection: str, apart: int) -> None:
+    one, other = result_of(ranks(two_forwards, True, selection, apart))
+    alone = two_forwards(False, selection, apart)
+    for name, weight in alone.items():
+        assert torch.equal(one[name], other[name]), name
+        torch.testing.assert_close(one[name], weight, rtol=1e-5, atol=1e-5, msg=lambda text, at=name: f"{at}: {text}")
 
 
 def fall_out(distributed: bool) -> dict[str, torch.Tensor]:
