@@ -18,6 +18,7 @@ from typing import Any, Protocol, cast
 import torch
 from functorch.compile import min_cut_rematerialization_partition  # type: ignore[import-untyped]
 from torch import Tensor, fx
+from torch._dynamo import config as dynamo_config
 from torch._dynamo import disable as dynamo_disable
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
@@ -69,6 +70,21 @@ class Captured:
                 stack.enter_context(tracing(copy.copy(self.tracing)))
                 stack.enter_context(compile_context(self.compile))
             yield
+
+
+def guard_requires_grad() -> None:
+    """Have Dynamo notice parameters that are frozen or thawed after it compiled what uses them.
+
+    torch 2.11 leaves out the guards of a module's parameters while their dictionary is the same one, and then trains what is
+    frozen no more and what was thawed never, under any backend. Dynamo builds the guards of a graph after its backend has run.
+    """
+    if torch.__version__ < "2.13":
+        dynamo_config.skip_tensor_guards_with_matching_dict_tags = False
+
+
+CPP_LOOPS_ARE_SAFE = torch.__version__ >= "2.13"
+"""Whether Inductor's C++ may lay loops out anew: in 2.11 a node to which that happens forgets which writes have to come after it
+(``SchedulerNode.recompute_size_and_body``), and where an index divides the variable of a loop the code may not compile."""
 
 
 def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[Captured, tuple[Any, ...]]:

@@ -66,7 +66,8 @@ would be as large as what the codes are there to save."""
 def _compiled_step(options: BackendOptions, config: SiteConfig, dim: int, specs: Any) -> Callable[..., Any]:
     log.info("compiling a step: rank %d along dimension %d of %s", specs[0][0][dim], dim, list(specs[1][0]))
     with _torch.without_autocast():  # whoever calls this first must not decide in which dtype a rule's products are
-        graphs = step_graphs(config, dim, specs)
+        unsafe = not _torch.CPP_LOOPS_ARE_SAFE and specs[1][3].type == "cpu"
+        graphs = step_graphs(config, dim, specs, apart=unsafe)
     patches = {**(RECOMPUTE if config.rule.state_dtypes else {}), **dict(options.inductor)}
     compile = functools.partial(
         _torch.compile_kernel, compiler=options.compiler, mode=options.mode, patches=patches, key=source_hash()

@@ -65,6 +65,7 @@ def grass(
         A callable with the graph's signature. A `GrassError` is raised when it is called rather than here, because Dynamo
         would wrap it into an error of its own.
     """
+    _torch.guard_requires_grad()
     try:
         region = Region(gm, example_inputs, BackendOptions.parse(options, mode, PASSES))
     except GrassError as error:

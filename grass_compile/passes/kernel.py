@@ -38,7 +38,9 @@ from .fx_utils import call, copy, inline, is_view, placeholders, set_outputs, tr
 aten = torch.ops.aten
 
 
-def step_graphs(config: SiteConfig, dim: int, specs: tuple[tuple[Any, ...], ...]) -> tuple[fx.GraphModule, ...]:
+def step_graphs(
+    config: SiteConfig, dim: int, specs: tuple[tuple[Any, ...], ...], apart: bool = False
+) -> tuple[fx.GraphModule, ...]:
     """The step of one weight.
 
     Args:
@@ -46,6 +48,7 @@ def step_graphs(config: SiteConfig, dim: int, specs: tuple[tuple[Any, ...], ...]
         dim: the stored dimension that is indexed.
         specs: ``(shape, stride, dtype, device)`` of the compact gradient, the weight, ``hyper``, the index (or what
             takes its place) and each other state tensor.
+        apart: whether what is computed and what is written are to be two graphs in any case.
 
     Returns:
         A graph with these inputs and no outputs, which writes the weight and the state in place; or two, the second of which
@@ -72,7 +75,7 @@ def step_graphs(config: SiteConfig, dim: int, specs: tuple[tuple[Any, ...], ...]
     gm.recompile()
     computed = [argument for argument in update if isinstance(argument, fx.Node) and argument.op != "placeholder"]
     new = [node for _, node in moments]
-    return _split(gm, list(dict.fromkeys([*computed, *new]))) if _waits(computed, new) else (gm,)
+    return _split(gm, list(dict.fromkeys([*computed, *new]))) if apart or _waits(computed, new) else (gm,)
 
 
 def _waits(update: Sequence[fx.Node], moments: Sequence[fx.Node]) -> bool:

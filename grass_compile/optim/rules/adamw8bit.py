@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ... import _torch
 from ...math.rule import Layout
 from .adamw import AdamWRule
 
@@ -84,9 +85,13 @@ class AdamW8bitRule(AdamWRule):
         """The largest of its block for each feature: ``[r, ceil(n / block_size)]`` to ``[r, n]``.
 
         Where blocks do not fill the row, by an index: for a view, Inductor (torch 2.13) splits the loop over features by the
-        block size on a CPU, and leaves out what remains (``try_loop_split``).
+        block size on a CPU, and leaves out what remains (``try_loop_split``). torch 2.11 fails wherever an index divides, so
+        there the index comes from a division of numbers, exact for up to four million features.
         """
         rows, blocks = largest.shape
+        if largest.device.type == "cpu" and not _torch.CPP_LOOPS_ARE_SAFE:
+            middle = torch.arange(features, dtype=torch.float32, device=largest.device) + 0.5
+            return largest.index_select(1, (middle / self.block_size).floor().to(torch.int64))
         if features % self.block_size:
             return largest.index_select(1, torch.arange(features, device=largest.device) // self.block_size)
         return largest.unsqueeze(2).expand(rows, blocks, self.block_size).reshape(rows, features)
