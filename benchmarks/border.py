@@ -79,10 +79,12 @@ def measure_mode(mode: str, settings: Settings) -> dict[str, Any]:
     for number in range(settings.warmup + settings.steps):
         seconds: dict[str, float] = defaultdict(float)
         undo = timed(seconds)
+        measure.wait_for(settings.device)
         start = time.perf_counter()
         model(x).backward()
         optimizer.step()
         optimizer.zero_grad()
+        measure.wait_for(settings.device)
         total = time.perf_counter() - start
         undo()
         if number >= settings.warmup:

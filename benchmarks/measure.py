@@ -17,6 +17,12 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
+def wait_for(device: str) -> None:
+    """Return when the device has done what it was given; on a CPU it has."""
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+
+
 def _status_bytes(field: str) -> int:
     for line in _STATUS.read_text().splitlines():
         name, _, value = line.partition(":")

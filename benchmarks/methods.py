@@ -112,6 +112,50 @@ def _adamw8bit(model: Stack, settings: Settings) -> Optimizer:
     return optimizer
 
 
+def _adamw8bit_torchao(model: Stack, settings: Settings) -> Optimizer:
+    from torchao.optim import AdamW8bit
+
+    optimizer: Optimizer = AdamW8bit(model.parameters(), lr=settings.lr, weight_decay=0.0)
+    return optimizer
+
+
+class _MuonAndAdamW(torch.optim.Optimizer):
+    """`torch.optim.Muon` for the linear weights and AdamW for the rest, as one."""
+
+    def __init__(self, model: Stack, settings: Settings) -> None:
+        linear = list(model.linear_weights().values())
+        known = {id(weight) for weight in linear}
+        self.parts = [
+            torch.optim.Muon(linear, lr=settings.lr, weight_decay=0.0),
+            _adamw([p for p in model.parameters() if id(p) not in known], settings),
+        ]
+        super().__init__(list(model.parameters()), {})
+
+    @property  # type: ignore[override]
+    def state(self) -> dict[Any, Any]:  # type: ignore[override]
+        return {**self.parts[0].state, **self.parts[1].state}
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        pass
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for part in self.parts:
+            part.step()
+
+
+def _witness_momentum(optimizer: Optimizer, weight: nn.Parameter, settings: Settings) -> dict[str, Any]:
+    moment: Tensor = optimizer.state[weight]["momentum_buffer"]
+    _check(moment.shape == weight.shape, f"the momentum is {tuple(moment.shape)}, the weight {tuple(weight.shape)}")
+    return {"momentum_buffer": list(moment.shape)}
+
+
+def _witness_codes(optimizer: Optimizer, weight: nn.Parameter, settings: Settings) -> dict[str, Any]:
+    moment = optimizer.state[weight]["exp_avg"]
+    _check("8bit" in type(moment).__name__, f"the moments are {type(moment).__name__}, not 8-bit")
+    return {"exp_avg": type(moment).__name__}
+
+
 def _lora(model: Stack, settings: Settings) -> Optimizer:
     """Adapters on every linear layer, in the model's own type; nothing else trains, the norms included."""
     import peft
@@ -187,6 +231,7 @@ METHODS: dict[str, Method] = {
     ),
     "grass-shared": Method("grass", _grass("columns", selection="uniform", share_index=True), _witness_grass, refreshes=True),
     "grass-muon": Method("grass", _grass("columns", "Muon", selection="uniform"), _witness_grass, refreshes=True),
+    "grass-adamw8bit": Method("grass", _grass("columns", "AdamW8bit", selection="uniform"), _witness_grass, refreshes=True),
     "grass-rows-deferred": Method("grass", _grass("rows", step_in_backward=False), _witness_grass, refreshes=True),
     "grass-columns-deferred": Method("grass", _grass("columns", step_in_backward=False), _witness_grass, refreshes=True),
     "grass-rows-clipped": Method("grass", _grass("rows", max_grad_norm=1.0), _witness_grass, refreshes=True),
@@ -194,6 +239,8 @@ METHODS: dict[str, Method] = {
     "galore": Method("inductor", _galore, _witness_projector, refreshes=True),
     "apollo": Method("inductor", _apollo, _witness_projector, refreshes=True),
     "adamw8bit": Method("inductor", _adamw8bit, _witness_8bit),
+    "adamw8bit-torchao": Method("inductor", _adamw8bit_torchao, _witness_codes),
+    "muon": Method("inductor", _MuonAndAdamW, _witness_momentum),
     "lora": Method("inductor", _lora, _witness_no_state, moves=False),
 }
 """Every method by the name it has on the command line and in the results."""

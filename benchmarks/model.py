@@ -39,6 +39,8 @@ class Settings:
         blockwise: Compile each block by itself instead of the whole stack.
         micro_batches: Forwards and backwards for each step of the optimizer.
         memory: Measure memory after the timed steps; `benchmarks.compile_time` has no use for that.
+        device: Where the model is.
+        phases: Wait for the device between backward and optimizer too, so that each has its own time.
     """
 
     method: str
@@ -57,6 +59,8 @@ class Settings:
     blockwise: bool = False
     micro_batches: int = 1
     memory: bool = True
+    device: str = "cpu"
+    phases: bool = True
 
     def __post_init__(self) -> None:
         if self.warmup < 2:
@@ -141,5 +145,6 @@ def build(settings: Settings) -> tuple[Stack, Tensor]:
     """The model and its input `[batch, seq, d]`, the same for every method and process."""
     torch.manual_seed(0)
     dtype = DTYPES[settings.dtype]
-    model = Stack(settings.d, settings.layers, settings.ffn).to(dtype)
-    return model, torch.randn(settings.batch, settings.seq, settings.d).to(dtype)
+    with torch.device(settings.device):
+        model = Stack(settings.d, settings.layers, settings.ffn).to(dtype)
+        return model, torch.randn(settings.batch, settings.seq, settings.d).to(dtype)

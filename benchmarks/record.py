@@ -80,6 +80,7 @@ def add_settings(parser: argparse.ArgumentParser, **defaults: Any) -> None:
         parser.add_argument(f"--{name}", type=int, default=chosen[name], help=f"default {chosen[name]}")
     parser.add_argument("--micro-batches", type=int, default=chosen["micro_batches"], help="backwards per step (default 1)")
     parser.add_argument("--dtype", choices=list(DTYPES), default=chosen["dtype"], help=f"default {chosen['dtype']}")
+    parser.add_argument("--device", default=chosen["device"], help=f"default {chosen['device']}")
     parser.add_argument("--gap", type=int, default=0, help="steps between refreshes; 0: warmup + steps (default)")
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds one process may take (default 1800)")
     parser.add_argument("--out", type=Path, help="JSON file (default: a name made of the settings, in results/)")
@@ -96,7 +97,8 @@ def default_output(benchmark: str, settings: Settings) -> Path:
     """A file name that says what was measured; the same measurement again replaces it."""
     size = f"d{settings.d}-l{settings.layers}-f{settings.ffn}-b{settings.batch}x{settings.seq}-r{settings.rank}"
     accumulated = f"-x{settings.micro_batches}" if settings.micro_batches > 1 else ""
-    return RESULTS / f"{benchmark}-{size}-{settings.dtype}-t{settings.threads}{accumulated}.json"
+    where = f"t{settings.threads}" if settings.device == "cpu" else settings.device
+    return RESULTS / f"{benchmark}-{size}-{settings.dtype}-{where}{accumulated}.json"
 
 
 def _git(*arguments: str) -> str | None:
@@ -133,6 +135,7 @@ def circumstances() -> dict[str, Any]:
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "instructions": torch.backends.cpu.get_cpu_capability(),
             "system": platform.platform(),
+            **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         },
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
     }

@@ -46,8 +46,9 @@ def main() -> None:
         selection=options.selection,
         stagger=options.stagger,
         update_proj_gap=options.update_proj_gap,
+        device=options.device,
     )
-    dense = TrainConfig(lr=0.0, steps=options.steps, query_lr_factor=1.0)
+    dense = TrainConfig(lr=0.0, steps=options.steps, query_lr_factor=1.0, device=options.device)
     methods = {"dense": dense, "dense-Muon": replace(dense, optimizer="Muon")}
     for optimizer in ("AdamW", "Muon"):
         for rank in (dense.hidden_size // 8, dense.hidden_size // 4, dense.hidden_size // 2):
@@ -100,6 +101,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stagger", action=argparse.BooleanOptionalAction, default=TrainConfig.stagger)
     parser.add_argument("--update-proj-gap", type=int, default=TrainConfig.update_proj_gap, metavar="K")
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--device", default=TrainConfig.device)
     parser.add_argument("--out", type=Path, default=RECORDED_SWEEP)
     return parser.parse_args()
 

@@ -60,15 +60,19 @@ class Trainer:
 
     def step(self) -> StepSample:
         """Forward, backward, update, gradients dropped."""
-        refresh, index = self.next_is_refresh(), self.index
+        refresh, index, device = self.next_is_refresh(), self.index, self.settings.device
+        measure.wait_for(device)
         start = time.perf_counter()
         for waiting in range(self.settings.micro_batches - 1, -1, -1):
             with self.method.accumulate(self.optimizer) if waiting else contextlib.nullcontext():
                 loss: Tensor = self.model(self.input) / self.settings.micro_batches
                 loss.backward()
+        if self.settings.phases:
+            measure.wait_for(device)
         computed = time.perf_counter()
         self.optimizer.step()
         self.optimizer.zero_grad()
+        measure.wait_for(device)
         end = time.perf_counter()
         self.index += 1
         self.losses.append(loss.item())
