@@ -35,7 +35,7 @@ SIZES: dict[str, dict[str, int]] = {
 """Widths of LLaMA models, a few blocks of each; ``tiny`` is for a look on a CPU."""
 
 DEFAULT = (
-    "dense", "frozen", "muon", "adamw8bit", "adamw8bit-torchao", "galore", "apollo", "lora",
+    "dense", "frozen", "muon", "adamw8bit", "galore", "apollo", "lora",
     "grass-blind", "grass-blind-watched", "grass-columns", "grass-rows", "grass-muon", "grass-adamw8bit",
 )  # fmt: skip
 GIB = 2**30

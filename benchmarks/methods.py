@@ -86,7 +86,7 @@ def _galore(model: Stack, settings: Settings) -> Optimizer:
 
     low_rank = {"rank": settings.rank, "update_proj_gap": settings.update_proj_gap, "scale": 0.25, "proj_type": "std"}
     groups = _projected_groups(model, low_rank)
-    optimizer: Optimizer = GaLoreAdamW(groups, lr=settings.lr, weight_decay=0.0, no_deprecation_warning=True)
+    optimizer: Optimizer = GaLoreAdamW(groups, lr=settings.lr, eps=1e-12, weight_decay=0.0, no_deprecation_warning=True)
     return optimizer
 
 
@@ -101,7 +101,7 @@ def _apollo(model: Stack, settings: Settings) -> Optimizer:
         "update_proj_gap": settings.update_proj_gap,
         "proj_type": "std",
     }
-    optimizer: Optimizer = APOLLOAdamW(_projected_groups(model, low_rank), lr=settings.lr, weight_decay=0.0)
+    optimizer: Optimizer = APOLLOAdamW(_projected_groups(model, low_rank), lr=settings.lr, eps=1e-12, weight_decay=0.0)
     return optimizer
 
 
