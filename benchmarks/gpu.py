@@ -2,8 +2,9 @@
 real models.
 
 The stack of `benchmarks.model` is compiled block by block; a few blocks of a width tell what all of them cost. Methods follow
-each other in one process, each from an emptied allocator, and each takes `--steps` regular steps between a first and a last
-refresh. Times are wall clock between two synchronisations, medians. `--fill-caches` takes two steps of everything and writes
+each other in one process, each from an emptied allocator, and each takes `--steps` rounds of steps between a first and a last
+refresh. A step's time is that of `ROUND` steps that nobody waits for, divided, the median of several such rounds; the time of a
+phase is that of a step with the device waited for after each phase. `--fill-caches` takes two steps of everything and writes
 nothing: run it for several methods at once, and what is measured afterwards in one process finds the code compiled.
 """
 
@@ -39,6 +40,8 @@ DEFAULT = (
     "grass-blind", "grass-blind-watched", "grass-columns", "grass-rows", "grass-muon", "grass-adamw8bit",
 )  # fmt: skip
 GIB = 2**30
+ROUND, PHASES = 5, 5
+"""Steps taken without waiting, and steps whose phases are timed."""
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -55,7 +58,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def settings_for(arguments: argparse.Namespace, size: str, method: str) -> Settings:
     """One measurement."""
     own = {**SIZES[size], "rank": SIZES[size]["d"] // arguments.ranks}
-    return replace(record.settings_of(arguments, method), blockwise=True, **own)
+    gap = arguments.warmup + ROUND * arguments.steps + PHASES
+    return replace(record.settings_of(arguments, method), blockwise=True, gap=gap, **own)
 
 
 def peak(device: str) -> int:
@@ -77,17 +81,19 @@ def measured(settings: Settings) -> dict[str, Any]:
         trainer.step()
     warm = time.perf_counter() - start
     peak(settings.device)
-    regular = [trainer.step() for _ in range(settings.steps)]
+    rounds = [trainer.run(ROUND) for _ in range(settings.steps)]
+    regular = [trainer.step() for _ in range(PHASES)]
     peak_regular = peak(settings.device)
     refresh = trainer.step() if trainer.method.refreshes else None
     peak_refresh = peak(settings.device)
     tokens = settings.batch * settings.seq
-    step = statistics.median(sample.seconds for sample in regular)
-    quartiles = statistics.quantiles([sample.seconds for sample in regular], n=4)
+    steps = [step for step, _ in rounds]
+    step, quartiles = statistics.median(steps), statistics.quantiles(steps, n=4)
     facts = participation(trainer.method, trainer.model, trainer.optimizer, settings, before)
     return {
         "step_seconds": step,
         "quartiles": quartiles,
+        "host_seconds": statistics.median(host for _, host in rounds),
         "forward_backward_seconds": statistics.median(sample.forward_backward for sample in regular),
         "optimizer_seconds": statistics.median(sample.optimizer for sample in regular),
         "refresh_seconds": refresh.seconds if refresh else None,
@@ -99,7 +105,7 @@ def measured(settings: Settings) -> dict[str, Any]:
         "weights": measure.model_bytes(trainer.model),
         "state": measure.storage_bytes(measure.state_tensors(trainer.optimizer)),
         "participation": facts,
-        "samples": [sample.seconds for sample in regular],
+        "samples": steps,
     }
 
 
@@ -147,6 +153,7 @@ def report(results: dict[str, dict[str, Any]]) -> str:
         [
             name,
             number(r["step_seconds"], ".2f", 1e-3),
+            number(r["host_seconds"], ".2f", 1e-3),
             number(r["optimizer_seconds"], ".2f", 1e-3),
             number(r["refresh_seconds"], ".2f", 1e-3),
             *(number(r["step_seconds"] / base[b] if b in base else None, ".3f") for b in ("dense", "frozen")),
@@ -157,7 +164,7 @@ def report(results: dict[str, dict[str, Any]]) -> str:
         ]
         for name, r in results.items()
     ]
-    header = ["method", "step ms", "opt ms", "refresh", "/ dense", "/ frozen", "tokens/s", "peak GiB", "refresh", "state"]
+    header = ["method", "step ms", "host", "opt ms", "refresh", "/ dense", "/ frozen", "tokens/s", "peak GiB", "refresh", "state"]
     return record.table(header, rows)
 
 
@@ -170,7 +177,7 @@ def main() -> int:
     for size in arguments.sizes:
         every = [settings_for(arguments, size, method) for method in arguments.methods]
         if arguments.fill_caches:
-            every = [replace(settings, warmup=2, steps=2, layers=2) for settings in every]
+            every = [replace(settings, warmup=2, steps=2, gap=2 + 2 * ROUND + PHASES, layers=2) for settings in every]
         tried = {settings.method: attempt(settings, failures) for settings in every}
         found[size] = {name: result for name, result in tried.items() if result is not None}
     if arguments.fill_caches:

@@ -40,7 +40,6 @@ class Settings:
         micro_batches: Forwards and backwards for each step of the optimizer.
         memory: Measure memory after the timed steps; `benchmarks.compile_time` has no use for that.
         device: Where the model is.
-        phases: Wait for the device between backward and optimizer too, so that each has its own time.
     """
 
     method: str
@@ -60,7 +59,6 @@ class Settings:
     micro_batches: int = 1
     memory: bool = True
     device: str = "cpu"
-    phases: bool = True
 
     def __post_init__(self) -> None:
         if self.warmup < 2:

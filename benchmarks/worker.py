@@ -63,12 +63,8 @@ class Trainer:
         refresh, index, device = self.next_is_refresh(), self.index, self.settings.device
         measure.wait_for(device)
         start = time.perf_counter()
-        for waiting in range(self.settings.micro_batches - 1, -1, -1):
-            with self.method.accumulate(self.optimizer) if waiting else contextlib.nullcontext():
-                loss: Tensor = self.model(self.input) / self.settings.micro_batches
-                loss.backward()
-        if self.settings.phases:
-            measure.wait_for(device)
+        loss = self._forward_backward()
+        measure.wait_for(device)
         computed = time.perf_counter()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -79,6 +75,28 @@ class Trainer:
         if refreshed(self.method, self.optimizer, self.model) not in (None, refresh):
             raise RuntimeError(f"step {index} was to be a {'refresh' if refresh else 'regular step'} and was not")
         return StepSample(index, refresh, computed - start, end - computed)
+
+    def run(self, steps: int) -> tuple[float, float]:
+        """Take regular steps as a script does that looks at nothing; returns the seconds of one, until the device was done and
+        until the host was."""
+        device = self.settings.device
+        measure.wait_for(device)
+        start = time.perf_counter()
+        for _ in range(steps):
+            self._forward_backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        host = time.perf_counter()
+        measure.wait_for(device)
+        self.index += steps
+        return (time.perf_counter() - start) / steps, (host - start) / steps
+
+    def _forward_backward(self) -> Tensor:
+        for waiting in range(self.settings.micro_batches - 1, -1, -1):
+            with self.method.accumulate(self.optimizer) if waiting else contextlib.nullcontext():
+                loss: Tensor = self.model(self.input) / self.settings.micro_batches
+                loss.backward()
+        return loss
 
 
 def warm_toolchain(dtype: torch.dtype) -> float:
