@@ -347,11 +347,15 @@ def _unversioned(gm: fx.GraphModule) -> Compiled:
     return call
 
 
+KERNEL = {"size_asserts": False}
+"""Inductor config values for a kernel, which is called with what it was compiled for and with nothing else."""
+
+
 def compile_kernel(gm: fx.GraphModule, *, compiler: str, mode: str, patches: Mapping[str, Any], key: str) -> Compiled:
     """Compile a flat graph of fake-valued nodes that needs no autograd.
 
     Args:
-        gm: the graph.
+        gm: the graph; whoever calls the result sees to it that shapes, strides, dtypes and devices are those of its inputs.
         compiler: ``inductor`` or ``aot_eager``.
         mode: as ``torch.compile(mode=...)``; there are no CUDA graphs of its own.
         patches: Inductor config values.
@@ -366,7 +370,7 @@ def compile_kernel(gm: fx.GraphModule, *, compiler: str, mode: str, patches: Map
         boxed = boxed_nop(gm, inputs)
     else:
         unused = Partitioner(min_cut_rematerialization_partition, key)
-        config = {**_mode_options(mode), **patches, "triton.cudagraphs": False, "custom_partitioner_fn": unused}
+        config = {**KERNEL, **_mode_options(mode), **patches, "triton.cudagraphs": False, "custom_partitioner_fn": unused}
         results = next(iter(gm.graph.find_nodes(op="output"))).args[0]
         with (
             tracing(TracingContext(inputs[0].fake_mode)), inductor_config.patch(config), torch.no_grad(),
@@ -465,6 +469,8 @@ def will_run(node: Any) -> bool:
 
     It does not for ``torch.autograd.grad`` and ``backward(inputs=...)`` with other inputs.
     """
+    if node is None:
+        return False
     try:
         return bool(torch._C._will_engine_execute_node(node))
     except RuntimeError:  # torch.autograd.grad asks for it
@@ -479,18 +485,34 @@ def will_accumulate(node: Any) -> bool:
         return False
 
 
-def accumulator(leaf: Tensor) -> Any:
-    """The autograd node that accumulates gradients into a leaf; made if no graph holds it."""
-    return _view_of(leaf).grad_fn.next_functions[0][0]
+class _Edges(torch.autograd.Function):
+    """Computes nothing; its node has an edge to where the gradient of each input would go."""
+
+    @staticmethod
+    def forward(ctx: Any, *leaves: Tensor) -> Tensor:
+        return torch.empty(0, device="cpu")
 
 
-def _view_of(leaf: Tensor) -> Any:
-    """A view of a leaf that autograd knows of, in whatever mode this is called."""
+def _edges(leaves: Sequence[Tensor]) -> tuple[tuple[Any, int], ...]:
+    """``next_functions`` of a node that takes all ``leaves``, in whatever mode this is called."""
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False):
-            return _view_of(leaf)
+            return _edges(leaves)
     with torch.enable_grad():
-        return leaf.view_as(leaf)
+        node = _Edges.apply(*leaves).grad_fn  # type: ignore[no-untyped-call]
+    edges: tuple[tuple[Any, int], ...] = node.next_functions if node is not None else ((None, 0),) * len(leaves)
+    return edges
+
+
+def accumulators(leaves: Sequence[Tensor]) -> list[Any]:
+    """For each leaf, the autograd node that accumulates gradients into it, made if no graph holds it; None for a tensor that
+    needs no gradient."""
+    return [node for node, _ in _edges(leaves)] if leaves else []
+
+
+def accumulator(leaf: Tensor) -> Any:
+    """That of one leaf."""
+    return accumulators([leaf])[0]
 
 
 def mark_written(tensors: Sequence[Tensor]) -> None:
@@ -499,26 +521,26 @@ def mark_written(tensors: Sequence[Tensor]) -> None:
         torch.autograd.graph.increment_version(tensor)
 
 
-def has_hooks(parameter: Tensor) -> bool:
-    """Whether user code waits for the full gradient of a parameter: by a hook on it, or on the node that accumulates its
+def have_hooks(parameters: Sequence[Tensor]) -> list[bool]:
+    """For each parameter, whether user code waits for its full gradient: by a hook on it, or on the node that accumulates its
     gradient.
 
     Hooks of a node cannot be seen, but whoever has registered one has to hold the node's Python object to keep them alive.
     """
-    if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
-        return True
-    if not parameter.requires_grad or not parameter.is_leaf:
-        return False
-    return _references(parameter) > _UNSHARED
+    leaves = [parameter for parameter in parameters if parameter.requires_grad and parameter.is_leaf]
+    shared = dict(zip(map(id, leaves), _references(leaves), strict=True)) if leaves else {}
+    return [
+        bool(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)) or shared.get(id(p), 0) > _UNSHARED
+        for p in parameters
+    ]
 
 
-def _references(leaf: Tensor) -> int:
-    """How many hold the Python object of the node that accumulates a leaf's gradient, a graph of our own kept alive meanwhile."""
-    view = _view_of(leaf)
-    return sys.getrefcount(view.grad_fn.next_functions[0][0])
+def _references(leaves: Sequence[Tensor]) -> list[int]:
+    """For each leaf, how many hold the Python object of the node that accumulates its gradient."""
+    return [sys.getrefcount(edge[0]) for edge in _edges(leaves)]
 
 
-_UNSHARED = _references(torch.zeros((), device="cpu", requires_grad=True))
+(_UNSHARED,) = _references([torch.zeros((), device="cpu", requires_grad=True)])
 
 
 @contextlib.contextmanager

@@ -86,7 +86,7 @@ def clipped_inside(parameters: Mapping[int, Tensor], records: Mapping[int, Proje
         return None
     positions = {id(tensor): position for position, tensor in parameters.items() if tensor.requires_grad}
     trained = [parameter for parameter in manager.records if parameter.requires_grad]
-    if not all(id(parameter) in positions and not _torch.has_hooks(parameter) for parameter in trained):
+    if not all(id(parameter) in positions for parameter in trained) or any(_torch.have_hooks(trained)):
         return None
     if any(record.owner is not manager for record in records.values()):
         return None

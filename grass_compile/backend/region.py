@@ -172,22 +172,25 @@ class Region:
         Raises:
             ConfigError: the model runs inside a wrapper that would be silently wrong, or the ranks differ.
         """
-        weights, records, held, free = [], {}, False, []
+        weights, records, held = [], {}, False
         module = ddp.active()
+        asked, free = [], []
         for (position, name), parameter in zip(self.captured.parameters, parameters, strict=True):
             record = registry.lookup(parameter)
             held = held or record is not None
-            if parameter.dim() != 2 or not parameter.requires_grad:
-                continue
-            if record is None:
-                free.append((name, position, parameter))
-            elif record.options.rank is not None:
-                record.name = record.name or name
-                if module is not None:
-                    record.spread(layout := ddp.layout_of(module))
-                    manager_of(record).meet(layout)
-                weights.append(WeightInput(record.name, position, record.config(), record.refusal(name)))
-                records[position] = record
+            if parameter.dim() == 2 and parameter.requires_grad:
+                if record is None:
+                    free.append((name, position, parameter))
+                elif record.options.rank is not None:
+                    asked.append((position, name, record))
+        hooks = _torch.have_hooks([record.parameter for _, _, record in asked])
+        for (position, name, record), hooked in zip(asked, hooks, strict=True):
+            record.name = record.name or name
+            if module is not None:
+                record.spread(layout := ddp.layout_of(module))
+                manager_of(record).meet(layout)
+            weights.append(WeightInput(record.name, position, record.config(), record.refusal(name, hooked)))
+            records[position] = record
         if self.options.project is not None:
             self._wish(free)
             held = True
@@ -200,7 +203,11 @@ class Region:
         options = self.options.project
         assert options is not None and options.rank is not None
         config = options.site(options.axis, False, AdamWRule())
-        asked = tuple(WeightInput(name, at, config, refusal(name, tensor, options)) for name, at, tensor in free)
+        hooks = _torch.have_hooks([tensor for _, _, tensor in free])
+        asked = tuple(
+            WeightInput(name, at, config, refusal(name, tensor, options, hooked))
+            for (name, at, tensor), hooked in zip(free, hooks, strict=True)
+        )
         found = {p.position: p for p in self.analyse(asked)[1].projections} if asked else {}
         for name, position, parameter in free:
             if position in found:

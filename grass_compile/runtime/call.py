@@ -83,9 +83,11 @@ class Call:
         managers = {id(manager): manager for manager in map(manager_of, self._records)}
         for manager in managers.values():
             manager.begin_backward(_torch.graph_task())
-        wanted = [self._wanted(record) for record in self._records]
-        forwards = zip(self._records, wanted, self._addresses, self._configs, strict=True)
-        waits = [want and self._why_it_waits(record, address, config) is not None for record, want, address, config in forwards]
+        others = [_torch.will_run(node) for node in _torch.accumulators([record.parameter for record in self._records])]
+        wanted = [self._wanted(record, other) for record, other in zip(self._records, others, strict=True)]
+        forwards = zip(self._records, others, self._addresses, self._configs, strict=True)
+        reasons = [self._why_it_waits(*forward) if want else None for want, forward in zip(wanted, forwards, strict=True)]
+        waits = [reason is not None for reason in reasons]
         (manager, *more) = managers.values()
         clip = self._clips and not more and not any(waits) and all(wanted) and manager.nothing_else_comes()
         self._actions = tuple(
@@ -116,8 +118,12 @@ class Call:
                 with _torch.unversioned([tensor]):
                     tensor.copy_(current)
 
-    def _wanted(self, record: ProjectedParameter) -> bool:
+    def _wanted(self, record: ProjectedParameter, other: bool) -> bool:
         """Whether this backward is to train the weight: not ``torch.autograd.grad`` of the inputs alone.
+
+        Args:
+            record: the weight.
+            other: whether this backward will bring it a gradient from outside of this region too.
 
         Raises:
             StateError: the weight is named in ``backward(inputs=...)``, which its compact gradient cannot reach.
@@ -125,23 +131,24 @@ class Call:
         if not record.parameter.requires_grad:  # frozen since the forward
             return False
         if _torch.will_run(record.leaf_node):
-            if record.averaging is not None and _torch.will_run(_torch.accumulator(record.parameter)):
+            if record.averaging is not None and other:
                 raise from_outside(record.label)
             return True
         held = [p for p in self._others if p.requires_grad and registry.lookup(p) is not None]
-        named = [_torch.will_accumulate(_torch.accumulator(parameter)) for parameter in held]
-        if (named and all(named)) or _torch.will_run(_torch.accumulator(record.parameter)):
+        named = [_torch.will_accumulate(node) for node in _torch.accumulators(held)]
+        if (named and all(named)) or other:
             raise StateError(
                 f"{record.label}: its gradient cannot be asked for by name (backward(inputs=...) or torch.autograd.grad), since "
                 "it is never formed. Call loss.backward() without inputs, or keep this weight dense with exclude=."
             )
         return False
 
-    def _why_it_waits(self, record: ProjectedParameter, address: int, config: SiteConfig) -> str | None:
+    def _why_it_waits(self, record: ProjectedParameter, other: bool, address: int, config: SiteConfig) -> str | None:
         """Why a weight may not move inside this backward, or None if it may. The one place that decides.
 
         Args:
             record: the weight.
+            other: whether this backward will bring it a gradient from outside of this region too.
             address: where it stood at the forward, which is where this backward would write it.
             config: what was asked of it then, which is what this backward would do.
         """
@@ -154,7 +161,7 @@ class Call:
             return "a gradient of it waits for opt.step() already"
         if record.averaging is not None and not self._syncs:
             return "no_sync() leaves it a gradient of its own on each rank"
-        if _torch.will_run(_torch.accumulator(record.parameter)):
+        if other:
             return "it gets a gradient from outside of this region too"
         if record.parameter.data_ptr() != address:
             return "its storage was replaced since the forward"

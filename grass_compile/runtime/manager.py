@@ -19,12 +19,12 @@ from ..distributed.layout import Layout
 from ..errors import GrassWarning, StateError
 from ..math.finite import clip_
 from ..math.rule import Rule
-from ..math.transfer import to_device
 from ..math.update import run_eagerly
 from ..ops.journal import recording, writing
 from . import registry
 from .delivery import reduce
 from .gradient import CompactGrad
+from .hyper import HyperTensors
 from .moved import MovedGrad
 from .nonfinite import NonFinite
 from .parameter import ProjectedParameter
@@ -65,7 +65,7 @@ class ProjectionManager:
         self._began: dict[str, Any] | None = None
         self._forwards = 0
         self._warned: set[str] = set()
-        self._hyper: dict[object, tuple[tuple[float, ...], Tensor]] = {}
+        self._hyper = HyperTensors()
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
@@ -94,10 +94,11 @@ class ProjectionManager:
         if self._met == layout:
             return
         facts: dict[str, Any] = {"the torch version": torch.__version__}
+        hooked = _torch.have_hooks([record.parameter for record in self.records.values()])
         for number, record in enumerate(self.records.values()):
             facts[f"parameter {number}"] = f"{record.name} {list(record.parameter.shape)} {record.parameter.dtype}"
             facts |= {f"{record.label}: {name}": value for name, value in _settings(record).items()}
-            facts[f"why {record.label} stays dense"] = record.refusal(record.name)
+            facts[f"why {record.label} stays dense"] = record.refusal(record.name, hooked[number])
         seeds = tuple(record.options.seed for record in self.records.values())
         common = check_settings(layout, facts, seeds, self.seed_drawn)
         self._met = layout
@@ -133,27 +134,13 @@ class ProjectionManager:
     # ------------------------------------------------------------------------------------------------------ numbers
 
     def hyper(self, record: ProjectedParameter, fresh: bool) -> Tensor:
-        """The numbers for a weight's next step as one tensor on its device; rebuilt only when one of them has changed.
-
-        Weights with equal `ProjectedParameter.hyper_key` get the same tensor.
+        """The numbers for a weight's next step, see `grass_compile.runtime.hyper`.
 
         Args:
             record: the weight's.
             fresh: whether the step is the first of new rows.
         """
-        group, parameter = record.group, record.parameter
-        decay = 1.0 - float(group["lr"]) * float(group["weight_decay"])
-        limit = float("inf") if self.max_norm is None else self.max_norm
-        step, seed = float(record.next_step(fresh)), float(record.seed())
-        values = (*record.rule.hyper(group), decay, step, seed, limit)
-        key = record.hyper_key(fresh)
-        cached = self._hyper.get(key)
-        if cached is None or cached[0] != values:
-            dtype = torch.promote_types(parameter.dtype, torch.float32)
-            if len(self._hyper) > 64:
-                self._hyper.clear()
-            cached = self._hyper[key] = values, to_device(torch.tensor(values, dtype=dtype, device="cpu"), parameter.device)
-        return cached[1]
+        return self._hyper.of(record, fresh, self.max_norm)
 
     def norm_leaf(self, like: Tensor) -> Tensor:
         """The input of a compiled graph in whose gradient slot the norm comes back; stored as ``grad_norm``."""
@@ -166,7 +153,7 @@ class ProjectionManager:
 
     def forget_numbers(self) -> None:
         """The groups or the state were replaced; the counts in a loaded state are known as they are."""
-        self._hyper.clear()
+        self._hyper.forget()
         self.nonfinite.forget()
 
     # ----------------------------------------------------------------------------------------------- around a backward
@@ -189,7 +176,7 @@ class ProjectionManager:
         parameters = [parameter for parameter in self.records if parameter.requires_grad]
         if any(parameter.grad is not None and not _is_emptied(parameter.grad) for parameter in parameters):
             return False
-        return not any(_torch.will_run(_torch.accumulator(parameter)) for parameter in parameters)
+        return not any(map(_torch.will_run, _torch.accumulators(parameters)))
 
     def note_fused_step(self) -> None:
         """Note that a backward has moved a weight."""

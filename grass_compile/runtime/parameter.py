@@ -177,13 +177,14 @@ class ProjectedParameter:
         self.averaging = Averaging(layout)
         self._configs.clear()
 
-    def refusal(self, name: str) -> str | None:
+    def refusal(self, name: str, hooked: bool) -> str | None:
         """Why this weight stays dense whatever the graph looks like, or None.
 
         Args:
             name: the name to match ``exclude`` with if the optimizer knows none.
+            hooked: whether somebody waits for its gradient.
         """
-        if reason := refusal(self.name or name, self.parameter, self.options):
+        if reason := refusal(self.name or name, self.parameter, self.options, hooked):
             return reason
         if self.assigned is None and self._trained_dense():
             return "the optimizer has already trained it dense and holds its full moments"
@@ -331,11 +332,11 @@ class ProjectedParameter:
             return 0
         return 1 if fresh and self.options.on_refresh == "reset" else int(self.state["step"]) + 1
 
-    def hyper_key(self, fresh: bool) -> tuple[Any, ...]:
-        """Weights for which this is equal may share one tensor of hyper-parameters."""
+    def hyper_key(self, fresh: bool) -> tuple[tuple[Any, ...], tuple[int, int]]:
+        """Weights for which this is equal may share one tensor of hyper-parameters: what never changes, and what does with each
+        step."""
         seed = self.state["updates"] if self.draws else 0
-        alike = id(self.group), self.parameter.dtype, self.parameter.device, self.offset
-        return *alike, self.next_step(fresh), seed
+        return (id(self.group), self.parameter.dtype, self.parameter.device, self.offset), (self.next_step(fresh), seed)
 
     @property
     def draws(self) -> bool:
@@ -555,12 +556,12 @@ class ProjectedParameter:
         self.refreshed = fresh and not self.options.blind
 
 
-def refusal(name: str, parameter: Tensor, options: GroupOptions) -> str | None:
+def refusal(name: str, parameter: Tensor, options: GroupOptions, hooked: bool) -> str | None:
     """Why a parameter stays dense whatever graph and optimizer look like, or None."""
     if (pattern := matching(name, options.exclude)) is not None:
         return f"its name matches exclude={pattern!r}"
-    if _torch.has_hooks(parameter):
+    if hooked:
         return "it has a hook that waits for its gradient, which must see the whole of it"
-    if parameter.is_complex() or not parameter.is_floating_point():
+    if not parameter.dtype.is_floating_point:
         return f"its dtype is {parameter.dtype}; only real floating point weights can be projected"
     return None
