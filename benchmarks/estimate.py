@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -47,8 +48,14 @@ def _operation(buffer: Any) -> str:
 def _estimate(order: list[Any], outputs: Any, inputs: Any) -> PeakEstimate:
     freeable = memory.get_freeable_input_buf(order, inputs)
     timeline, _, _ = memory.compute_memory_timeline(order, freeable, outputs)
-    peak, at_step = memory.peak_memory_from_buf_info_list(timeline, len(order))
-    step = at_step.index(peak) if peak else 0
+    change = [0] * (len(order) + 1)
+    for buffer in timeline:
+        change[buffer.start_step] += buffer.size_alloc
+        if buffer.end_step != -1:  # the others are outputs
+            change[buffer.end_step + 1] -= buffer.size_free
+    at_step = list(itertools.accumulate(change))
+    peak = max(at_step)
+    step = at_step.index(peak)
     live = [b for b in timeline if b.start_step <= step and (b.end_step == -1 or step <= b.end_step) and b.size_alloc]
     live.sort(key=lambda b: -b.size_alloc)
     graph = V.graph

@@ -68,6 +68,7 @@ def test_model_equals_oracle(name: str, axis: str) -> None:
 
 @pytest.mark.inductor
 @pytest.mark.slow
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="Inductor's own attention fails in float64 there")
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_model_equals_oracle_under_inductor(name: str) -> None:
     build, count = ELIGIBLE[name]
