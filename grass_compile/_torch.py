@@ -493,21 +493,22 @@ class _Edges(torch.autograd.Function):
         return torch.empty(0, device="cpu")
 
 
-def _edges(leaves: Sequence[Tensor]) -> tuple[tuple[Any, int], ...]:
-    """``next_functions`` of a node that takes all ``leaves``, in whatever mode this is called."""
+def _user_of(leaves: Sequence[Tensor]) -> Any:
+    """A tensor in a graph that takes all ``leaves``, in whatever mode this is called."""
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False):
-            return _edges(leaves)
+            return _user_of(leaves)
     with torch.enable_grad():
-        node = _Edges.apply(*leaves).grad_fn  # type: ignore[no-untyped-call]
-    edges: tuple[tuple[Any, int], ...] = node.next_functions if node is not None else ((None, 0),) * len(leaves)
-    return edges
+        return _Edges.apply(*leaves)  # type: ignore[no-untyped-call]
 
 
 def accumulators(leaves: Sequence[Tensor]) -> list[Any]:
     """For each leaf, the autograd node that accumulates gradients into it, made if no graph holds it; None for a tensor that
     needs no gradient."""
-    return [node for node, _ in _edges(leaves)] if leaves else []
+    if not any(leaf.requires_grad for leaf in leaves):
+        return [None] * len(leaves)
+    user = _user_of(leaves)
+    return [edge[0] for edge in user.grad_fn.next_functions]
 
 
 def accumulator(leaf: Tensor) -> Any:
@@ -536,8 +537,10 @@ def have_hooks(parameters: Sequence[Tensor]) -> list[bool]:
 
 
 def _references(leaves: Sequence[Tensor]) -> list[int]:
-    """For each leaf, how many hold the Python object of the node that accumulates its gradient."""
-    return [sys.getrefcount(edge[0]) for edge in _edges(leaves)]
+    """For each leaf, how many hold the Python object of the node that accumulates its gradient, a graph of our own kept alive
+    meanwhile: a node that is in a graph holds its object too."""
+    user = _user_of(leaves)
+    return [sys.getrefcount(edge[0]) for edge in user.grad_fn.next_functions]
 
 
 (_UNSHARED,) = _references([torch.zeros((), device="cpu", requires_grad=True)])
