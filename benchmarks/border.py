@@ -19,7 +19,7 @@ import torch
 import grass_compile
 from benchmarks import measure, record
 from benchmarks.model import Settings, build
-from grass_compile import _torch
+from grass_compile import _autograd
 from grass_compile.runtime import delivery
 from grass_compile.runtime.call import Call
 from grass_compile.runtime.manager import ProjectionManager
@@ -33,7 +33,7 @@ TIMED: tuple[tuple[Any, str], ...] = (
     (ProjectionManager, "stand_ins"),
     (ProjectionManager, "leave_off"),
     (ProjectionManager, "warn_of_nothing"),
-    (_torch, "kept_in_place"),
+    (_autograd, "kept_in_place"),
     (delivery, "_deliver"),
 )
 """What is there for the border alone, by the class or module that holds it."""

@@ -1,4 +1,4 @@
-"""The parts of Inductor that lower our operators: beside `grass_compile._torch` the only file that knows private torch names.
+"""The parts of Inductor that lower our operators.
 
 Inductor is imported when the first lowering is registered, which is at import: it costs nothing that ``torch.compile`` does not
 pay anyway.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from . import _torch
+from . import _dynamo
 from .backend.region import Region
 from .config import BackendOptions
 from .errors import ConfigError, GrassError
@@ -42,7 +42,7 @@ class Findings:
                     self.error = error
             return gm.forward(*args)
 
-        return _torch.outside_dynamo(run)
+        return _dynamo.outside_dynamo(run)
 
     def _look(self, region: Region, args: Sequence[Any]) -> None:
         parameters = {position: args[position] for position, _ in region.captured.parameters}

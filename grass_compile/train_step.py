@@ -10,7 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from . import _torch
+from . import _aot
 from .checks import positive_int
 from .errors import ConfigError, NonFiniteError
 from .optim.base import GrassOptimizer
@@ -74,7 +74,7 @@ def train_step(
                     optimizer.zero_grad()  # the next call starts afresh
                     raise
                 optimizer.zero_grad()
-            detached: R = _torch.tree_map_only(Tensor, Tensor.detach, returned)
+            detached: R = _aot.tree_map_only(Tensor, Tensor.detach, returned)
             return detached
 
         return step

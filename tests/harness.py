@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import grass_compile
-from grass_compile import _torch
+from grass_compile import _aot, _dynamo
 from grass_compile.config import SiteConfig
 from grass_compile.math.reference import CompactState, ReferenceAdamW
 from grass_compile.math.selection import fill_with_noise
@@ -195,15 +195,15 @@ def joint_graph(model: Callable[..., Any], *inputs: Any, dynamic: bool | None = 
     found: list[Joint] = []
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        captured, _ = _torch.capture(gm, example_inputs)
+        captured, _ = _dynamo.capture(gm, example_inputs)
 
         def partition(joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **kwargs: Any) -> Any:
             found.append(Joint(joint, num_fwd_outputs, dict(captured.parameters)))
             raise _GotIt
 
         with contextlib.suppress(_GotIt):
-            _torch.compile_graph(
-                captured, _torch.with_inputs(captured, (), ()), captured.example_inputs,
+            _aot.compile_graph(
+                captured, _dynamo.with_inputs(captured, (), ()), captured.example_inputs,
                 compiler="aot_eager", mode="default", patches={}, partition=partition, key="test",
             )  # fmt: skip
         return gm.forward

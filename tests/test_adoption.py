@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from grass_compile import ConfigError, GrassWarning, StateError, _torch
+from grass_compile import ConfigError, GrassWarning, StateError, _aot
 from grass_compile.math.reference import ReferenceAdamW
 from grass_compile.optim import adoption
 from grass_compile.passes import pipeline
@@ -448,7 +448,7 @@ class Compilations:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ours = 0
-        for module, name in ((_torch, "compile_graph"), (_torch, "compile_kernel"), (pipeline, "finish_backward")):
+        for module, name in ((_aot, "compile_graph"), (_aot, "compile_kernel"), (pipeline, "finish_backward")):
             monkeypatch.setattr(module, name, self._counting(getattr(module, name)))
 
     def _counting(self, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -156,17 +156,17 @@ def test_modes_are_handed_through(mode: str, monkeypatch: pytest.MonkeyPatch) ->
     """Inductor sees the mode's options, in the forward and in the backward; the numbers stay."""
     from torch._inductor import config, list_mode_options
 
-    from grass_compile import _torch
+    from grass_compile import _aot
 
     seen: list[dict[str, Any]] = []
-    original = _torch.compile_fx_inner
+    original = _aot.compile_fx_inner
 
     def spy(gm: Any, inputs: Any, **kwargs: Any) -> Any:
         if "graph_id" in kwargs:  # a step by itself has none, and no CUDA graph of its own
             seen.append({key: _read(config, key) for key in list_mode_options(mode)})
         return original(gm, inputs, **kwargs)
 
-    monkeypatch.setattr(_torch, "compile_fx_inner", spy)
+    monkeypatch.setattr(_aot, "compile_fx_inner", spy)
     runs = []
     for options in ({"compiler": "aot_eager"}, {"mode": mode}):
         torch.manual_seed(0)

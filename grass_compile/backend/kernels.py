@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import _torch, ops
+from .. import _aot, _autograd, ops
 from ..config import BackendOptions, SiteConfig
 from ..passes.fx_utils import outputs, placeholders
 from ..passes.kernel import step_graphs
@@ -48,7 +48,7 @@ class _Step:
         if compiled is None:
             plain = tuple((tuple(shape), *rest) for shape, *rest in specs)
             compiled = self._compiled[specs] = _compiled_step(*self._settings, plain)
-        with _torch.without_autocast():
+        with _autograd.without_autocast():
             compiled(*tensors)
 
 
@@ -65,12 +65,12 @@ would be as large as what the codes are there to save."""
 @functools.cache
 def _compiled_step(options: BackendOptions, config: SiteConfig, dim: int, specs: Any) -> Callable[..., Any]:
     log.info("compiling a step: rank %d along dimension %d of %s", specs[0][0][dim], dim, list(specs[1][0]))
-    with _torch.without_autocast():  # whoever calls this first must not decide in which dtype a rule's products are
-        unsafe = not _torch.CPP_LOOPS_ARE_SAFE and specs[1][3].type == "cpu"
+    with _autograd.without_autocast():  # whoever calls this first must not decide in which dtype a rule's products are
+        unsafe = not _aot.CPP_LOOPS_ARE_SAFE and specs[1][3].type == "cpu"
         graphs = step_graphs(config, dim, specs, apart=unsafe)
     patches = {**(RECOMPUTE if config.rule.state_dtypes else {}), **dict(options.inductor)}
     compile = functools.partial(
-        _torch.compile_kernel, compiler=options.compiler, mode=options.mode, patches=patches, key=source_hash()
+        _aot.compile_kernel, compiler=options.compiler, mode=options.mode, patches=patches, key=source_hash()
     )
     first = compile(graphs[0])
     if len(graphs) == 1:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from .. import _torch
+from .. import _aot, _dynamo
 from ..ops.journal import Journal, recording
 
 
@@ -48,17 +48,17 @@ class LazyGraph:
         self.values: dict[Any, list[Any]] = {}
         """For each key, the fake values that the compiled graph returns, with the strides that the compiler chose."""
         self._boxed_call = True
-        self._contexts: _torch.CompileContexts | None = None
+        self._contexts: _aot.CompileContexts | None = None
         self._gm: fx.GraphModule | None = None
-        self._compile: Callable[[fx.GraphModule], _torch.Compiled] | None = None
-        self._compiled: dict[Any, _torch.Compiled] = {}
+        self._compile: Callable[[fx.GraphModule], _dynamo.Compiled] | None = None
+        self._compiled: dict[Any, _dynamo.Compiled] = {}
         self._lock = threading.RLock()
         self._runs = threading.local()
 
-    def accept(self, gm: fx.GraphModule, compile: Callable[[fx.GraphModule], _torch.Compiled]) -> LazyGraph:
+    def accept(self, gm: fx.GraphModule, compile: Callable[[fx.GraphModule], _dynamo.Compiled]) -> LazyGraph:
         """Take what AOTAutograd hands to a compiler: the graph, and how it would have been compiled."""
-        self._gm, self._compile, self._contexts = gm, compile, _torch.CompileContexts.current()
-        if _torch.has_symbolic_inputs(gm):
+        self._gm, self._compile, self._contexts = gm, compile, _aot.CompileContexts.current()
+        if _aot.has_symbolic_inputs(gm):
             for key in self.expected:
                 self._prepare(key)
         return self
@@ -116,7 +116,7 @@ class LazyGraph:
         assert self._gm is not None and self._compile is not None
         gm = self.finish(self._gm, key)
         values = [node.meta["val"] if isinstance(node, fx.Node) else None for node in _returned(gm)]
-        with _torch.kept_buffers(self._gm, gm), _torch.reported_strides() as strides:
+        with _aot.kept_buffers(self._gm, gm), _aot.reported_strides() as strides:
             compiled = self._compile(gm)
         for number, stride in enumerate(strides or []):
             value = values[number]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _torch
+from .. import _autograd, _dynamo
 from ..config import BackendOptions
 from ..errors import GraphError
 from ..math.layout import SHARED_HYPER, graph_state
@@ -86,7 +86,7 @@ def clipped_inside(parameters: Mapping[int, Tensor], records: Mapping[int, Proje
         return None
     positions = {id(tensor): position for position, tensor in parameters.items() if tensor.requires_grad}
     trained = [parameter for parameter in manager.records if parameter.requires_grad]
-    if not all(id(parameter) in positions for parameter in trained) or any(_torch.have_hooks(trained)):
+    if not all(id(parameter) in positions for parameter in trained) or any(_autograd.have_hooks(trained)):
         return None
     if any(record.owner is not manager for record in records.values()):
         return None
@@ -189,7 +189,7 @@ def _check_strict(analysis: Analysis) -> None:
         raise GraphError(f"strict: {len(dense)} weights stay dense. Exclude them by name or drop options['strict'].\n{lines}")
 
 
-def parameters_of(captured: _torch.Captured, args: Sequence[Any]) -> dict[int, Tensor]:
+def parameters_of(captured: _dynamo.Captured, args: Sequence[Any]) -> dict[int, Tensor]:
     """The parameters among the inputs of a call, by position."""
     return {position: args[position] for position, _ in captured.parameters}
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .. import _torch
+from .. import _aot, _autograd, _dynamo
 from ..config import BackendOptions
 from ..distributed import ddp
 from ..errors import GraphError, GrassError, GrassWarning
@@ -65,12 +65,12 @@ def grass(
         A callable with the graph's signature. A `GrassError` is raised when it is called rather than here, because Dynamo
         would wrap it into an error of its own.
     """
-    _torch.guard_requires_grad()
+    _dynamo.guard_requires_grad()
     try:
         region = Region(gm, example_inputs, BackendOptions.parse(options, mode, PASSES))
     except GrassError as error:
         return _raising(error)
-    return _torch.outside_dynamo(region)
+    return _dynamo.outside_dynamo(region)
 
 
 def _raising(error: GrassError) -> Callable[..., Any]:
@@ -99,7 +99,7 @@ class Region:
         self, gm: fx.GraphModule, example_inputs: Sequence[Any], options: BackendOptions, compile_now: bool = True
     ) -> None:
         self.options = options
-        self.captured, real = _torch.capture(gm, example_inputs)
+        self.captured, real = _dynamo.capture(gm, example_inputs)
         self.trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in real)
         self._analyses: dict[tuple[WeightInput, ...], tuple[tuple[WeightInput, ...], Analysis]] = {}
         self._variants: dict[Plan | None, Variant] = {}
@@ -140,11 +140,11 @@ class Region:
         given = _without_gradients(args, plan)
         hyper = [tensor for tensor, _, _ in numbers]
         written = (*(given[projection.position] for projection in plan.projections), *state, *hyper)
-        since = _torch.sequence_number()
-        with variant.pair.forward.running(in_graph(held, refresh)), _torch.kept_in_place(written):
+        since = _autograd.sequence_number()
+        with variant.pair.forward.running(in_graph(held, refresh)), _autograd.kept_in_place(written):
             results = variant.call(*given, *state, *map(leaf_of, held), *hyper, *norm_leaf(plan, held))
         returned = results if isinstance(results, (list, tuple)) else (results,)
-        node = _torch.backward_node((*returned, *args), since)  # a region may do nothing but write to its inputs
+        node = _autograd.backward_node((*returned, *args), since)  # a region may do nothing but write to its inputs
         if node is not None:
             backward = variant.pair.backward
             call = Call(
@@ -183,7 +183,7 @@ class Region:
                     free.append((name, position, parameter))
                 elif record.options.rank is not None:
                     asked.append((position, name, record))
-        hooks = _torch.have_hooks([record.parameter for _, _, record in asked])
+        hooks = _autograd.have_hooks([record.parameter for _, _, record in asked])
         for (position, name, record), hooked in zip(asked, hooks, strict=True):
             record.name = record.name or name
             if module is not None:
@@ -203,7 +203,7 @@ class Region:
         options = self.options.project
         assert options is not None and options.rank is not None
         config = options.site(options.axis, False, AdamWRule())
-        hooks = _torch.have_hooks([tensor for _, _, tensor in free])
+        hooks = _autograd.have_hooks([tensor for _, _, tensor in free])
         asked = tuple(
             WeightInput(name, at, config, refusal(name, tensor, options, hooked))
             for (name, at, tensor), hooked in zip(free, hooks, strict=True)
@@ -260,7 +260,7 @@ class Region:
         only_look = functools.partial(
             pipeline.look, weights=weights, disabled=options.disable_passes, joint_passes=options.joint_passes
         )
-        gm = _torch.with_inputs(self.captured, (), ())
+        gm = _dynamo.with_inputs(self.captured, (), ())
         try:
             self._compile(gm, self.captured.example_inputs, only_look)
         except PlanMismatch as found:
@@ -277,16 +277,16 @@ class Region:
         return self._variants[plan]
 
     def _compile_plain(self) -> Variant:
-        gm = _torch.with_inputs(self.captured, (), ())
+        gm = _dynamo.with_inputs(self.captured, (), ())
         return Variant(self._compile(gm, self.captured.example_inputs, None), None)
 
     def _compile_plan(self, plan: Plan, held: Sequence[ProjectedParameter]) -> Variant:
         log.info("compiling: %d weights projected", len(plan.projections))
         names = plan.input_names
-        gm = _torch.with_inputs(self.captured, names, [is_static(name) for name in names])
+        gm = _dynamo.with_inputs(self.captured, names, [is_static(name) for name in names])
         examples = self.captured.example_inputs
-        inputs = (*examples, *fake_inputs(_torch.fake_mode(self.captured), examples, plan))
-        partition = functools.partial(pipeline.transform, plan=plan, partition=_torch.min_cut_rematerialization_partition)
+        inputs = (*examples, *fake_inputs(_dynamo.fake_mode(self.captured), examples, plan))
+        partition = functools.partial(pipeline.transform, plan=plan, partition=_aot.min_cut_rematerialization_partition)
         pair = self._pair(plan, held)
         try:
             return Variant(self._compile(gm, inputs, partition, pair), pair)
@@ -308,7 +308,7 @@ class Region:
     def _compile(
         self, gm: fx.GraphModule, inputs: Sequence[Any], partition: Any, pair: CompiledPair | None = None
     ) -> Callable[..., Any]:
-        return _torch.compile_graph(
+        return _aot.compile_graph(
             self.captured,
             gm,
             inputs,
@@ -335,4 +335,4 @@ def _without_gradients(args: Sequence[Any], plan: Plan) -> list[Any]:
 
 
 def _start(backward: LazyGraph, key: Any, broke_off: Callable[[Any], None]) -> None:
-    backward.will_run(Run(key, _torch.graph_task(), broke_off))
+    backward.will_run(Run(key, _autograd.graph_task(), broke_off))

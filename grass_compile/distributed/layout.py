@@ -38,3 +38,16 @@ def averages(action: str, full: bool, syncs: bool) -> bool:
     if full:  # what is chosen by; of what only adds to rows chosen before, these rows are averaged when it has arrived
         return action == "choose" or (syncs and action == "step")
     return syncs and action != "skip"
+
+
+def sharded_by(parameter: Tensor) -> str | None:
+    """The name of the wrapper that shards a parameter, or None."""
+    if not torch.distributed.is_available():
+        return None
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(parameter, DTensor):
+        return "fully_shard (FSDP2) or another DTensor wrapper"
+    if hasattr(parameter, "_fsdp_flattened") or type(parameter).__name__ == "FlatParameter":
+        return "FullyShardedDataParallel (FSDP1)"
+    return None

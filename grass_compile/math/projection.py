@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _torch
+from .. import _autograd
 from .noise import gaussian
 
 SELECTORS = {"grass": "index", "galore": "basis", "gaussian": "key"}
@@ -52,13 +52,13 @@ def basis_of(projection: str, selector: Tensor, length: int, rank: int, dtype: t
 
 def compact(tensor: Tensor, dim: int, basis: Tensor) -> Tensor:
     """``P^T T``, or ``T P`` for ``dim=1``."""
-    with _torch.without_autocast():
+    with _autograd.without_autocast():
         return tensor @ basis if dim else basis.t() @ tensor
 
 
 def expanded(values: Tensor, dim: int, basis: Tensor) -> Tensor:
     """``P C``, or ``C P^T`` for ``dim=1``: the tensor of the weight's shape that a compact one stands for."""
-    with _torch.without_autocast():
+    with _autograd.without_autocast():
         return values @ basis.t() if dim else basis @ values
 
 
@@ -75,7 +75,7 @@ def singular_vectors(gradient: Tensor, dim: int, rank: int) -> Tensor:
     matrix = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).nan_to_num(0.0, 0.0, 0.0)
     values = min(matrix.shape)
     if values > EXACT_SVD and 4 * (rank + OVERSAMPLING) < values:
-        with _torch.without_autocast():
+        with _autograd.without_autocast():
             vectors = _leading(matrix.t() if dim else matrix, rank)
     else:
         left, _, right = torch.linalg.svd(matrix, full_matrices=rank > values)

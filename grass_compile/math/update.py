@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .. import _torch
+from .. import _autograd
 from ..errors import GraphError
 from ..ops.once import once
 from ..ops.rank_update import rank_update
@@ -42,7 +42,7 @@ def run_eagerly(
     config: SiteConfig, dim: int, compact_grad: Tensor, weight: Tensor, hyper: Tensor, selector: Tensor, *state: Tensor
 ) -> None:
     """The step in place and not compiled, for a weight that no region has been compiled for yet (after a resume, say)."""
-    with _torch.without_autocast():
+    with _autograd.without_autocast():
         new_weight, *new_state = apply(config, dim, compact_grad, weight, hyper, selector, state)
     weight.copy_(new_weight)
     for old, new in zip(state, new_state, strict=True):

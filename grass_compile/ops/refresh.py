@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _inductor, _torch
+from .. import _autograd, _inductor
 from ..math.refresh import refresh as choose_anew
 from .journal import writing
 from .library import library
@@ -24,7 +24,7 @@ def _refresh_(
     gradient: Tensor, index: Tensor, noise: Tensor | None, state: Sequence[Tensor], dim: int, rank: int, *how: Any
 ) -> Tensor:
     compact, chosen, rest = choose_anew(gradient, index, noise, state, dim, rank, *how)
-    with writing(index, "refreshed"), _torch.unversioned((index, *state)):
+    with writing(index, "refreshed"), _autograd.unversioned((index, *state)):
         index.copy_(chosen)
         for old, new in zip(state, rest, strict=True):
             old.copy_(new)

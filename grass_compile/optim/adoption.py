@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .. import _torch
+from .. import _dynamo
 from ..config import GroupOptions
 from ..errors import GrassWarning, StateError
 from ..math.rule import Rule
@@ -59,7 +59,7 @@ def wish(parameter: Tensor, wished: Wish) -> None:
         _finder.append(register_optimizer_step_pre_hook(_find))
 
 
-@_torch.outside_dynamo
+@_dynamo.outside_dynamo
 def _find(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Hook an optimizer that holds a parameter which is wished for, or which another one has taken over."""
     if isinstance(optimizer, GrassOptimizer) or optimizer in _hooked:
@@ -111,7 +111,7 @@ RULES: dict[type, Callable[[Mapping[str, Any]], Rule | str]] = {
 # ----------------------------------------------------------------------------------------------------------- the hooks
 
 
-@_torch.outside_dynamo
+@_dynamo.outside_dynamo
 def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
     """Take weights over, run the compact steps, and hide their gradients from the optimizer's own code.
 
@@ -137,7 +137,7 @@ def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any
     return changed
 
 
-@_torch.outside_dynamo
+@_dynamo.outside_dynamo
 def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Show the gradients again: it is ``zero_grad`` that clears them.
 
@@ -236,5 +236,5 @@ def _warn(optimizer: torch.optim.Optimizer, what: str) -> None:
             f"torch.compile(..., options={{'rank': ...}}) does not know this optimizer ({what}), so its weights stay dense. Use "
             "torch.optim.AdamW, Adam or SGD, or grass_compile.AdamW.",
             GrassWarning,
-            stacklevel=_torch.stacklevel_of_caller(),
+            stacklevel=_dynamo.stacklevel_of_caller(),
         )

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _torch
+from .. import _dynamo
 from ..config import parse_group
+from ..distributed.layout import sharded_by
 from ..errors import ConfigError, GrassWarning, StateError
 from ..keywords import KEYWORDS, PROJECT, STORED, check_names, completed
 from ..math.rule import Rule
@@ -149,7 +150,7 @@ class GrassOptimizer(torch.optim.Optimizer):
                 raise ConfigError(f"{name}: sparse weights are not supported; give them to another optimizer.")
             if tensor.is_complex():
                 raise ConfigError(f"{name}: complex weights are not supported; give them to another optimizer.")
-            if wrapper := _torch.sharded_by(tensor):
+            if wrapper := sharded_by(tensor):
                 raise ConfigError(
                     f"{name}: it is sharded by {wrapper}, which is not supported yet; train it on one device or with "
                     "torch.optim.AdamW."
@@ -157,7 +158,7 @@ class GrassOptimizer(torch.optim.Optimizer):
 
     # --------------------------------------------------------------------------------------------------------- step
 
-    @_torch.outside_dynamo
+    @_dynamo.outside_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Apply the compact gradients that wait, move the dense parameters (norms, embeddings, biases, refused weights), and
         close the step.
@@ -204,7 +205,7 @@ class GrassOptimizer(torch.optim.Optimizer):
         else:
             step()
 
-    @_torch.outside_dynamo
+    @_dynamo.outside_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as in torch. Before `step`, after a backward that has moved weights, it leaves it at that: these
         stay as they are, with a `GrassWarning`, and training goes on.
@@ -232,7 +233,7 @@ class GrassOptimizer(torch.optim.Optimizer):
                 'Compile the model: model = torch.compile(model, backend="grass"). If it is compiled, Dynamo runs the part that '
                 'uses them uncompiled, as it does nn.LSTM and other recurrent layers; TORCH_LOGS="graph_breaks" says why.',
                 GrassWarning,
-                stacklevel=_torch.stacklevel_of_caller(),
+                stacklevel=_dynamo.stacklevel_of_caller(),
             )
 
     @property

@@ -13,7 +13,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .. import _torch
+from .. import _aot
 from ..errors import GraphError
 
 PROVENANCE = "grass_compile"
@@ -149,7 +149,7 @@ def inline(graph: fx.Graph, traced: fx.GraphModule, args: Sequence[fx.Node], mod
         if node.op in ("placeholder", "output"):
             continue
         copied = graph.node_copy(node, lambda n: mapping[n])
-        copied.meta = {"val": _torch.tree_map_only(torch.Tensor, lambda t: like(mode, t), node.meta["val"])}
+        copied.meta = {"val": _aot.tree_map_only(torch.Tensor, lambda t: like(mode, t), node.meta["val"])}
         mapping[node] = copied
     return [mapping[value] for value in outputs(traced)]
 
@@ -178,7 +178,7 @@ def trace(function: Callable[..., Any], settings: tuple[Any, ...], specs: tuple[
 
     with FakeTensorMode():
         args = [torch.empty_strided(shape, stride, dtype=dtype, device=device) for shape, stride, dtype, device in specs]
-        traced = make_fx(traceable, decomposition_table=_torch.decompositions())(*args)
+        traced = make_fx(traceable, decomposition_table=_aot.decompositions())(*args)
     traced.graph.eliminate_dead_code()
     return traced
 

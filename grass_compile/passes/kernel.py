@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .. import _torch, ops
+from .. import _aot, ops
 from ..config import SiteConfig
 from ..math.update import apply_all
 from .fx_utils import call, copy, inline, is_view, placeholders, set_outputs, trace
@@ -57,7 +57,7 @@ def step_graphs(
     traced = trace(apply_all, (config, dim), specs)
     gm = fx.GraphModule(torch.nn.Module(), fx.Graph())
     nodes = []
-    with _torch.fresh_fake_mode() as mode:
+    with _aot.fresh_fake_mode() as mode:
         for number, (shape, stride, dtype, device) in enumerate(specs):
             nodes.append(gm.graph.placeholder(f"input_{number}"))
             nodes[-1].meta["val"] = torch.empty_strided(shape, stride, dtype=dtype, device=device)

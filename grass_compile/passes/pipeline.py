@@ -24,7 +24,7 @@ from typing import Any
 
 from torch import fx
 
-from .. import _torch
+from .. import _aot
 from ..math.layout import Action
 from .backward.batch_matmuls import batch_matmuls
 from .backward.lower_anchors import lower_anchors
@@ -146,7 +146,7 @@ def look(
         PlanMismatch: always, with what was found; but for graphs inside of the graph, which are partitioned as torch does.
     """
     if is_nested(joint_inputs):
-        return _torch.min_cut_rematerialization_partition(gm, joint_inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
+        return _aot.min_cut_rematerialization_partition(gm, joint_inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
     how = dict(num_fwd_outputs=num_fwd_outputs, disabled=disabled, joint_passes=joint_passes)
     raise PlanMismatch(find(gm, weights=weights, **how)[1])  # type: ignore[arg-type]
 
@@ -195,7 +195,7 @@ def transform(
     """
     if is_nested(joint_inputs):
         return partition(gm, joint_inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
-    _torch.trace_graph("grass_joint_before", gm)
+    _aot.trace_graph("grass_joint_before", gm)
     looked = PassContext(plan.weights, num_fwd_outputs, plan.disabled)
     analysis = _analyse(gm, looked, plan.joint_passes)
     if analysis.projections != plan.projections:
@@ -203,7 +203,7 @@ def transform(
     rest = JOINT[1 + JOINT.index(detect) :]
     known = interface(gm, num_fwd_outputs)
     run(rest, gm, PassContext(plan.weights, num_fwd_outputs, plan.disabled, plan, known, looked.findings))
-    _torch.trace_graph("grass_joint_after", gm)
+    _aot.trace_graph("grass_joint_after", gm)
     return partition(gm, joint_inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
 
 
@@ -219,7 +219,7 @@ def finish_forward(gm: fx.GraphModule, plan: Plan, refresh: tuple[bool, ...]) ->
     run(FORWARD, gm, PassContext(plan=plan, disabled=plan.disabled, refresh=refresh))
     gm.recompile()
     log.info("forward: %d of %d weights choose new rows", sum(refresh), len(refresh))
-    _torch.trace_graph("grass_forward", gm)
+    _aot.trace_graph("grass_forward", gm)
     return gm
 
 
@@ -241,7 +241,7 @@ def finish_backward(
         plan=plan, disabled=plan.disabled, refresh=refresh, actions=actions, clip=clip, syncs=syncs, saved=saved
     )
     run((*BACKWARD[:-1], *plan.backward_passes, *BACKWARD[-1:]), gm, context)
-    _torch.trace_graph("grass_backward", gm)
+    _aot.trace_graph("grass_backward", gm)
     return gm
 
 

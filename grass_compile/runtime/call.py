@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import _torch
+from .. import _autograd, _dynamo
 from ..config import SiteConfig
 from ..distributed.averaging import from_outside
 from ..distributed.layout import averages
@@ -71,7 +71,7 @@ class Call:
 
     # ----------------------------------------------------------------------------------------------- before the backward
 
-    @_torch.outside_dynamo
+    @_dynamo.outside_dynamo
     def before_backward(self, grad_outputs: Any) -> None:
         """Decide what this backward does with each gradient. Runs before anything was computed.
 
@@ -82,8 +82,8 @@ class Call:
             _check(record, updates)
         managers = {id(manager): manager for manager in map(manager_of, self._records)}
         for manager in managers.values():
-            manager.begin_backward(_torch.graph_task())
-        others = [_torch.will_run(node) for node in _torch.accumulators([record.parameter for record in self._records])]
+            manager.begin_backward(_autograd.graph_task())
+        others = [_autograd.will_run(node) for node in _autograd.accumulators([record.parameter for record in self._records])]
         wanted = [self._wanted(record, other) for record, other in zip(self._records, others, strict=True)]
         forwards = zip(self._records, others, self._addresses, self._configs, strict=True)
         reasons = [self._why_it_waits(*forward) if want else None for want, forward in zip(wanted, forwards, strict=True)]
@@ -115,7 +115,7 @@ class Call:
         for tensor, record, fresh in self._numbers:
             current = manager_of(record).hyper(record, fresh)
             if current is not tensor:
-                with _torch.unversioned([tensor]):
+                with _autograd.unversioned([tensor]):
                     tensor.copy_(current)
 
     def _wanted(self, record: ProjectedParameter, other: bool) -> bool:
@@ -130,12 +130,12 @@ class Call:
         """
         if not record.parameter.requires_grad:  # frozen since the forward
             return False
-        if _torch.will_run(record.leaf_node):
+        if _autograd.will_run(record.leaf_node):
             if record.averaging is not None and other:
                 raise from_outside(record.label)
             return True
         held = [p for p in self._others if p.requires_grad and registry.lookup(p) is not None]
-        named = [_torch.will_accumulate(node) for node in _torch.accumulators(held)]
+        named = [_autograd.will_accumulate(node) for node in _autograd.accumulators(held)]
         if (named and all(named)) or other:
             raise StateError(
                 f"{record.label}: its gradient cannot be asked for by name (backward(inputs=...) or torch.autograd.grad), since "
@@ -174,7 +174,7 @@ class Call:
 
     # ------------------------------------------------------------------------------------------------ after the backward
 
-    @_torch.outside_dynamo
+    @_dynamo.outside_dynamo
     def after_backward(self, grad_inputs: Any, grad_outputs: Any) -> None:
         """Note what the backward has done."""
         moved = []
@@ -186,7 +186,7 @@ class Call:
             if action == "step":
                 moved.append(record.parameter)
                 self._note_step(record, refresh)
-        _torch.mark_written(moved)
+        _autograd.mark_written(moved)
         for record, action in zip(self._records, self._actions, strict=True):
             if action == "step":
                 record.seen = record.look()
@@ -208,7 +208,7 @@ class Call:
                 self._note_step(record, refresh)
             elif refresh and not record.options.blind and record.scratch_address() in journal.refreshed:
                 record.broke_off_after_refresh()
-        _torch.mark_written(moved)
+        _autograd.mark_written(moved)
         if moved:
             manager_of(self._records[0]).broke_off(len(moved), sum(steps))
 

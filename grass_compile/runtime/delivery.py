@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import _torch
+from .. import _autograd, _dynamo
 from ..distributed.averaging import from_outside
 from ..math.finite import is_finite
 from ..math.projection import selected
@@ -35,7 +35,7 @@ def leaf_of(record: ProjectedParameter) -> Tensor:
     if record.leaf is None:
         assert record.assigned is not None
         record.leaf = leaf_like(record.parameter, record.assigned).requires_grad_()
-        record.leaf_node = _torch.accumulator(record.leaf)
+        record.leaf_node = _autograd.accumulator(record.leaf)
         _on_arrival(record, record.leaf, _deliver)
     return record.leaf
 
@@ -51,7 +51,7 @@ def twin_of(record: ProjectedParameter) -> Tensor:
 def _on_arrival(record: ProjectedParameter, leaf: Tensor, deliver: Callable[[ProjectedParameter, Tensor], None]) -> None:
     me = weakref.ref(record)
 
-    @_torch.outside_dynamo
+    @_dynamo.outside_dynamo
     def arrived(leaf: Tensor) -> None:
         values, leaf.grad = leaf.grad, None
         record = me()

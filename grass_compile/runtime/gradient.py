@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _torch
+from .. import _aot, _autograd
 from ..errors import StateError
 from ..math.projection import basis_of, expanded, selected
 
@@ -73,7 +73,7 @@ class CompactGrad(Tensor):
         self.compact, self.rows, self.along, self.name_, self.fresh = values, index, dim, name, fresh
         self.next_rows, self.projection = next_rows, projection
         self.zeroed = self.applied = False
-        self.task, self.on_touch, self.outside = _torch.graph_task(), None, None
+        self.task, self.on_touch, self.outside = _autograd.graph_task(), None, None
 
     def tolist(self) -> Any:
         """The full gradient as nested lists."""
@@ -114,7 +114,7 @@ class CompactGrad(Tensor):
             return FINITENESS[func](args[0].full())
         if func == SET_DATA and isinstance(args[0], CompactGrad):
             return args[0].copy_(args[1])
-        return _torch.run_as_is(func, types, args, kwargs or {})
+        return _autograd.run_as_is(func, types, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -166,7 +166,7 @@ def _note(what: str, args: Any) -> None:
     does it."""
     if not what:
         return
-    task = _torch.graph_task()
+    task = _autograd.graph_task()
     for argument in args:
         for gradient in argument if isinstance(argument, (list, tuple)) else (argument,):
             if isinstance(gradient, CompactGrad) and gradient.on_touch is not None and (task < 0 or task != gradient.task):
@@ -222,11 +222,11 @@ def _read(func: Any, args: Any, kwargs: Any) -> Any:
                         f"{grad.name_}: {func} would write into its compact gradient, which is zero outside of its rows. "
                         "Scale or clip it by a number, or keep this weight dense with exclude=."
                     )
-    args, kwargs = _torch.tree_map_only(CompactGrad, lambda grad: grad.full(), (args, kwargs))
-    args, kwargs = _torch.tree_map_only(Reading, lambda view: view.full, (args, kwargs))
+    args, kwargs = _aot.tree_map_only(CompactGrad, lambda grad: grad.full(), (args, kwargs))
+    args, kwargs = _aot.tree_map_only(Reading, lambda view: view.full, (args, kwargs))
     result = func(*args, **kwargs)
     if any(returned.alias_info is not None and not returned.alias_info.is_write for returned in func._schema.returns):
-        return _torch.tree_map_only(Tensor, lambda view: Reading(view, name), result)
+        return _aot.tree_map_only(Tensor, lambda view: Reading(view, name), result)
     return result
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _torch
+from .. import _autograd
 from ..math.transfer import to_device
 from .parameter import ProjectedParameter
 
@@ -60,7 +60,7 @@ class HyperTensors:
             if numbers is None:
                 numbers = Numbers(values, made)
             else:
-                with _torch.unversioned([numbers.tensor]):
+                with _autograd.unversioned([numbers.tensor]):
                     numbers.tensor.copy_(made)
                 numbers.values = values
         found[progress] = numbers

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _torch
+from .. import _autograd, _dynamo
 from ..config import GroupOptions
 from ..distributed.agreement import check_settings, check_tensors
 from ..distributed.layout import Layout
@@ -81,7 +81,7 @@ class ProjectionManager:
 
     def add(self, parameter: Tensor, name: str, group: dict[str, Any], options: GroupOptions, rule: Rule) -> None:
         """Manage a parameter."""
-        record = ProjectedParameter(parameter, _torch.strip_dynamo_prefix(name), group, options, rule, self)
+        record = ProjectedParameter(parameter, _dynamo.strip_dynamo_prefix(name), group, options, rule, self)
         self.records[parameter] = record
         registry.register(record)
 
@@ -94,7 +94,7 @@ class ProjectionManager:
         if self._met == layout:
             return
         facts: dict[str, Any] = {"the torch version": torch.__version__}
-        hooked = _torch.have_hooks([record.parameter for record in self.records.values()])
+        hooked = _autograd.have_hooks([record.parameter for record in self.records.values()])
         for number, record in enumerate(self.records.values()):
             facts[f"parameter {number}"] = f"{record.name} {list(record.parameter.shape)} {record.parameter.dtype}"
             facts |= {f"{record.label}: {name}": value for name, value in _settings(record).items()}
@@ -176,7 +176,7 @@ class ProjectionManager:
         parameters = [parameter for parameter in self.records if parameter.requires_grad]
         if any(parameter.grad is not None and not _is_emptied(parameter.grad) for parameter in parameters):
             return False
-        return not any(map(_torch.will_run, _torch.accumulators(parameters)))
+        return not any(map(_autograd.will_run, _autograd.accumulators(parameters)))
 
     def note_fused_step(self) -> None:
         """Note that a backward has moved a weight."""
@@ -201,7 +201,7 @@ class ProjectionManager:
             f"{moved[0].label} the first. They stay as they are now; the others are not moved. To be able to drop a step, make "
             "the optimizer with step_in_backward=False.",
             GrassWarning,
-            stacklevel=_torch.stacklevel_of_caller(),
+            stacklevel=_dynamo.stacklevel_of_caller(),
         )
         self._end()
 
@@ -337,7 +337,7 @@ class ProjectionManager:
         """Warn, once for each kind."""
         if kind not in self._warned:
             self._warned.add(kind)
-            warnings.warn(message, GrassWarning, stacklevel=_torch.stacklevel_of_caller())
+            warnings.warn(message, GrassWarning, stacklevel=_dynamo.stacklevel_of_caller())
 
     def warn_of_nothing(self) -> None:
         """Say once that a step had nothing to do although forwards were run for it."""
@@ -404,7 +404,7 @@ class ProjectionManager:
                 if not gradient.applied:
                     with writing(parameter, "stepped"):
                         self._apply(self.records[parameter], parameter, gradient)
-        _torch.mark_written(list(gradients))
+        _autograd.mark_written(list(gradients))
 
     def _apply(self, record: ProjectedParameter, parameter: Tensor, gradient: CompactGrad) -> None:
         assert record.assigned is not None
@@ -450,7 +450,7 @@ def _settings(record: ProjectedParameter) -> dict[str, str]:
     return {"the rule": repr(record.rule), **{name: repr(value) for name, value in own.items()}}
 
 
-@_torch.outside_dynamo
+@_dynamo.outside_dynamo
 def _take_norm(manager: ProjectionManager | None, leaf: Tensor) -> None:
     if manager is not None and leaf.grad is not None:
         manager.grad_norm = leaf.grad

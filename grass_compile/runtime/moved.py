@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _torch
+from .. import _aot, _autograd
 from ..errors import StateError
 from .gradient import FINITENESS, SET_DATA
 
@@ -94,7 +94,7 @@ class MovedGrad(Tensor):
             return answer.expand(grad.shape)
         if func == SET_DATA and isinstance(args[0], MovedGrad):
             raise args[0].refusal("replaced")
-        return _torch.run_as_is(func, types, args, kwargs or {})
+        return _autograd.run_as_is(func, types, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -119,7 +119,7 @@ class MovedGrad(Tensor):
                 )
         if func is aten._amp_foreach_non_finite_check_and_unscale_.default:
             what = "unscaled by GradScaler"
-        args, kwargs = _torch.tree_map_only(MovedGrad, lambda gradient: gradient._zeros(what), (args, kwargs))
+        args, kwargs = _aot.tree_map_only(MovedGrad, lambda gradient: gradient._zeros(what), (args, kwargs))
         return func(*args, **kwargs)
 
 

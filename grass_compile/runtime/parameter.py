@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .. import _torch
+from .. import _autograd
 from ..checks import matching
 from ..config import GroupOptions, SiteConfig
 from ..distributed.averaging import Averaging
@@ -248,7 +248,7 @@ class ProjectedParameter:
     @property
     def in_flight(self) -> bool:
         """Whether a compact gradient is on its way; one of a backward that has broken off is not."""
-        return self.flight is not None and self.flight == _torch.graph_task()
+        return self.flight is not None and self.flight == _autograd.graph_task()
 
     def check_change(self, options: GroupOptions) -> None:
         """Refuse a change that a forward which waits for its backward could not follow.
@@ -378,7 +378,7 @@ class ProjectedParameter:
             wide = torch.promote_types(self.parameter.dtype, torch.float32)
             self._noise = torch.full((self.parameter.shape[self.assigned.dim],), 0.5, dtype=wide, device=self.parameter.device)
         if drawn:
-            with _torch.unversioned([self._noise]):
+            with _autograd.unversioned([self._noise]):
                 selection.fill_with_noise(self._noise, self.options.seed, self.lead.number, self.state["updates"])
         return self._noise
 
@@ -407,7 +407,7 @@ class ProjectedParameter:
             waits = pending is not None and not pending.zeroed
             rows = pending.rows if waits and pending is not None else self.drawn() if self.options.blind else None
             scratch = self._scratch_rows()
-            with _torch.unversioned([scratch]):
+            with _autograd.unversioned([scratch]):
                 scratch.copy_(self.state[self.selector] if rows is None else rows)
         return [self._scratch_rows(), *tensors[1:]]
 
@@ -449,7 +449,7 @@ class ProjectedParameter:
             exact = self.options.scores == "exact"
             self.rows = self._scratch_rows() if refresh and exact else self.state[self.selector]
             self.proposes = refresh and not exact
-        self.flight = _torch.graph_task()
+        self.flight = _autograd.graph_task()
 
     def settle(self, gradient: CompactGrad) -> None:
         """Make the rows of a fresh gradient those of the state; unless they were chosen by that gradient, and its step will be
@@ -467,7 +467,7 @@ class ProjectedParameter:
         def unless_skipped(value: Tensor, old: Tensor) -> Tensor:
             return value if ok is None else torch.where(ok, value, old)
 
-        with _torch.unversioned(rest):
+        with _autograd.unversioned(rest):
             for old, value in zip(rest, new, strict=True):
                 old.copy_(unless_skipped(value, old))
         self._choose(unless_skipped(rows, old_rows))
@@ -481,7 +481,7 @@ class ProjectedParameter:
             self.state[self.selector] = rows
             self._scratch = None
             return
-        with _torch.unversioned([self.state[self.selector]]):
+        with _autograd.unversioned([self.state[self.selector]]):
             self.state[self.selector].copy_(rows)
 
     def restart(self) -> None:
@@ -492,7 +492,7 @@ class ProjectedParameter:
             self._settle(self._scratch_rows(), None)
         elif self.options.on_refresh == "reset":
             moments = [self.state[name] for name in settled_state(self.config())]
-            with _torch.unversioned(moments):
+            with _autograd.unversioned(moments):
                 for moment in moments:
                     moment.zero_()
 

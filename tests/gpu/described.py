@@ -189,13 +189,13 @@ def described_device() -> Iterator[None]:
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Generated]]:
     """Compile every graph of the grass backend for the described device, keep what was generated, and run none."""
-    from grass_compile import _torch, ops
+    from grass_compile import _aot, ops
 
     graphs: list[Generated] = []
     inner: Any = functools.partial(_compile_inner, graphs=graphs)
     gather = sys.modules["grass_compile.ops.gather"]  # the package's attribute of this name is the operator
     with (
-        mock.patch.object(_torch, "compile_fx_inner", inner),
+        mock.patch.object(_aot, "compile_fx_inner", inner),
         mock.patch.object(ops, "on_cpu", return_value=False),
         mock.patch.object(gather, "on_cpu", return_value=False),
     ):

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 import grass_compile
-from grass_compile import _torch, ops
+from grass_compile import _aot, ops
 from grass_compile.backend import kernels
 from grass_compile.config import BackendOptions
 from grass_compile.passes import pipeline
@@ -49,7 +49,7 @@ def test_model_without_projected_weights_is_compiled_as_it_is(graphs: list[Any])
 
 
 def test_partitioner_key_covers_the_plan() -> None:
-    one, other = _torch.Partitioner(lambda *a, **k: None, "x"), _torch.Partitioner(lambda *a, **k: None, "y")  # type: ignore[arg-type, return-value]
+    one, other = _aot.Partitioner(lambda *a, **k: None, "x"), _aot.Partitioner(lambda *a, **k: None, "y")  # type: ignore[arg-type, return-value]
     assert one.uuid() != other.uuid() and one.__getstate__() == {"function": None, "key": "x"}
 
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ... import _torch
+from ... import _aot
 from ...math.rule import Layout
 from .adamw import AdamWRule
 
@@ -89,7 +89,7 @@ class AdamW8bitRule(AdamWRule):
         there the index comes from a division of numbers, exact for up to four million features.
         """
         rows, blocks = largest.shape
-        if largest.device.type == "cpu" and not _torch.CPP_LOOPS_ARE_SAFE:
+        if largest.device.type == "cpu" and not _aot.CPP_LOOPS_ARE_SAFE:
             middle = torch.arange(features, dtype=torch.float32, device=largest.device) + 0.5
             return largest.index_select(1, (middle / self.block_size).floor().to(torch.int64))
         if features % self.block_size:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ... import _torch
+from ... import _aot
 from ...math.rule import Rule
 
 
@@ -64,7 +64,7 @@ class MuonRule(Rule):
 
 def iteration_dtype(device: torch.device) -> torch.dtype:
     """bf16, as in ``torch.optim.Muon``; fp32 on a CPU without instructions for it, where bf16 takes some twenty times as long."""
-    return torch.bfloat16 if device.type != "cpu" or _torch.cpu_has_bf16() else torch.float32
+    return torch.bfloat16 if device.type != "cpu" or _aot.cpu_has_bf16() else torch.float32
 
 
 def orthogonalize(

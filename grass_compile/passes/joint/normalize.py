@@ -21,7 +21,7 @@ import logging
 
 from torch import fx
 
-from ... import _torch
+from ... import _aot
 from ..context import PassContext
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def normalize(gm: fx.GraphModule, context: PassContext) -> int:
     """
     before = len(gm.graph.nodes)
     gm.graph.eliminate_dead_code()
-    gm.graph = _torch.common_subexpressions(gm.graph)
+    gm.graph = _aot.common_subexpressions(gm.graph)
     if dropped := before - len(gm.graph.nodes):
         log.info("normalize: dropped %d nodes", dropped)
     return dropped
