@@ -51,7 +51,7 @@ class TrainConfig:
     layers: int = 4
     heads: int = 4
 
-    steps: int = 600
+    steps: int = 300
     batch_size: int = 8
     sequence_length: int = 256
     warmup_share: float = 0.2
