@@ -58,9 +58,9 @@ def test_ranks_and_optimizer_of_the_grass_runs(arguments: list[str], expected: l
 
 
 def test_runs_of_the_demo_have_recorded_rates() -> None:
-    """All but dense Muon, which no sweep covers yet; the report says so."""
+    """Several of each, so that none is compared at a rate that nobody looked for."""
     tried = {label: with_best_rates(method)[1] for label, method in methods(parse([])).items()}
-    assert tried.pop("dense Muon") == 0 and all(tried.values())
+    assert len(tried) == 4 and min(tried.values()) > 1
 
 
 def test_recommended_run_has_the_documented_rates() -> None:
