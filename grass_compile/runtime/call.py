@@ -115,8 +115,7 @@ class Call:
         for tensor, record, fresh in self._numbers:
             current = manager_of(record).hyper(record, fresh)
             if current is not tensor:
-                with _autograd.unversioned([tensor]):
-                    tensor.copy_(current)
+                manager_of(record).overwrite(tensor, current)
 
     def _wanted(self, record: ProjectedParameter, other: bool) -> bool:
         """Whether this backward is to train the weight: not ``torch.autograd.grad`` of the inputs alone.

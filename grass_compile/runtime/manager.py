@@ -142,6 +142,13 @@ class ProjectionManager:
         """
         return self._hyper.of(record, fresh, self.max_norm)
 
+    def overwrite(self, numbers: Tensor, current: Tensor) -> None:
+        """Bring the numbers that a forward was given up to what a weight needs now. They may be other weights' as well, who then
+        ask for theirs anew."""
+        self._hyper.forget()
+        with _autograd.unversioned([numbers]):
+            numbers.copy_(current)
+
     def norm_leaf(self, like: Tensor) -> Tensor:
         """The input of a compiled graph in whose gradient slot the norm comes back; stored as ``grad_norm``."""
         if self._norm_leaf is None:
