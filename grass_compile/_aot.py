@@ -25,6 +25,7 @@ from torch._logging._internal import trace_structured
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only as tree_map_only
 
 from . import _autograd, _dynamo
@@ -85,6 +86,11 @@ def reported_strides() -> contextlib.AbstractContextManager[list[Any] | None]:
     """Inside, a compiler puts the strides of its outputs into the list that is returned."""
     reported: contextlib.AbstractContextManager[list[Any] | None] = TracingContext.report_output_strides()
     return reported
+
+
+def outside_of_tracing() -> contextlib.AbstractContextManager[object]:
+    """Inside, tensors are real although a graph is being traced."""
+    return _disable_current_modes()
 
 
 def has_symbolic_inputs(gm: fx.GraphModule) -> bool:

@@ -49,7 +49,7 @@ class Findings:
         weights, _ = region.ask(list(parameters.values()))
         if not weights:
             return
-        _, analysis = region.analyse(weights)
+        _, analysis = region.variants.analyse(weights)
         first: dict[int, str] = {}
         for projection in analysis.projections:
             parameter = parameters[projection.position]

@@ -36,15 +36,10 @@ class LazyGraph:
     task right before, in the same thread (`will_run`). Two threads that run one graph never see each other's.
     """
 
-    def __init__(self, finish: Callable[[fx.GraphModule, Any], fx.GraphModule], expected: tuple[Any, ...]) -> None:
-        """Set up a half without a graph; `accept` brings it.
-
-        Args:
-            finish: makes a runnable copy of the graph for a key.
-            expected: the keys that are needed first. With dynamic shapes all of them are compiled at once, while Dynamo still
-                collects guards.
-        """
-        self.finish, self.expected = finish, expected
+    def __init__(self) -> None:
+        """Set up a half that knows nothing yet: `prepare` tells how it is finished, and `accept` brings the graph."""
+        self.finish: Callable[[fx.GraphModule, Any], fx.GraphModule] | None = None
+        self.expected: tuple[Any, ...] = ()
         self.values: dict[Any, list[Any]] = {}
         """For each key, the fake values that the compiled graph returns, with the strides that the compiler chose."""
         self._boxed_call = True
@@ -54,6 +49,16 @@ class LazyGraph:
         self._compiled: dict[Any, _dynamo.Compiled] = {}
         self._lock = threading.RLock()
         self._runs = threading.local()
+
+    def prepare(self, finish: Callable[[fx.GraphModule, Any], fx.GraphModule], expected: tuple[Any, ...]) -> None:
+        """Say what is to be made of the graph.
+
+        Args:
+            finish: makes a runnable copy of it for a key.
+            expected: the keys that are needed first. With dynamic shapes all of them are compiled at once, while Dynamo still
+                collects guards.
+        """
+        self.finish, self.expected = finish, expected
 
     def accept(self, gm: fx.GraphModule, compile: Callable[[fx.GraphModule], _dynamo.Compiled]) -> LazyGraph:
         """Take what AOTAutograd hands to a compiler: the graph, and how it would have been compiled."""
@@ -113,7 +118,7 @@ class LazyGraph:
     def _prepare(self, key: Any) -> None:
         if key in self._compiled:
             return
-        assert self._gm is not None and self._compile is not None
+        assert self._gm is not None and self._compile is not None and self.finish is not None
         gm = self.finish(self._gm, key)
         values = [node.meta["val"] if isinstance(node, fx.Node) else None for node in _returned(gm)]
         with _aot.kept_buffers(self._gm, gm), _aot.reported_strides() as strides:
@@ -135,8 +140,8 @@ def _returned(gm: fx.GraphModule) -> list[Any]:
 class CompiledPair:
     """Both halves of one graph."""
 
-    forward: LazyGraph
-    backward: LazyGraph
+    forward: LazyGraph = dataclasses.field(default_factory=LazyGraph)
+    backward: LazyGraph = dataclasses.field(default_factory=LazyGraph)
 
     def saved(self, key: Any) -> dict[str, Any]:
         """Fake values of what the forward returns for ``key``, by the names that they have as inputs of the backward."""

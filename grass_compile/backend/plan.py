@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import _autograd, _dynamo
-from ..config import BackendOptions
+from ..checks import rank_along
+from ..config import BackendOptions, SiteConfig
 from ..errors import GraphError
+from ..keywords import Axis
 from ..math.layout import SHARED_HYPER, graph_state
 from ..passes.records import Analysis, Plan, Projection, WeightInput
 from ..runtime import registry
@@ -66,6 +68,57 @@ def make_plan(
         joint_passes=options.joint_passes,
         backward_passes=options.backward_passes,
     )
+
+
+def guessed(
+    options: BackendOptions,
+    weights: tuple[WeightInput, ...],
+    records: Mapping[int, ProjectedParameter],
+    shapes: Mapping[int, Sequence[Any]],
+    clipped: tuple[int, ...] | None,
+) -> Plan:
+    """What a plan will most likely be, before the graph was looked at: every weight is one of an ``nn.Linear``.
+
+    If a graph that is traced with the inputs of this plan turns out to need these (`Plan.takes_inputs_of`), it need not be traced
+    again.
+
+    Args:
+        options: the backend's.
+        weights: what the optimizers want.
+        records: by position.
+        shapes: of the weights, by position.
+        clipped: see `Plan`.
+    """
+    projections, keys = [], []
+    for weight in weights:
+        record, shape = records[weight.position], shapes[weight.position]
+        fixed = all(isinstance(size, int) for size in shape)
+        if weight.refusal is not None or not fixed or min(shape) < 2 or max(shape) < weight.config.rank:
+            continue
+        assigned = record.assigned or _as_of_linear(weight.config, (shape[0], shape[1]))
+        where = weight.config, assigned.axis, assigned.dim, assigned.rank
+        projections.append(Projection(weight.name, weight.position, *where, (shape[0], shape[1]), "", 0))
+        keys.append(record.hyper_key(record.renewed) if record.assigned is not None else record.group_key())
+    if clipped is not None:
+        clipped = tuple(position for position in clipped if position not in {p.position for p in projections})
+    planned = nothing_planned(options, weights)
+    if not projections:
+        return planned
+    return dataclasses.replace(planned, projections=tuple(projections), hyper=_numbered(keys), clipped=clipped)
+
+
+def nothing_planned(options: BackendOptions, weights: tuple[WeightInput, ...]) -> Plan:
+    """A plan that takes no inputs, for a graph that is only looked at."""
+    return Plan(weights, disabled=options.disable_passes, joint_passes=options.joint_passes)
+
+
+def _as_of_linear(config: SiteConfig, shape: tuple[int, int]) -> Assigned:
+    """How the weight of an ``nn.Linear`` is projected; with ``axis="auto"``, how it most likely is."""
+    axis: Axis = config.axis if config.axis != "auto" else "columns"
+    if config.axis == "auto" and config.projection != "grass" and shape[0] < shape[1]:
+        axis = "rows"
+    dim = 0 if axis == "rows" else 1
+    return Assigned(axis, dim, rank_along(config.rank, shape[dim]))
 
 
 def clipped_inside(parameters: Mapping[int, Tensor], records: Mapping[int, ProjectedParameter]) -> tuple[int, ...] | None:
@@ -142,8 +195,7 @@ def fake_inputs(mode: Any, example_inputs: Sequence[Any], plan: Plan) -> list[Te
             if slot not in hyper:
                 count = len(config.rule.hyper_names) + len(SHARED_HYPER)
                 hyper[slot] = torch.empty(count, dtype=wide, device=weight.device)
-        first = leaves[0]
-        norm = [torch.zeros((), dtype=first.dtype, device=first.device, requires_grad=True)] if plan.clipped is not None else []
+        norm = [] if plan.clipped is None else [torch.zeros_like(leaves[0][0, 0]).requires_grad_()]
     return [*state, *leaves, *hyper.values(), *norm]
 
 

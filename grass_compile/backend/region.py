@@ -4,10 +4,8 @@ which see no tensors, and the runtime, which sees no graphs.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
-import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,33 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .. import _aot, _autograd, _dynamo
+from .. import _autograd, _dynamo
 from ..config import BackendOptions
 from ..distributed import ddp
-from ..errors import GraphError, GrassError, GrassWarning
+from ..errors import GrassError, GrassWarning
 from ..optim import adoption
 from ..optim.rules import AdamWRule
-from ..passes import pipeline
-from ..passes.pipeline import PASSES, PlanMismatch
-from ..passes.records import Analysis, Plan, WeightInput
+from ..passes.pipeline import PASSES
+from ..passes.records import Plan, WeightInput
 from ..runtime import registry
-from ..runtime.call import Call, expected, in_graph, manager_of
+from ..runtime.call import Call, in_graph, manager_of
 from ..runtime.compact import Assigned
 from ..runtime.delivery import leaf_of, twin_of
 from ..runtime.parameter import ProjectedParameter, refusal
 from . import kernels
-from .lazy import CompiledPair, LazyGraph, Run
-from .plan import (
-    clipped_inside,
-    fake_inputs,
-    is_static,
-    make_plan,
-    norm_leaf,
-    numbers_of,
-    others,
-    parameters_of,
-    settled,
-)
+from .lazy import LazyGraph, Run
+from .plan import clipped_inside, norm_leaf, numbers_of, others, parameters_of
+from .variants import Variants, records_of
 
 log = logging.getLogger(__name__)
 
@@ -80,14 +68,6 @@ def _raising(error: GrassError) -> Callable[..., Any]:
     return raise_error
 
 
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """A compiled function, and its halves, which are told at each call what they have to do."""
-
-    call: Callable[..., Any]
-    pair: CompiledPair | None
-
-
 class Region:
     """One Dynamo graph and what is compiled from it.
 
@@ -101,9 +81,7 @@ class Region:
         self.options = options
         self.captured, real = _dynamo.capture(gm, example_inputs)
         self.trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in real)
-        self._analyses: dict[tuple[WeightInput, ...], tuple[tuple[WeightInput, ...], Analysis]] = {}
-        self._variants: dict[Plan | None, Variant] = {}
-        self._lock = threading.RLock()
+        self.variants = Variants(self.captured, options)
         self._warned = False
         if compile_now:
             self._compile_first(real)
@@ -112,11 +90,11 @@ class Region:
         """Trace for the first call now, while Dynamo still collects guards on symbolic shapes."""
         try:
             if not self.trains:
-                self.variant(None)
+                self.variants.of(None)
                 return
             positions = [position for position, _ in self.captured.parameters]
             plan, records = self.plan(dict(zip(positions, parameters, strict=True)))
-            self.variant(plan, [records[p.position] for p in plan.projections] if plan is not None else ())
+            self.variants.of(plan, records_of(plan, records) if plan is not None else ())
         except GrassError as error:
             log.debug("compilation failed and is repeated at the call, to raise outside of Dynamo: %s", error)
 
@@ -124,16 +102,16 @@ class Region:
 
     def __call__(self, *args: Any) -> Any:
         if not self.trains:
-            return self.variant(None).call(*args)
+            return self.variants.of(None).call(*args)
         parameters = parameters_of(self.captured, args)
         plan, records = self.plan(parameters)
         if plan is None:
-            return self.variant(None).call(*args)
-        held = [records[projection.position] for projection in plan.projections]
+            return self.variants.of(None).call(*args)
+        held = records_of(plan, records)
         if (module := ddp.active()) is not None:
             ddp.take_out(module, [record.parameter for record in held])
         refresh = tuple(record.due for record in held)
-        variant = self.variant(plan, held)
+        variant = self.variants.of(plan, held)
         assert variant.pair is not None
         state = [tensor for record, new in zip(held, refresh, strict=True) for tensor in record.inputs(new)]
         numbers = numbers_of(plan, held)
@@ -208,7 +186,7 @@ class Region:
             WeightInput(name, at, config, refusal(name, tensor, options, hooked))
             for (name, at, tensor), hooked in zip(free, hooks, strict=True)
         )
-        found = {p.position: p for p in self.analyse(asked)[1].projections} if asked else {}
+        found = {p.position: p for p in self.variants.analyse(asked)[1].projections} if asked else {}
         for name, position, parameter in free:
             if position in found:
                 projection = found[position]
@@ -239,86 +217,7 @@ class Region:
         weights, records = self.ask(list(parameters.values()))
         if not weights:
             return None, records
-        weights, analysis = self.analyse(weights)
-        return make_plan(self.options, weights, analysis, records, clipped_inside(parameters, records)), records
-
-    def analyse(self, weights: tuple[WeightInput, ...]) -> tuple[tuple[WeightInput, ...], Analysis]:
-        """Which of ``weights`` can be projected in this graph; traced once per set of requests.
-
-        Returns:
-            The requests as they stand once every axis is settled (which is how the optimizers ask from now on), and the
-            analysis of these.
-        """
-        with self._lock:
-            if weights not in self._analyses:
-                asked, analysis = settled(weights, self._trace(weights))
-                self._analyses[weights] = self._analyses[asked] = asked, analysis
-        return self._analyses[weights]
-
-    def _trace(self, weights: tuple[WeightInput, ...]) -> Analysis:
-        options = self.options
-        only_look = functools.partial(
-            pipeline.look, weights=weights, disabled=options.disable_passes, joint_passes=options.joint_passes
-        )
-        gm = _dynamo.with_inputs(self.captured, (), ())
-        try:
-            self._compile(gm, self.captured.example_inputs, only_look)
-        except PlanMismatch as found:
-            return found.analysis
-        return Analysis((), ())  # the graph needs no backward
-
-    # ------------------------------------------------------------------------------------------------- the variants
-
-    def variant(self, plan: Plan | None, held: Sequence[ProjectedParameter] = ()) -> Variant:
-        """The compiled variant for ``plan``; None stands for the graph as any compiler would have it."""
-        with self._lock:
-            if plan not in self._variants:
-                self._variants[plan] = self._compile_plain() if plan is None else self._compile_plan(plan, held)
-        return self._variants[plan]
-
-    def _compile_plain(self) -> Variant:
-        gm = _dynamo.with_inputs(self.captured, (), ())
-        return Variant(self._compile(gm, self.captured.example_inputs, None), None)
-
-    def _compile_plan(self, plan: Plan, held: Sequence[ProjectedParameter]) -> Variant:
-        log.info("compiling: %d weights projected", len(plan.projections))
-        names = plan.input_names
-        gm = _dynamo.with_inputs(self.captured, names, [is_static(name) for name in names])
-        examples = self.captured.example_inputs
-        inputs = (*examples, *fake_inputs(_dynamo.fake_mode(self.captured), examples, plan))
-        partition = functools.partial(pipeline.transform, plan=plan, partition=_aot.min_cut_rematerialization_partition)
-        pair = self._pair(plan, held)
-        try:
-            return Variant(self._compile(gm, inputs, partition, pair), pair)
-        except PlanMismatch as found:
-            raise GraphError(
-                f"the graph of {plan.projections[0].name} changed between two traces: {found.analysis}; please report this."
-            ) from found
-
-    def _pair(self, plan: Plan, held: Sequence[ProjectedParameter]) -> CompiledPair:
-        """The halves of a plan; the next call needs what is due now, those that follow a regular step."""
-        due, never = in_graph(held, [record.due for record in held]), in_graph(held, [False] * len(held))
-        refreshes = (due, never) if due != never else (never,)
-        forward = LazyGraph(lambda gm, key: pipeline.finish_forward(gm, plan, key), refreshes)
-        keys = dict.fromkeys(key for refresh in refreshes for key in expected(held, refresh, plan.clipped is not None))
-        backward = LazyGraph(lambda gm, key: pipeline.finish_backward(gm, plan, key, pair.saved(key[0])), tuple(keys))
-        pair = CompiledPair(forward, backward)
-        return pair
-
-    def _compile(
-        self, gm: fx.GraphModule, inputs: Sequence[Any], partition: Any, pair: CompiledPair | None = None
-    ) -> Callable[..., Any]:
-        return _aot.compile_graph(
-            self.captured,
-            gm,
-            inputs,
-            compiler=self.options.compiler,
-            mode=self.options.mode,
-            patches=dict(self.options.inductor),
-            partition=partition,
-            key=kernels.source_hash() + self.options.passes_key,
-            pair=pair,
-        )
+        return self.variants.plan(weights, records, clipped_inside(parameters, records)), records
 
 
 def _without_gradients(args: Sequence[Any], plan: Plan) -> list[Any]:

@@ -30,6 +30,7 @@ from ..runtime.delivery import reduce
 from ..runtime.gradient import CompactGrad
 from ..runtime.manager import ProjectionManager
 from ..runtime.parameter import Kernel
+from ..runtime.step_checks import check_step
 from .base import GrassOptimizer
 from .rules import AdamRule, AdamWRule, SGDRule
 
@@ -127,7 +128,7 @@ def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any
     _take_over(optimizer)
     manager = _managers.get(optimizer)
     if manager is not None:
-        manager.check()
+        check_step(manager)
         waiting = manager.pending()
         if _unscaled(optimizer, waiting):
             manager.apply(waiting)

@@ -19,6 +19,7 @@ from ..math.rule import Rule
 from ..runtime.checkpoint import check_dense, fitting, unprotect
 from ..runtime.compact import is_compact
 from ..runtime.manager import ProjectionManager
+from ..runtime.step_checks import check_idle, check_rows, check_step
 from ..runtime.watch import Fusion
 from .live import ParamGroup, check_flags
 
@@ -175,7 +176,7 @@ class GrassOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         manager = self._manager
-        manager.check()
+        check_step(manager)
         self._warn_uncompiled()
         manager.warn_of_nothing()
         if manager.max_norm is not None and not manager.clipped:
@@ -326,7 +327,7 @@ class GrassOptimizer(torch.optim.Optimizer):
             StateError: the state is of another rank, axis, shape or model; or a gradient waits, or has moved a weight, for which
                 another state has to be there at `step`. Names the parameter. Nothing was changed.
         """
-        self._manager.check_idle()
+        check_idle(self._manager)
         groups = self._matching_groups(state_dict)
         order = [parameter for group in self.param_groups for parameter in group["params"]]
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
@@ -336,7 +337,7 @@ class GrassOptimizer(torch.optim.Optimizer):
             record = self._manager.records[parameter]
             if is_compact(entry):
                 loaded[parameter] = fitting(record, unprotect(entry))
-                self._manager.check_rows(record, loaded[parameter][1])
+                check_rows(record, loaded[parameter][1])
             else:
                 check_dense(record, entry)
         super().load_state_dict({**state_dict, "param_groups": groups})

@@ -18,6 +18,7 @@ and carries what passes hand on.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -65,7 +66,8 @@ ESSENTIAL = ("detect", "score", "anchor", "lower_anchors", "schedule_steps")
 
 
 class PlanMismatch(Exception):
-    """The joint graph holds other sites than the plan that it is compiled for; carries what was found."""
+    """The joint graph was traced with other inputs than those of the plan that is made of what was found in it, which it
+    carries."""
 
     def __init__(self, analysis: Analysis) -> None:
         super().__init__("the sites of this graph differ from the plan")
@@ -130,27 +132,6 @@ def _analyse(gm: fx.GraphModule, context: PassContext, joint_passes: Sequence[Pa
     return Analysis(tuple(projections), found.refusals)
 
 
-def look(
-    gm: fx.GraphModule,
-    joint_inputs: Sequence[object],
-    *,
-    weights: Sequence[WeightInput],
-    disabled: Sequence[str] = (),
-    joint_passes: Sequence[Pass] = (),
-    num_fwd_outputs: int,
-    **kwargs: object,
-) -> Any:
-    """In place of a partitioner: run the analysing passes and go no further.
-
-    Raises:
-        PlanMismatch: always, with what was found; but for graphs inside of the graph, which are partitioned as torch does.
-    """
-    if is_nested(joint_inputs):
-        return _aot.min_cut_rematerialization_partition(gm, joint_inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
-    how = dict(num_fwd_outputs=num_fwd_outputs, disabled=disabled, joint_passes=joint_passes)
-    raise PlanMismatch(find(gm, weights=weights, **how)[1])  # type: ignore[arg-type]
-
-
 def _projection(site: Site, number: int) -> Projection:
     weight = site.weight
     tokens = costs.hint(costs.token_count(site))
@@ -172,39 +153,36 @@ def transform(
     gm: fx.GraphModule,
     joint_inputs: Sequence[object],
     *,
-    plan: Plan,
-    partition: Callable[..., tuple[fx.GraphModule, fx.GraphModule]],
+    asked: Plan,
+    decide: Callable[[Analysis], Plan],
     num_fwd_outputs: int,
     **kwargs: object,
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """Rewrite and partition a joint graph.
+    """Look at a joint graph, rewrite it and partition it; in place of a partitioner.
 
     Args:
         gm: the joint graph.
         joint_inputs: its example inputs.
-        plan: what this variant does.
-        partition: torch's min-cut partitioner.
+        asked: what was traced for: the weights, and the inputs that the graph takes for them.
+        decide: makes of what was found the plan that is compiled, which takes the same inputs. It may raise (`PlanMismatch`) to
+            go no further.
         num_fwd_outputs: how many of the outputs belong to the forward.
-        **kwargs: for ``partition``.
+        **kwargs: for torch's min-cut partitioner.
 
     Returns:
         The forward graph, and the backward graph with anchors; `finish_forward` and `finish_backward` make runnable copies.
-
-    Raises:
-        PlanMismatch: the sites of this graph are not those of the plan.
     """
+    partition = functools.partial(_aot.min_cut_rematerialization_partition, num_fwd_outputs=num_fwd_outputs, **kwargs)
     if is_nested(joint_inputs):
-        return partition(gm, joint_inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
+        return partition(gm, joint_inputs)  # type: ignore[no-any-return]
     _aot.trace_graph("grass_joint_before", gm)
-    looked = PassContext(plan.weights, num_fwd_outputs, plan.disabled)
-    analysis = _analyse(gm, looked, plan.joint_passes)
-    if analysis.projections != plan.projections:
-        raise PlanMismatch(analysis)
+    looked = PassContext(asked.weights, num_fwd_outputs, asked.disabled)
+    plan = decide(_analyse(gm, looked, asked.joint_passes))
     rest = JOINT[1 + JOINT.index(detect) :]
     known = interface(gm, num_fwd_outputs)
     run(rest, gm, PassContext(plan.weights, num_fwd_outputs, plan.disabled, plan, known, looked.findings))
     _aot.trace_graph("grass_joint_after", gm)
-    return partition(gm, joint_inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
+    return partition(gm, joint_inputs)  # type: ignore[no-any-return]
 
 
 def finish_forward(gm: fx.GraphModule, plan: Plan, refresh: tuple[bool, ...]) -> fx.GraphModule:

@@ -243,10 +243,10 @@ class Plan:
     """
 
     weights: tuple[WeightInput, ...]
-    projections: tuple[Projection, ...]
-    hyper: tuple[int, ...]
-    kernels: tuple[str, ...]
-    leaders: tuple[int, ...]
+    projections: tuple[Projection, ...] = ()
+    hyper: tuple[int, ...] = ()
+    kernels: tuple[str, ...] = ()
+    leaders: tuple[int, ...] = ()
     disabled: tuple[str, ...] = ()
     clipped: tuple[int, ...] | None = None
     joint_passes: tuple[UserPass, ...] = ()
@@ -259,6 +259,15 @@ class Plan:
         leaves = [f"grass_leaf_{p.position}" for p in self.projections]
         norm = () if self.clipped is None else ("grass_norm",)
         return (*state, *leaves, *(f"grass_hyper_{slot}" for slot in range(1 + max(self.hyper, default=-1))), *norm)
+
+    def takes_inputs_of(self, other: Plan) -> bool:
+        """Whether a graph that was traced with the inputs of another plan can be compiled for this one."""
+
+        def inputs(plan: Plan) -> tuple[Any, ...]:
+            shapes = [(p.dim, p.rank) for p in plan.projections]
+            return plan.input_names, shapes, plan.hyper
+
+        return inputs(self) == inputs(other)
 
     @staticmethod
     def state_names(projection: Projection) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from .. import _autograd, _dynamo
 from ..config import GroupOptions
 from ..distributed.agreement import check_settings, check_tensors
 from ..distributed.layout import Layout
-from ..errors import GrassWarning, StateError
+from ..errors import GrassWarning
 from ..math.finite import clip_
 from ..math.rule import Rule
 from ..math.update import run_eagerly
@@ -223,122 +223,13 @@ class ProjectionManager:
 
     # -------------------------------------------------------------------------------------------------- at the step
 
-    def check(self) -> None:
-        """Refuse what a step would use wrongly, and bring gradients that came in full into their compact form.
-
-        Raises:
-            StateError: a weight belongs to another optimizer by now; a hyper-parameter is another than the one by which
-                weights have already moved.
-        """
-        for parameter, record in self.records.items():
-            if parameter.grad is not None and registry.lookup(parameter) is not record:
-                raise StateError(f"{record.label}: another optimizer has taken it over; this one must not be used any more.")
-        self._check_numbers()
-        self.watch.look_back(self.records.values())
-        for parameter, record in self.records.items():
-            if isinstance(parameter.grad, MovedGrad) and not record.moved:
-                self._take_old(record, parameter.grad)
-            if record.moved and parameter.grad is not record.stand_in:
-                self.watch.failed("gradients are replaced or dropped between backward() and opt.step()")
-                raise record.stand_in.refusal("dropped" if parameter.grad is None else "replaced")
-            if record.moved and record.seen != record.look():
-                self.watch.failed("weights are written between backward() and opt.step()")
-                raise StateError(
-                    f"{record.label}: it was written between the backward, in which it has already moved, and opt.step(). Write "
-                    "it after opt.step(), or make the optimizer with step_in_backward=False."
-                )
-            if record.assigned is None and isinstance(parameter.grad, CompactGrad):
-                raise StateError(
-                    f"{record.label}: its gradient is the compact one of another optimizer, which holds only some rows. "
-                    "Call opt.zero_grad() and run forward and backward again."
-                )
-            if record.assigned is None or parameter.grad is None or isinstance(parameter.grad, MovedGrad):
-                continue
-            if isinstance(parameter.grad, CompactGrad):
-                if record.delivered is None or record.delivered() is not parameter.grad:  # another weight's, or a copy
-                    parameter.grad = parameter.grad.full()
-                    reduce(record)
-                continue
-            if record.chosen is None:
-                self._warn_full(record)
-            reduce(record)
-
-    def _take_old(self, record: ProjectedParameter, gradient: MovedGrad) -> None:
-        """Take a gradient from before the last ``opt.step()`` as torch does, which applies what it finds: zeros are a gradient.
-
-        Raises:
-            StateError: it was not cleared.
-        """
-        if not record.owns(gradient):
-            raise StateError(
-                f"{record.label}: another optimizer has already applied this gradient. Call opt.zero_grad() and run forward and "
-                "backward again."
-            )
-        if not gradient.zeroed:
-            self.watch.failed("gradients are not cleared after opt.step()")
-            raise StateError(
-                f"{record.label}: the gradient of its last step was not cleared, and cannot be applied again since it is gone. "
-                "Call opt.zero_grad() after each opt.step()."
-            )
-        record.parameter.grad = torch.zeros_like(record.parameter)
-        reduce(record)
-
-    def check_idle(self) -> None:
-        """Refuse another state between a backward that has moved weights and its ``opt.step()``; one that broke off is what
-        checkpoints are there for.
-
-        Raises:
-            StateError: naming a weight.
-        """
-        moved = [record for record in self.records.values() if record.moved]
-        if moved and not self.broken:
-            raise StateError(
-                f"{moved[0].label}: it has moved inside the backward, and its step is not closed. Call opt.step() or "
-                "opt.zero_grad() before load_state_dict(). Nothing was changed."
-            )
-
-    def check_rows(self, record: ProjectedParameter, state: Mapping[str, Any]) -> None:
-        """Refuse a state of other rows than those of a gradient that waits.
-
-        Raises:
-            StateError: naming the weight.
-        """
-        gradient = record.pending
-        if gradient is None or gradient.zeroed or gradient.fresh or record.chosen is None:
-            return
-        if not torch.equal(gradient.rows, state[record.selector].to(gradient.rows.device)):
-            raise StateError(
-                f"{record.label}: a gradient of it waits that was computed for other rows than those of the loaded state. Call "
-                "opt.step() or opt.zero_grad() before load_state_dict(). Nothing was changed."
-            )
-
-    def _check_numbers(self) -> None:
-        """Compare the hyper-parameters with those at the backward.
-
-        Raises:
-            StateError: weights have moved by others.
-        """
+    def changed_numbers(self) -> list[tuple[str, Any, Any]]:
+        """Hyper-parameters that differ from those at the last backward: name, value then, value now. Asked once a step."""
         began, now = self._began, self._numbers()
         self._began = None
-        changed = [key for key, value in now.items() if began is not None and began.get(key, value) != value]
-        if not changed:
-            return
-        self.watch.failed("hyper-parameters are written between backward() and opt.step()")
-        if moved := [record for record in self.records.values() if record.moved]:
-            assert began is not None
-            raise StateError(
-                f"{changed[0]} was changed from {began[changed[0]]!r} to {now[changed[0]]!r} after the backward, in which "
-                f"{len(moved)} weights ({moved[0].label} the first) have moved by the old value. Write it before the backward, "
-                "or make the optimizer with step_in_backward=False."
-            )
-
-    def _warn_full(self, record: ProjectedParameter) -> None:
-        self.warn_once(
-            "full",
-            f"{record.label}: it is projected, yet its gradient came in full, from outside of the compiled region (eager code, a "
-            "graph break, a shape beyond the recompile limit, a hook added later). Its selected rows are used. Compile that code "
-            "too, or keep the weight dense with exclude=.",
-        )
+        if began is None:
+            return []
+        return [(key, began[key], value) for key, value in now.items() if key in began and began[key] != value]
 
     def warn_once(self, kind: str, message: str) -> None:
         """Warn, once for each kind."""

@@ -1,4 +1,4 @@
-"""`ProjectedParameter`: how one parameter of an optimizer is projected, which rows it has, and what comes next.
+"""`ProjectedParameter`: one parameter of an optimizer, its rows, and what becomes of its gradients.
 
 A compiled graph serves many parameters, so nothing about a parameter is baked into one: at each call the backend looks its
 `ProjectedParameter` up (`grass_compile.runtime.registry`).
@@ -6,68 +6,37 @@ A compiled graph serves many parameters, so nothing about a parameter is baked i
 
 from __future__ import annotations
 
-import dataclasses
 import weakref
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _autograd
 from ..checks import matching
-from ..config import GroupOptions, SiteConfig
+from ..config import GroupOptions
 from ..distributed.averaging import Averaging
 from ..distributed.layout import Layout
 from ..errors import ConfigError, StateError
 from ..math import selection
-from ..math.finite import is_finite
-from ..math.layout import layout_of, settled_state, step_state
-from ..math.noise import new_key
-from ..math.projection import SELECTORS, singular_vectors
-from ..math.refresh import settled
+from ..math.layout import step_state
 from ..math.rule import Rule
-from ..math.transfer import to_device
 from ..ops.scores import DUE
 from . import schedule
 from .compact import Assigned, initial_state, is_compact
 from .gradient import CompactGrad
 from .moved import MovedGrad
+from .rows import Owner, WeightRows
 
 Kernel = Callable[..., None]
 """``kernel(config, dim, compact_grad, weight, hyper, *state)`` runs one compiled step by itself, in place."""
 
 
-class Watch(Protocol):
-    """The watch that is told when a loop does something for which its steps have to wait."""
-
-    def failed(self, reason: str) -> None: ...
-
-
-class Owner(Protocol):
-    """The part of its manager that a parameter needs; see `grass_compile.runtime.manager.ProjectionManager`."""
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer | None: ...
-
-    @property
-    def watch(self) -> Watch: ...
-
-    @property
-    def records(self) -> Mapping[Tensor, ProjectedParameter]: ...
-
-
-class ProjectedParameter:
-    """One parameter of an optimizer that projects.
+class ProjectedParameter(WeightRows):
+    """One parameter of an optimizer that projects: its rows, and its gradients between a forward and the end of a step.
 
     Attributes:
-        parameter: the parameter.
-        name: its qualified name, or ``""`` if the optimizer was given parameters without names.
-        number: how many parameters its optimizer was given before.
-        group: its parameter group, read live.
-        options: our keywords of that group, validated.
-        rule: the update rule.
-        assigned: how it is projected, or None as long as it is not.
         kernel: the step by itself; supplied by the backend along with ``assigned``.
         outstanding: forwards that wait for their backward.
         moved: whether a backward has updated it since the last ``opt.step()``.
@@ -84,35 +53,26 @@ class ProjectedParameter:
         seen: where the weight stood, and its version, when its gradient was delivered or had moved it.
         leaf: the input of compiled graphs whose gradient is the compact one, see `grass_compile.runtime.delivery`.
         leaf_node: the autograd node that accumulates that.
-        averaging: how its gradient is averaged over processes; None on one.
     """
 
     __slots__ = (
-        "__weakref__", "_agrees", "_configs", "_lead", "_noise", "_owner", "_proposed", "_scratch", "_square_sum", "_stand_in",
-        "assigned", "averaging", "chosen", "delivered", "flight", "group", "kernel", "leaf",
-        "leaf_node", "moved", "name", "number", "options", "outstanding", "parameter", "proposes", "refreshed", "rows", "rule",
-        "seen", "skipped", "trained_dense",
+        "_agrees", "_square_sum", "_stand_in", "chosen", "delivered", "flight", "kernel", "leaf", "leaf_node", "moved",
+        "outstanding", "proposes", "refreshed", "rows", "seen", "skipped", "trained_dense",
     )  # fmt: skip
 
     def __init__(
         self, parameter: Tensor, name: str, group: dict[str, Any], options: GroupOptions, rule: Rule, owner: Owner
     ) -> None:
-        self.parameter = parameter
-        self._owner = weakref.ref(owner)
-        self.name, self.group, self.options, self.rule = name, group, options, rule
-        self.number = len(owner.records)
-        self.assigned: Assigned | None = None
+        super().__init__(parameter, name, group, options, rule, owner)
         self.kernel: Kernel | None = None
         self.outstanding: weakref.WeakSet[Any] = weakref.WeakSet()
         self.refreshed, self.skipped = False, 0
-        self._configs: dict[Any, SiteConfig] = {}
         self._agrees = False
-        self.averaging: Averaging | None = None
         self.forget()
 
     def forget(self) -> None:
         """Forget what follows from the options and the state; they have changed."""
-        self._configs.clear()
+        self.forget_rows()
         self.leaf: Tensor | None = None
         self.leaf_node: Any = None
         self.rows: Tensor | None = None
@@ -121,43 +81,10 @@ class ProjectedParameter:
         self.delivered: weakref.ref[CompactGrad] | None = None
         self.seen: tuple[int, int] | None = None
         self.moved = self.trained_dense = self.proposes = False
-        self._scratch: Tensor | None = None
-        self._noise: Tensor | None = None
-        self._proposed: Tensor | None = None
         self._square_sum: Tensor | None = None
         self._stand_in: MovedGrad | None = None
-        self._lead: weakref.ref[ProjectedParameter] | None = None
-
-    @property
-    def owner(self) -> Owner | None:
-        """None if the optimizer is gone."""
-        owner = self._owner()
-        return owner if owner is not None and owner.optimizer is not None else None
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """``optimizer.state[parameter]``."""
-        owner = self._owner()
-        optimizer = owner.optimizer if owner is not None else None
-        assert optimizer is not None
-        return optimizer.state[self.parameter]  # type: ignore[no-any-return]
-
-    @property
-    def label(self) -> str:
-        """The name, for messages."""
-        return self.name or f"parameter {self.number}"
 
     # ----------------------------------------------------------------------------------------------- how it is projected
-
-    def config(self) -> SiteConfig:
-        """The optimizer's wishes for this weight now; the axis is fixed once it is assigned."""
-        decays = self.group["weight_decay"] != 0
-        axis = self.assigned.axis if self.assigned else self.options.axis
-        key = (decays, axis)
-        if key not in self._configs:
-            layout = self.averaging.layout if self.averaging is not None else None
-            self._configs[key] = dataclasses.replace(self.options.site(axis, decays, self.rule), layout=layout)
-        return self._configs[key]
 
     def spread(self, layout: Layout) -> None:
         """Note that the weight is spread over processes; that cannot change any more.
@@ -196,11 +123,6 @@ class ProjectedParameter:
         if moments and not self.trained_dense:
             self.trained_dense = any(bool(moment.count_nonzero()) for moment in moments)
         return bool(moments) and self.trained_dense
-
-    def optimizer_state(self) -> Mapping[str, Any]:
-        """The state as it is, without creating an entry."""
-        optimizer = self.owner.optimizer if self.owner is not None else None
-        return optimizer.state.get(self.parameter, {}) if optimizer is not None else {}
 
     def assign(self, assigned: Assigned, kernel: Kernel) -> None:
         """Settle how this weight is projected, and create its compact state.
@@ -305,23 +227,6 @@ class ProjectedParameter:
 
     # -------------------------------------------------------------------------------------------------- when, and numbers
 
-    @property
-    def offset(self) -> int:
-        """Steps by which its refreshes, but for the first, come early."""
-        count = len(self.owner.records) if self.owner is not None else 1
-        return schedule.offset(self.lead.number, count, self.options.update_proj_gap, self.options.stagger)
-
-    @property
-    def due(self) -> bool:
-        """Whether the next backward has to choose new rows: those of its own gradient, or those of the next step."""
-        ahead = self.options.scores != "exact"
-        return schedule.is_due(int(self.state["updates"]), self.offset, self.options.update_proj_gap, ahead)
-
-    @property
-    def renewed(self) -> bool:
-        """Whether the next update is that of rows which its own backward chooses."""
-        return self.due and self.options.scores == "exact"
-
     def next_step(self, fresh: bool) -> int:
         """Updates since the moments were last zero, the next one included; 0 where the step itself counts them.
 
@@ -336,7 +241,11 @@ class ProjectedParameter:
         """Weights for which this is equal may share one tensor of hyper-parameters: what never changes, and what does with each
         step."""
         seed = self.state["updates"] if self.draws else 0
-        return (id(self.group), self.parameter.dtype, self.parameter.device, self.offset), (self.next_step(fresh), seed)
+        return self.group_key(), (self.next_step(fresh), seed)
+
+    def group_key(self) -> tuple[Any, ...]:
+        """The part of `hyper_key` that never changes."""
+        return id(self.group), self.parameter.dtype, self.parameter.device, self.offset
 
     @property
     def draws(self) -> bool:
@@ -348,11 +257,6 @@ class ProjectedParameter:
         return schedule.seed_of(self.options.seed, self.state["updates"]) if self.draws else 0
 
     # ---------------------------------------------------------------------------------------------------- its tensors
-
-    @property
-    def selector(self) -> str:
-        """The state tensor that says where the compact gradient lies."""
-        return SELECTORS[self.options.projection]
 
     def tensors(self) -> list[Tensor]:
         """The tensors that a step reads and writes, in their order."""
@@ -366,28 +270,6 @@ class ProjectedParameter:
             wide = torch.promote_types(self.parameter.dtype, torch.float32)
             self._square_sum = torch.zeros(1, dtype=wide, device=self.parameter.device)
         return self._square_sum
-
-    def noise(self, drawn: bool) -> Tensor:
-        """The noise that draws new rows, ``[m]``; not part of the state, since the seed and the updates are.
-
-        Args:
-            drawn: whether its values matter.
-        """
-        if self._noise is None:
-            assert self.assigned is not None
-            wide = torch.promote_types(self.parameter.dtype, torch.float32)
-            self._noise = torch.full((self.parameter.shape[self.assigned.dim],), 0.5, dtype=wide, device=self.parameter.device)
-        if drawn:
-            with _autograd.unversioned([self._noise]):
-                selection.fill_with_noise(self._noise, self.options.seed, self.lead.number, self.state["updates"])
-        return self._noise
-
-    @property
-    def proposed(self) -> Tensor:
-        """Where a backward puts the rows that it proposes for the next step, ``int64[r]``."""
-        if self._proposed is None:
-            self._proposed = self.state["index"].clone()
-        return self._proposed
 
     def inputs(self, refresh: bool) -> list[Tensor]:
         """`tensors`, and the noise if there is any, as the inputs of a compiled region.
@@ -406,110 +288,22 @@ class ProjectedParameter:
             pending = self.pending
             waits = pending is not None and not pending.zeroed
             rows = pending.rows if waits and pending is not None else self.drawn() if self.options.blind else None
-            scratch = self._scratch_rows()
+            scratch = self.scratch_rows()
             with _autograd.unversioned([scratch]):
                 scratch.copy_(self.state[self.selector] if rows is None else rows)
-        return [self._scratch_rows(), *tensors[1:]]
-
-    def _scratch_rows(self) -> Tensor:
-        """Where a refresh puts what it chooses."""
-        if self._scratch is None:
-            self._scratch = self.state[self.selector].clone()
-        return self._scratch
-
-    def scratch_address(self) -> int:
-        """Where the rows stand that a refresh chooses."""
-        return self._scratch_rows().data_ptr()
+        return [self.scratch_rows(), *tensors[1:]]
 
     # -------------------------------------------------------------------------------------------------- choosing new rows
-
-    def select(self, gradient: Tensor) -> Tensor:
-        """New rows from a full gradient, as a refresh chooses them; or a new basis or key."""
-        assert self.assigned is not None
-        config = self.config()
-        if config.projection == "galore":
-            return singular_vectors(gradient, self.assigned.dim, self.assigned.rank)
-        if self.options.blind:
-            return self.drawn()
-        noise = self.noise(True) if config.selection in selection.DRAWN_BY_SCORE else None
-        scores = selection.scores(gradient, self.assigned.dim)
-        return selection.select(config.selection, scores, noise, self.assigned.rank)
-
-    def drawn(self) -> Tensor:
-        """The rows, or the key, that the due refresh takes where they depend on no gradient."""
-        assert self.assigned is not None
-        if self.options.projection == "gaussian":
-            return to_device(new_key(self.options.seed, self.number, self.state["updates"]), self.parameter.device)
-        noise = self.noise(True)
-        return selection.select(self.options.selection, torch.ones_like(noise), noise, self.assigned.rank)
 
     def expect(self, refresh: bool) -> None:
         """Note that a compact gradient is on its way, of the rows that a region was given or has chosen."""
         if not self.in_flight:
             exact = self.options.scores == "exact"
-            self.rows = self._scratch_rows() if refresh and exact else self.state[self.selector]
+            self.rows = self.scratch_rows() if refresh and exact else self.state[self.selector]
             self.proposes = refresh and not exact
         self.flight = _autograd.graph_task()
 
-    def settle(self, gradient: CompactGrad) -> None:
-        """Make the rows of a fresh gradient those of the state; unless they were chosen by that gradient, and its step will be
-        skipped."""
-        checked = self.options.checked and not self.options.blind
-        self._settle(gradient.rows, is_finite(gradient.compact) if checked else None)
-
-    def _settle(self, rows: Tensor, ok: Tensor | None) -> None:
-        assert self.assigned is not None
-        old_rows, dim, names = self.state[self.selector], self.assigned.dim, settled_state(self.config())
-        rest = [self.state[name] for name in names]
-        layouts = "".join(layout_of(self.rule, name)[0] for name in names)
-        new = settled(self.options.on_refresh, layouts, self.parameter.shape[dim], dim, old_rows, rows, rest)
-
-        def unless_skipped(value: Tensor, old: Tensor) -> Tensor:
-            return value if ok is None else torch.where(ok, value, old)
-
-        with _autograd.unversioned(rest):
-            for old, value in zip(rest, new, strict=True):
-                old.copy_(unless_skipped(value, old))
-        self._choose(unless_skipped(rows, old_rows))
-
-    def _choose(self, rows: Tensor) -> None:
-        """Make ``rows`` those of the state.
-
-        A basis is taken over as it is, and the old one is not written: it may be that of a compact gradient that somebody keeps.
-        """
-        if self.options.projection == "galore":
-            self.state[self.selector] = rows
-            self._scratch = None
-            return
-        with _autograd.unversioned([self.state[self.selector]]):
-            self.state[self.selector].copy_(rows)
-
-    def restart(self) -> None:
-        """Before a backward that moves the weight by what was drawn blindly: the state that goes with that. (A refresh in the
-        graph sees to it itself.) A backward that breaks off has done no harm: the refresh is still due, and draws the same. A
-        step that is skipped keeps what was drawn."""
-        if self.options.projection == "grass":
-            self._settle(self._scratch_rows(), None)
-        elif self.options.on_refresh == "reset":
-            moments = [self.state[name] for name in settled_state(self.config())]
-            with _autograd.unversioned(moments):
-                for moment in moments:
-                    moment.zero_()
-
-    def renew(self, rows: Tensor) -> None:
-        """Go over to other rows between two steps: those that were proposed by the one that is done, or another weight's."""
-        self._settle(rows, None)
-        if self.options.on_refresh == "reset" and not self.config().counted:  # otherwise the count is settled with the rest
-            self.state["step"].zero_()
-
     # ------------------------------------------------------------------------------------------------ rows in common
-
-    @property
-    def lead(self) -> ProjectedParameter:
-        """The record whose columns these are, and whose choice of new ones will be made here too: itself, unless it follows
-        another."""
-        lead = self._lead() if self._lead is not None else None
-        return lead if lead is not None else self
 
     def follow(self, lead: ProjectedParameter) -> bool:
         """Have the columns that ``lead`` has, from now on.
@@ -536,7 +330,7 @@ class ProjectedParameter:
         """Note that a backward has moved the weight."""
         exact = self.options.scores == "exact"
         if refresh and exact:
-            self._choose(self._scratch_rows())
+            self.choose(self.scratch_rows())
         self.count(refresh and exact)
         if refresh and not exact:
             self.renew(self.lead.proposed)
@@ -546,7 +340,7 @@ class ProjectedParameter:
 
     def broke_off_after_refresh(self) -> None:
         """Note that a backward has chosen new rows, and settled the state with them, but has not moved the weight."""
-        self._choose(self._scratch_rows())
+        self.choose(self.scratch_rows())
 
     def count(self, fresh: bool) -> None:
         """Note that this weight was updated, or that its step was skipped: that is for the device to know."""

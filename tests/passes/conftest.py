@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,10 +23,14 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[fx.GraphModule, fx.Gra
     forwards: dict[Any, fx.GraphModule] = {}
     transform, finish_forward, finish_backward = pipeline.transform, pipeline.finish_forward, pipeline.finish_backward
 
-    def watched_transform(*args: Any, plan: pipeline.Plan, **kwargs: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
-        assert plan not in traced, "partitioned twice"
-        traced.add(plan)
-        return transform(*args, plan=plan, **kwargs)
+    def watched_transform(*args: Any, decide: Callable[..., pipeline.Plan], **kwargs: Any) -> Any:
+        def watched(found: pipeline.Analysis) -> pipeline.Plan:
+            plan = decide(found)
+            assert plan not in traced, "partitioned twice"
+            traced.add(plan)
+            return plan
+
+        return transform(*args, decide=watched, **kwargs)
 
     def watched_forward(gm: fx.GraphModule, plan: pipeline.Plan, refresh: Any) -> fx.GraphModule:
         before = op_counts(gm)
