@@ -17,6 +17,7 @@ from grass_compile.runtime.moved import MovedGrad
 
 from . import forms, paper
 from .harness import Pair, pair
+from .pairs import every_pair
 
 MICRO = 4
 Model = Callable[..., Any]
@@ -50,9 +51,7 @@ def updates(model: nn.Module, optimizer: torch.optim.Optimizer) -> set[int]:
 # ------------------------------------------------------------------------------------------------------- accumulation
 
 
-@pytest.mark.parametrize("deferred", [False, True])
-@pytest.mark.parametrize("axis", ["rows", "columns"])
-@pytest.mark.parametrize("rank", [32, 4, "blind"])
+@every_pair(rank=[32, 4, "blind"], axis=["rows", "columns"], deferred=[False, True])
 def test_accumulating_equals_one_big_batch(rank: int | str, axis: str, deferred: bool) -> None:
     """At full rank and with rows that are drawn blindly always; otherwise if the first micro-batch chooses the rows that the
     whole batch would."""

@@ -26,6 +26,8 @@ from grass_compile.runtime import registry
 from grass_compile.runtime.gradient import CompactGrad
 from grass_compile.runtime.moved import MovedGrad
 
+from .pairs import every_pair
+
 WIDTH = 8
 FULL: dict[str, Any] = dict(lr=1e-2, eps=1e-3, rank=WIDTH, on_refresh="carry", update_proj_gap=3)
 MODES = [True, False, "auto"]
@@ -363,9 +365,7 @@ def test_a_partial_rank_takes_the_rows_of_the_sum(mode: Any) -> None:
 # ----------------------------------------------------------------------------------------------------------------- hooks
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("kind", ["tensor", "accumulated", "node", "node prehook"])
+@every_pair(kind=["tensor", "accumulated", "node", "node prehook"], late=[False, True], mode=MODES)
 @pytest.mark.filterwarnings("ignore::grass_compile.GrassWarning")
 def test_hooks_see_the_whole_gradient(kind: str, late: bool, mode: Any) -> None:
     run, kept = Run(mode), []
@@ -442,9 +442,7 @@ class Packed:
         self.tensor = tensor.clone()
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("selection", ["uniform", "top", "norm"])
-@pytest.mark.parametrize("scores", ["exact", "estimate"])
+@every_pair(scores=["exact", "estimate"], selection=["uniform", "top", "norm"], mode=MODES)
 def test_saved_tensor_hooks_that_return_copies(mode: Any, selection: str, scores: str) -> None:
     if selection == "uniform" and scores != "exact":
         pytest.skip("uniform goes by no scores")
@@ -468,9 +466,7 @@ def test_saved_tensor_hooks_that_return_copies(mode: Any, selection: str, scores
 # -------------------------------------------------------------------------------------------- falling out of the graph
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("selection", SELECTIONS)
-@pytest.mark.parametrize("way", ["stance", "disabled"])
+@every_pair(way=["stance", "disabled"], selection=SELECTIONS, mode=MODES)
 def test_a_call_that_falls_out_of_the_graph_trains_on(way: str, selection: str, mode: Any) -> None:
     run = Run(mode, selection=selection)
 

@@ -12,6 +12,7 @@ from grass_compile.math.reference import ReferenceAdamW
 
 from . import forms, paper
 from .harness import KEYWORDS, Pair, pair
+from .pairs import every_pair
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 STEPS = 7  # with a refresh every 3 steps: the first, and two more
@@ -42,9 +43,7 @@ def check_against_oracle(run: Pair, model64: nn.Module, dtype: torch.dtype) -> N
         assert dict(run.model.named_parameters())[name].grad is None
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("axis", ["rows", "columns"])
-@pytest.mark.parametrize("name", forms.FORMS)
+@every_pair(name=forms.FORMS, axis=["rows", "columns"], dtype=DTYPES)
 def test_form_equals_oracle(name: str, axis: str, dtype: str) -> None:
     model = forms.FORMS[name]()
     model64 = copy.deepcopy(model).to(DTYPES[dtype]).double()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import grass_compile
 
 from . import paper
+from .pairs import every_pair
 
 WIDTH, LAYERS, STEPS = 24, 3, 5
 
@@ -61,10 +62,7 @@ def made(checkpoint: bool, shared: bool = False) -> Stack:
     return Stack(checkpoint, shared).double()
 
 
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("deferred", [False, True])
-@pytest.mark.parametrize("axis", ["rows", "columns"])
-@pytest.mark.parametrize("whole", [True, False])
+@every_pair(whole=[True, False], axis=["rows", "columns"], deferred=[False, True], shared=[False, True])
 def test_checkpointing_changes_nothing(axis: str, whole: bool, deferred: bool, shared: bool) -> None:
     """The whole model compiled (recomputation in the graph), and blocks compiled one by one (recomputation around them)."""
     losses = []

@@ -39,7 +39,7 @@ def settled_state(config: SiteConfig) -> tuple[str, ...]:
 
 
 def layout_of(rule: Rule, name: str) -> str:
-    """The `Layout` of a tensor of `step_state`."""
+    """The `StateLayout` of a tensor of `step_state`."""
     return "selected" if name == "step" else rule.layout(name)
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-Layout = Literal["full", "selected", "others", "whole"]
+StateLayout = Literal["full", "selected", "others", "whole"]
 """A state tensor has a number for each element of the compact gradient, for each selected row, for each feature of the rows, or
 for the weight as a whole. On a refresh, numbers that belong to rows go with them; ``others`` and ``whole`` stay, unless
 everything is reset."""
@@ -36,7 +36,7 @@ class Rule(abc.ABC):
     state_names: ClassVar[tuple[str, ...]]
     """Names of the state tensors, zero when the rows are new."""
 
-    state_layout: ClassVar[Mapping[str, Layout]] = {}
+    state_layout: ClassVar[Mapping[str, StateLayout]] = {}
     """The layout of each; those that are not named are ``full``."""
 
     state_dtypes: ClassVar[Mapping[str, torch.dtype]] = {}
@@ -77,7 +77,7 @@ class Rule(abc.ABC):
             The update, to be *subtracted* from the weight, learning rate included; and the new state.
         """
 
-    def layout(self, name: str) -> Layout:
+    def layout(self, name: str) -> StateLayout:
         """The layout of one state tensor."""
         return self.state_layout.get(name, "full")
 

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import grass_compile
 from grass_compile import ConfigError, StateError
 
+from ..pairs import every_pair
 from .ranks import Ranks, result_of
 from .training import HIDDEN, PROJECTED, RANK, WIDTH, WORLD, Decoder, Outcome, Training, batches, micro_batches, train
 
@@ -54,9 +55,7 @@ DENSE = sum(p.numel() for name, p in Decoder().named_parameters() if name.remove
 COMPACT = {"columns": sum(m * RANK for m, _ in SHAPES), "rows": sum(n * RANK for _, n in SHAPES)}
 
 
-@pytest.mark.parametrize("mode", [True, "auto", False])
-@pytest.mark.parametrize("selection", ["uniform", "top", "norm"])
-@pytest.mark.parametrize("axis", ["columns", "rows"])
+@every_pair(axis=["columns", "rows"], selection=["uniform", "top", "norm"], mode=[True, "auto", False])
 def test_two_ranks_are_one_process(ranks: Ranks, axis: str, selection: str, mode: Any) -> None:
     """And a regular step sends exactly the compact gradients, and the dense rest."""
     found = compare(ranks, Training(how(axis=axis, selection=selection, step_in_backward=mode)))

@@ -19,6 +19,7 @@ from grass_compile.passes.kernel import step_graphs
 
 from .. import forms, paper
 from ..harness import products
+from ..pairs import every_pair
 from .graphs import train
 
 aten = torch.ops.aten
@@ -44,9 +45,7 @@ def saved(forward: fx.GraphModule) -> list[tuple[int, ...]]:
     return [tuple(value.meta["val"].shape) for value in values]
 
 
-@pytest.mark.parametrize("axis", ["rows", "columns"])
-@pytest.mark.parametrize("projection", ["galore", "gaussian"])
-@pytest.mark.parametrize("name", NAMES)
+@every_pair(name=NAMES, projection=["galore", "gaussian"], axis=["rows", "columns"])
 def test_no_full_product_on_a_regular_step(name: str, projection: str, axis: str, graphs: list[Any]) -> None:
     model = forms.FORMS[name]()
     train(model, axis=axis, projection=projection, update_proj_gap=1 if projection == "gaussian" else 200)
@@ -101,9 +100,7 @@ def test_a_basis_for_the_backward_is_made_there(projection: str, graphs: list[An
         assert node.next is reader and reader.target is aten.mm.default
 
 
-@pytest.mark.parametrize("axis", ["rows", "columns"])
-@pytest.mark.parametrize("projection", ["galore", "gaussian"])
-@pytest.mark.parametrize("name", NAMES)
+@every_pair(name=NAMES, projection=["galore", "gaussian"], axis=["rows", "columns"])
 def test_without_rewrite_the_numbers_are_the_same(name: str, projection: str, axis: str) -> None:
     model = forms.FORMS[name]().double()
     twin = copy.deepcopy(model)

@@ -14,6 +14,7 @@ from grass_compile.optim.rules import AdamWRule
 
 from .. import forms, paper
 from ..harness import pair
+from ..pairs import every_pair
 
 
 def mlp() -> nn.Module:
@@ -54,9 +55,7 @@ def test_full_rank_equals_torch_adamw(axis: str, compiler: str) -> None:
         assert float(state["step"]) == 20
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-@pytest.mark.parametrize("on_refresh", ["reset", "carry"])
-@pytest.mark.parametrize("axis", ["rows", "columns"])
+@every_pair(axis=["rows", "columns"], on_refresh=["reset", "carry"], weight_decay=[0.0, 0.1])
 def test_refresh_equals_oracle(axis: str, on_refresh: str, weight_decay: float) -> None:
     torch.manual_seed(1)
     model = forms.Linear().double()

@@ -18,6 +18,7 @@ from grass_compile.optim.rules.adamw8bit import positive_codes, positive_values,
 
 from .. import paper
 from ..compact import Net, State, backward, check
+from ..pairs import every_pair
 
 AXES = ("rows", "columns")
 
@@ -128,9 +129,7 @@ def test_full_rank_equals_the_formula(axis: str, block: int) -> None:
     check(AdamW8bitRule(block), adamw8bit(1e-2, block), axis=axis, rank=24, gap=100, steps=20, **KEYWORDS)
 
 
-@pytest.mark.parametrize("deferred", [False, True])
-@pytest.mark.parametrize("on_refresh", ["reset", "carry", "keep"])
-@pytest.mark.parametrize("axis", AXES)
+@every_pair(axis=AXES, on_refresh=["reset", "carry", "keep"], deferred=[False, True])
 def test_selected_rows_equal_the_formula(axis: str, on_refresh: str, deferred: bool) -> None:
     """Codes and largest magnitudes go with their rows."""
     keywords = {**KEYWORDS, "step_in_backward": not deferred}

@@ -18,6 +18,7 @@ from grass_compile.optim.rules import ApolloRule
 
 from .. import paper
 from ..compact import State, backward, check
+from ..pairs import every_pair
 
 AXES = ("rows", "columns")
 KEYWORDS: dict[str, Any] = dict(lr=1e-2, betas=(0.9, 0.99), eps=1e-6)
@@ -46,9 +47,7 @@ def test_full_rank_equals_the_formula(axis: str, growth: float) -> None:
     check(ApolloRule(4, growth), apollo(1e-2, 4, growth), axis=axis, rank=24, gap=100, steps=15, shared=("norm",), **KEYWORDS)
 
 
-@pytest.mark.parametrize("deferred", [False, True])
-@pytest.mark.parametrize("on_refresh", ["reset", "carry", "keep"])
-@pytest.mark.parametrize("axis", AXES)
+@every_pair(axis=AXES, on_refresh=["reset", "carry", "keep"], deferred=[False, True])
 def test_selected_rows_equal_the_formula(axis: str, on_refresh: str, deferred: bool) -> None:
     """Moments go with their rows; the norm belongs to the weight as a whole."""
     keywords = {**KEYWORDS, "step_in_backward": not deferred, "on_refresh": on_refresh}

@@ -16,6 +16,7 @@ from grass_compile.optim.rules.muon import iteration_dtype, orthogonalize
 
 from .. import paper
 from ..compact import Net, State, backward, check
+from ..pairs import every_pair
 
 AXES = ("rows", "columns")
 NEAR = 1e-9 if iteration_dtype(torch.device("cpu")) == torch.bfloat16 else 1e-6
@@ -45,9 +46,7 @@ def test_full_rank_equals_the_formula(axis: str, nesterov: bool) -> None:
     check(rule, muon(1e-2, nesterov), axis=axis, rank=24, gap=100, steps=15, **KEYWORDS)
 
 
-@pytest.mark.parametrize("deferred", [False, True])
-@pytest.mark.parametrize("on_refresh", ["reset", "carry", "keep"])
-@pytest.mark.parametrize("axis", AXES)
+@every_pair(axis=AXES, on_refresh=["reset", "carry", "keep"], deferred=[False, True])
 def test_selected_rows_equal_the_formula(axis: str, on_refresh: str, deferred: bool) -> None:
     keywords = {**KEYWORDS, "step_in_backward": not deferred, "on_refresh": on_refresh}
     model, optimizer = check(MuonRule(dtype=torch.float64), muon(1e-2, True), axis=axis, **keywords)

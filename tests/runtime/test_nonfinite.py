@@ -19,6 +19,7 @@ from grass_compile.math.selection import SAMPLED
 from grass_compile.runtime import nonfinite
 
 from .. import paper
+from ..pairs import every_pair
 
 NAN, INF = float("nan"), float("inf")
 PROJECT: dict[str, Any] = dict(rank=6, axis="rows", update_proj_gap=3)
@@ -383,10 +384,7 @@ def test_clipping_sound_gradients_is_torchs(order: float) -> None:
 # ------------------------------------------------------------------------------------------------------------ a refresh
 
 
-@pytest.mark.parametrize("checked", [True, False])
-@pytest.mark.parametrize("kind", ["nan", "inf", "zero", "one nan"])
-@pytest.mark.parametrize("chosen_by", ["top", *SAMPLED])
-@pytest.mark.parametrize("dim", [0, 1])
+@every_pair(dim=[0, 1], chosen_by=["top", *SAMPLED], kind=["nan", "inf", "zero", "one nan"], checked=[True, False])
 def test_rows_are_valid(dim: int, chosen_by: str, kind: str, checked: bool) -> None:
     """Unchecked, a refresh chooses distinct rows from whatever it gets; checked, it does so from a sound gradient alone."""
     gradient = torch.full((10, 12), {"nan": NAN, "inf": INF}.get(kind, 0.0))

@@ -22,6 +22,7 @@ from grass_compile.math import noise, projection
 from grass_compile.runtime.moved import MovedGrad
 
 from .. import forms, paper
+from ..pairs import every_pair
 
 RANK, GAP, SEED = 6, 3, 4
 KEYWORDS: dict[str, Any] = dict(lr=1e-2, eps=1e-3, rank=RANK, update_proj_gap=GAP, seed=SEED, scale=0.25)
@@ -169,10 +170,7 @@ def train_both(model: nn.Module, call: Any, optimizer: torch.optim.Optimizer, tw
         assert difference(model, twin) < 1e-10, step
 
 
-@pytest.mark.parametrize("loop", LOOPS)
-@pytest.mark.parametrize("on_refresh", ["reset", "keep"])
-@pytest.mark.parametrize("axis", ["auto", "rows", "columns"])
-@pytest.mark.parametrize("kind", DENSE)
+@every_pair(kind=DENSE, axis=["auto", "rows", "columns"], on_refresh=["reset", "keep"], loop=LOOPS)
 def test_training_equals_the_formula(kind: str, axis: str, on_refresh: str, loop: str) -> None:
     model, keywords = layers(), LOOPS[loop]
     twin = copy.deepcopy(model)
@@ -490,9 +488,7 @@ def test_a_gradient_that_is_not_finite_is_seen(bad: float) -> None:
     assert difference(*results) == 0.0
 
 
-@pytest.mark.parametrize("loop", ["fused", "deferred", "clipped"])
-@pytest.mark.parametrize("on_refresh", ["reset", "keep"])
-@pytest.mark.parametrize("kind", DENSE)
+@every_pair(kind=DENSE, on_refresh=["reset", "keep"], loop=["fused", "deferred", "clipped"])
 def test_steps_that_are_skipped_equal_the_formula(kind: str, on_refresh: str, loop: str) -> None:
     """A refresh by singular vectors that is skipped is due again; one by random vectors, which no gradient chooses, and a regular
     step count."""
@@ -602,10 +598,7 @@ def trained(model: nn.Module, steps: int, kind: str, **keywords: Any) -> tuple[A
     return optimizer, train
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("deferred", [False, True])
-@pytest.mark.parametrize("steps", [GAP - 1, GAP])
-@pytest.mark.parametrize("kind", DENSE)
+@every_pair(kind=DENSE, steps=[GAP - 1, GAP], deferred=[False, True], dtype=[torch.float32, torch.bfloat16])
 def test_resume_is_bit_for_bit(kind: str, steps: int, deferred: bool, dtype: torch.dtype) -> None:
     """Within an interval and right before a refresh; the state holds tensors and plain values only."""
     keywords = {"step_in_backward": not deferred, "stochastic_rounding": dtype == torch.bfloat16, "on_refresh": "keep"}

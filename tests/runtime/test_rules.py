@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 import grass_compile
 from grass_compile import ConfigError, GraphError
-from grass_compile.optim.rules import AdafactorRule, Layout, sonew
+from grass_compile.optim.rules import AdafactorRule, StateLayout, sonew
 from tests.compact import Net
 
 from .. import paper
+from ..pairs import every_pair
 
 AXES = ("rows", "columns")
 
@@ -76,9 +77,7 @@ PAIRS: dict[str, tuple[Make, Make, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("deferred", [False, True])
-@pytest.mark.parametrize("axis", AXES)
-@pytest.mark.parametrize("name", PAIRS)
+@every_pair(name=PAIRS, axis=AXES, deferred=[False, True])
 def test_full_rank_equals_the_reference(name: str, axis: str, deferred: bool) -> None:
     ours, theirs, keywords = PAIRS[name]
     torch.manual_seed(0)
@@ -117,9 +116,7 @@ def test_adafactor_keeps_vectors(axis: str) -> None:
     assert state["row_var"].shape == (4,) and state["col_var"].shape == ((n,) if axis == "rows" else (m,))
 
 
-@pytest.mark.parametrize("name", PAIRS)
-@pytest.mark.parametrize("axis", AXES)
-@pytest.mark.parametrize("on_refresh", ["reset", "carry", "keep"])
+@every_pair(on_refresh=["reset", "carry", "keep"], axis=AXES, name=PAIRS)
 def test_state_follows_the_rows(name: str, axis: str, on_refresh: str) -> None:
     """What a refresh does to each tensor, by its layout; in the backward and where it waits for the step alike."""
     ours, _, keywords = PAIRS[name]
@@ -291,7 +288,7 @@ def test_unknown_rule_and_keyword() -> None:
 
 def test_layouts_are_what_the_rules_say() -> None:
     rule = AdafactorRule()
-    layouts: dict[str, Layout] = {name: rule.layout(name) for name in rule.state_names}
+    layouts: dict[str, StateLayout] = {name: rule.layout(name) for name in rule.state_names}
     assert layouts == {"row_var": "selected", "col_var": "others"} and not rule.elementwise
     assert RMSprop().layout("square_avg") == "full" and RMSprop().elementwise
 

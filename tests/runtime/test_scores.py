@@ -20,6 +20,7 @@ from grass_compile.runtime.schedule import seed_of
 from tests.harness import KEYWORDS
 
 from .. import paper
+from ..pairs import every_pair
 
 RANK, GAP = 4, 3
 
@@ -126,10 +127,7 @@ def run(how: str, axis: str, micro: int = 1, compiler: str = "aot_eager", steps:
         torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("how", ["sampled", "estimate"])
-@pytest.mark.parametrize("axis", ["rows", "columns"])
-@pytest.mark.parametrize("on_refresh", ["reset", "carry", "keep"])
-@pytest.mark.parametrize("fused", [True, False])
+@every_pair(fused=[True, False], on_refresh=["reset", "carry", "keep"], axis=["rows", "columns"], how=["sampled", "estimate"])
 def test_against_the_oracle(how: str, axis: str, on_refresh: str, fused: bool) -> None:
     run(how, axis, on_refresh=on_refresh, step_in_backward=fused, weight_decay=0.1)
 

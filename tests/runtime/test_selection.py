@@ -19,6 +19,7 @@ from grass_compile.math import selection
 
 from .. import forms, paper
 from ..harness import pair
+from ..pairs import every_pair
 
 SELECTIONS = ("top", *selection.SAMPLED)
 DRAWS = 20_000
@@ -104,10 +105,7 @@ def loss_of(out: Tensor) -> Tensor:
     return (out - 1.0).square().mean()
 
 
-@pytest.mark.parametrize("deferred", [False, True])
-@pytest.mark.parametrize("on_refresh", ["reset", "carry", "keep"])
-@pytest.mark.parametrize("axis", ["rows", "columns"])
-@pytest.mark.parametrize("kind", SELECTIONS)
+@every_pair(kind=SELECTIONS, axis=["rows", "columns"], on_refresh=["reset", "carry", "keep"], deferred=[False, True])
 def test_training_equals_the_oracle(kind: str, axis: str, on_refresh: str, deferred: bool) -> None:
     torch.manual_seed(0)
     run = pair(
@@ -138,9 +136,7 @@ def test_staggered_refreshes_equal_the_oracle(axis: str, on_refresh: str) -> Non
     assert [step for step in range(14) if seen[step][1]] == [0, 2, 8]
 
 
-@pytest.mark.parametrize("nonfinite", ["raise", "propagate"])
-@pytest.mark.parametrize("on_refresh", ["reset", "carry", "keep"])
-@pytest.mark.parametrize("axis", ["rows", "columns"])
+@every_pair(axis=["rows", "columns"], on_refresh=["reset", "carry", "keep"], nonfinite=["raise", "propagate"])
 def test_each_weight_draws_blindly_at_a_time_of_its_own(axis: str, on_refresh: str, nonfinite: str) -> None:
     torch.manual_seed(0)
     run = pair(

@@ -16,6 +16,7 @@ from grass_compile.optim.rules.contrib.sketchy import leading
 
 from .. import paper
 from ..compact import Net, State, backward, check
+from ..pairs import every_pair
 
 AXES = ("rows", "columns")
 KEYWORDS: dict[str, Any] = dict(lr=1e-2, betas=(0.9, 0.99), eps=1e-8)
@@ -50,9 +51,7 @@ def test_full_rank_equals_the_formula(axis: str, size: int) -> None:
     check(SketchyRule(size), sketchy(1e-2, size), axis=axis, rank=24, gap=100, steps=15, shared=SHARED, **KEYWORDS)
 
 
-@pytest.mark.parametrize("deferred", [False, True])
-@pytest.mark.parametrize("on_refresh", ["reset", "carry", "keep"])
-@pytest.mark.parametrize("axis", AXES)
+@every_pair(axis=AXES, on_refresh=["reset", "carry", "keep"], deferred=[False, True])
 def test_selected_rows_equal_the_formula(axis: str, on_refresh: str, deferred: bool) -> None:
     """The first moments go with their rows; the sketch is of the features, and stays unless all is reset."""
     keywords = {**KEYWORDS, "step_in_backward": not deferred, "on_refresh": on_refresh}

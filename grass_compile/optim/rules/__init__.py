@@ -1,6 +1,6 @@
 """Update rules: an optimizer's arithmetic in the compact space, a few lines of PyTorch that are traced and compiled."""
 
-from ...math.rule import RESERVED, Layout, Rule, register_rule, registered_rules
+from ...math.rule import RESERVED, Rule, StateLayout, register_rule, registered_rules
 from .adafactor import AdafactorRule
 from .adam import AdamRule
 from .adamw import AdamWRule
@@ -12,8 +12,21 @@ from .sgd import SGDRule
 from .sonew import SONewRule
 
 __all__ = [
-    "RESERVED", "AdafactorRule", "AdamRule", "AdamW8bitRule", "AdamWRule", "ApolloRule", "Layout", "LionRule", "MuonRule",
-    "Rule", "SGDRule", "SONewRule", "SketchyRule", "register_rule", "registered_rules",
+    "RESERVED",
+    "AdafactorRule",
+    "AdamRule",
+    "AdamW8bitRule",
+    "AdamWRule",
+    "ApolloRule",
+    "LionRule",
+    "MuonRule",
+    "Rule",
+    "SGDRule",
+    "SONewRule",
+    "SketchyRule",
+    "StateLayout",
+    "register_rule",
+    "registered_rules",
 ]  # fmt: skip
 
 register_rule("adamw", AdamWRule())

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...math.rule import Layout, Rule
+from ...math.rule import Rule, StateLayout
 from ...ops.once import once
 
 
@@ -21,7 +21,7 @@ class AdafactorRule(Rule):
     """
 
     state_names: ClassVar[tuple[str, ...]] = ("row_var", "col_var")
-    state_layout: ClassVar[Mapping[str, Layout]] = {"row_var": "selected", "col_var": "others"}
+    state_layout: ClassVar[Mapping[str, StateLayout]] = {"row_var": "selected", "col_var": "others"}
     hyper_names: ClassVar[tuple[str, ...]] = ("lr", "beta2_decay", "eps1", "eps2", "d")
     defaults: ClassVar[Mapping[str, Any]] = {
         "lr": 1e-2,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ... import _aot
-from ...math.rule import Layout
+from ...math.rule import StateLayout
 from .adamw import AdamWRule
 
 
@@ -46,7 +46,7 @@ class AdamW8bitRule(AdamWRule):
     block_size: int = 128
 
     state_names: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_max", "exp_avg_sq", "exp_avg_sq_max")
-    state_layout: ClassVar[Mapping[str, Layout]] = {"exp_avg_max": "selected", "exp_avg_sq_max": "selected"}
+    state_layout: ClassVar[Mapping[str, StateLayout]] = {"exp_avg_max": "selected", "exp_avg_sq_max": "selected"}
     state_dtypes: ClassVar[Mapping[str, torch.dtype]] = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}
 
     def width(self, name: str, features: int) -> int | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ....math.noise import gaussian
-from ....math.rule import Layout
+from ....math.rule import StateLayout
 from ..adamw import AdamWRule
 
 
@@ -35,7 +35,7 @@ class ApolloRule(AdamWRule):
     seed: int = 0
 
     state_names: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq", "norm")
-    state_layout: ClassVar[Mapping[str, Layout]] = {"exp_avg": "selected", "exp_avg_sq": "selected", "norm": "whole"}
+    state_layout: ClassVar[Mapping[str, StateLayout]] = {"exp_avg": "selected", "exp_avg_sq": "selected", "norm": "whole"}
     defaults: ClassVar[Mapping[str, Any]] = {**AdamWRule.defaults, "eps": 1e-6, "weight_decay": 0.0}
 
     def width(self, name: str, features: int) -> int | None:

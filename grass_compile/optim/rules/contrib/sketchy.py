@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ....math.rule import Layout
+from ....math.rule import StateLayout
 from ..adamw import AdamWRule
 
 
@@ -40,7 +40,7 @@ class SketchyRule(AdamWRule):
 
     defaults: ClassVar[Mapping[str, Any]] = {**AdamWRule.defaults, "weight_decay": 0.0}
     state_names: ClassVar[tuple[str, ...]] = ("exp_avg", "sketch", "escaped", "total")
-    state_layout: ClassVar[Mapping[str, Layout]] = {"sketch": "others", "escaped": "whole", "total": "whole"}
+    state_layout: ClassVar[Mapping[str, StateLayout]] = {"sketch": "others", "escaped": "whole", "total": "whole"}
 
     def width(self, name: str, features: int) -> int | None:
         """The sketch has ``size`` numbers for each feature."""
