@@ -7,7 +7,9 @@ the seconds that a start takes; each compiles anew.
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import pathlib
 import random
@@ -96,8 +98,9 @@ def train(variant: str, folder: pathlib.Path, tell: Callable[[bytes], Any]) -> N
 # ------------------------------------------------------------------------------------------------------- who kills it
 
 
-def start(variant: str, folder: pathlib.Path) -> tuple[int, int]:
-    """Fork a training process; its id, and a pipe on which it tells what it is about to do."""
+def start(variant: str, folder: pathlib.Path, last: float = math.inf) -> tuple[int, int]:
+    """Fork a training process; its id, and a pipe on which it tells what it is about to do. It waits once it has told ``last``
+    times, so that a kill which comes late, on a busy machine, still finds it."""
     folder.mkdir(exist_ok=True)
     heard, said = os.pipe()
     child = os.fork()
@@ -107,7 +110,14 @@ def start(variant: str, folder: pathlib.Path) -> tuple[int, int]:
     status = 1
     try:
         os.close(heard)
-        train(variant, folder, lambda what: os.write(said, what))
+        told = itertools.count(1)
+
+        def tell(what: bytes) -> None:
+            os.write(said, what)
+            if next(told) >= last:
+                time.sleep(3600)
+
+        train(variant, folder, tell)
         status = 0
     finally:
         sys.stderr.flush()
@@ -125,9 +135,10 @@ def wait_for(heard: int, what: bytes, times: int) -> None:
 
 def kill_somewhere(variant: str, folder: pathlib.Path, chance: random.Random, moment: str, took: dict[str, float]) -> None:
     """Start a training process, and kill it while it starts, steps or saves."""
-    child, heard = start(variant, folder)
     told, times = {"start": (BEGIN, (0,)), "step": (BEGIN, (2, 3)), "save": (SAVE, (1, 2, 3))}[moment]
-    wait_for(heard, told, chance.choice(times))
+    number = chance.choice(times)
+    child, heard = start(variant, folder, last=2 * number + 3)  # it tells two things a step
+    wait_for(heard, told, number)
     time.sleep(chance.uniform(0, took[moment]))
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)

@@ -53,7 +53,7 @@ def test_form_equals_oracle(name: str, axis: str, dtype: str) -> None:
 
 
 @pytest.mark.inductor
-@pytest.mark.parametrize(("axis", "dtype"), [("rows", "bf16"), ("columns", "fp32")])
+@pytest.mark.parametrize(("axis", "dtype"), [pytest.param("rows", "bf16", marks=pytest.mark.exhaustive), ("columns", "fp32")])
 def test_all_forms_under_inductor(axis: str, dtype: str) -> None:
     without = ("Autocast",) if dtype == "bf16" else ()
     model = forms.Everything(without)

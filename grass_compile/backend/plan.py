@@ -13,9 +13,10 @@ from torch import Tensor
 from .. import _autograd, _dynamo
 from ..checks import rank_along
 from ..config import BackendOptions, SiteConfig
-from ..errors import GraphError
+from ..errors import ConfigError, GraphError
 from ..keywords import Axis
-from ..math.layout import SHARED_HYPER, graph_state
+from ..math.layout import SHARED_HYPER
+from ..passes.joint.detect import OWNED_BY_PARTS
 from ..passes.records import Analysis, Plan, Projection, WeightInput
 from ..runtime import registry
 from ..runtime.call import manager_of
@@ -45,9 +46,11 @@ def make_plan(
 
     Raises:
         GraphError: ``strict``, and a weight that should be projected is not.
+        ConfigError: a weight is to be projected along the dimension that is sharded.
     """
     if options.strict:
         _check_strict(analysis)
+    _check_sharded(analysis)
     if not analysis.projections:
         return None
     for projection in analysis.projections:
@@ -135,7 +138,7 @@ def clipped_inside(parameters: Mapping[int, Tensor], records: Mapping[int, Proje
     manager = next((manager_of(record) for record in records.values()), None)
     if manager is None or manager.max_norm is None or manager.watch.mode is False:
         return None
-    if any(record.averaging is not None for record in records.values()):  # others average the dense gradients, later
+    if any(record.layout is not None for record in records.values()):  # others average the dense gradients, later
         return None
     positions = {id(tensor): position for position, tensor in parameters.items() if tensor.requires_grad}
     trained = [parameter for parameter in manager.records if parameter.requires_grad]
@@ -189,7 +192,10 @@ def fake_inputs(mode: Any, example_inputs: Sequence[Any], plan: Plan) -> list[Te
     with mode:
         for projection, slot in zip(plan.projections, plan.hyper, strict=True):
             weight = example_inputs[projection.position]
-            config, wide = projection.config, torch.promote_types(weight.dtype, torch.float32)
+            config, layout = projection.config, projection.config.layout
+            if layout is not None and layout.shape is not None:
+                weight = torch.empty(layout.shape, dtype=layout.dtype, device=weight.device)
+            wide = torch.promote_types(weight.dtype, torch.float32)
             state += _fake_state(projection, weight, wide)
             leaves.append(leaf_like(weight, Assigned(projection.axis, projection.dim, projection.rank)).requires_grad_())
             if slot not in hyper:
@@ -208,7 +214,8 @@ def _fake_state(projection: Projection, weight: Tensor, wide: torch.dtype) -> li
     made["square_sum"] = torch.empty(1, dtype=wide, device=weight.device)
     made["due"] = torch.empty((), dtype=torch.bool, device="cpu")
     made["noise"] = torch.empty(weight.shape[projection.dim], dtype=wide, device=weight.device)
-    return [made[name] for name in graph_state(config)]
+    made["shard"] = weight
+    return [made[name] for name in Plan.state_names(projection)]
 
 
 def _leaders(projections: Sequence[Projection], records: Sequence[ProjectedParameter]) -> tuple[int, ...]:
@@ -239,6 +246,16 @@ def _check_strict(analysis: Analysis) -> None:
     if dense:
         lines = "\n".join(f"  {refusal.weight.name}: {refusal.reason}" for refusal in dense)
         raise GraphError(f"strict: {len(dense)} weights stay dense. Exclude them by name or drop options['strict'].\n{lines}")
+
+
+def _check_sharded(analysis: Analysis) -> None:
+    """Raise if a weight is to be projected along the dimension that is sharded."""
+    for refusal in analysis.refusals:
+        if refusal.reason.startswith(OWNED_BY_PARTS):
+            raise ConfigError(
+                f"{refusal.weight.name}: {refusal.reason}. Columns go with the default sharding, rows with "
+                "fully_shard(..., shard_placement_fn=lambda parameter: Shard(1)); axis='auto' takes what goes."
+            )
 
 
 def parameters_of(captured: _dynamo.Captured, args: Sequence[Any]) -> dict[int, Tensor]:

@@ -15,8 +15,9 @@ from torch import Tensor, fx
 
 from .. import _autograd, _dynamo
 from ..config import BackendOptions
-from ..distributed import ddp
-from ..errors import GrassError, GrassWarning
+from ..distributed import ddp, fsdp
+from ..distributed.layout import is_sharded
+from ..errors import ConfigError, GrassError, GrassWarning
 from ..optim import adoption
 from ..optim.rules import AdamWRule
 from ..passes.pipeline import PASSES
@@ -154,7 +155,12 @@ class Region:
         module = ddp.active()
         asked, free = [], []
         for (position, name), parameter in zip(self.captured.parameters, parameters, strict=True):
-            record = registry.lookup(parameter)
+            if is_sharded(parameter):
+                raise ConfigError(
+                    f"{name}: the compiled region reads a DTensor, as under tensor parallelism, which is not supported yet. Use "
+                    "fully_shard alone, or another backend."
+                )
+            record = registry.lookup(parameter) or self._behind(name, parameter)
             held = held or record is not None
             if parameter.dim() == 2 and parameter.requires_grad:
                 if record is None:
@@ -165,8 +171,9 @@ class Region:
         for (position, name, record), hooked in zip(asked, hooks, strict=True):
             record.name = record.name or name
             if module is not None:
-                record.spread(layout := ddp.layout_of(module))
-                manager_of(record).meet(layout)
+                record.spread(ddp.layout_of(module))
+            if record.layout is not None:
+                manager_of(record).meet(record.layout)
             weights.append(WeightInput(record.name, position, record.config(), record.refusal(name, hooked)))
             records[position] = record
         if self.options.project is not None:
@@ -175,6 +182,26 @@ class Region:
         if not held and any(isinstance(parameter, torch.nn.Parameter) for parameter in parameters):
             self._warn_unheld()
         return tuple(weights), records
+
+    def _behind(self, name: str, parameter: Tensor) -> ProjectedParameter | None:
+        """The record of the sharded parameter of which this one is the whole, if FSDP2 has gathered it.
+
+        Raises:
+            ConfigError: it is sharded in a way that is not supported, or by a script that is to be projected unmodified.
+        """
+        found = fsdp.sharded_behind(parameter)
+        record = registry.lookup(found.parameter) if found is not None else None
+        if found is not None and record is None and self.options.project is not None:
+            raise ConfigError(
+                f"{name}: options={{'rank': ...}} projects the optimizers of torch on one process or under "
+                "DistributedDataParallel, not under fully_shard. Make the optimizer with grass_compile.AdamW(..., rank=...)."
+            )
+        if found is None or record is None:
+            return None
+        registry.register_gathered(record, parameter)
+        if parameter.dim() == 2 and record.options.rank is not None:
+            record.spread(fsdp.layout_of(record.name or name, found, parameter))
+        return record
 
     def _wish(self, free: Sequence[tuple[str, int, Tensor]]) -> None:
         """Note which weights could be projected once a known optimizer turns out to hold them."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, StateError
-from .layout import Layout
+from .layout import MeshDim
 
 Facts = dict[str, Any]
 """What is compared, by what it is called in a message."""
@@ -21,20 +21,20 @@ Facts = dict[str, Any]
 SAME = "All ranks have to train the same model with the same optimizer."
 
 
-def everyone(layout: Layout, mine: Any) -> list[Any]:
+def everyone(dim: MeshDim, mine: Any) -> list[Any]:
     """What each rank of a group has; all of them have to call this."""
     c10d: Any = torch.distributed.distributed_c10d
-    group = c10d._resolve_process_group(layout.group)
-    theirs: list[Any] = [None] * layout.size
+    group = c10d._resolve_process_group(dim.group)
+    theirs: list[Any] = [None] * dim.size
     torch.distributed.all_gather_object(theirs, mine, group=group)
     return theirs
 
 
-def check_settings(layout: Layout, facts: Facts, seeds: tuple[int, ...], drawn: bool) -> tuple[int, ...]:
+def check_settings(dim: MeshDim, facts: Facts, seeds: tuple[int, ...], drawn: bool) -> tuple[int, ...]:
     """Compare the settings of an optimizer on all ranks.
 
     Args:
-        layout: the group.
+        dim: the group.
         facts: what has to be the same on all.
         seeds: of its random numbers.
         drawn: whether they were drawn rather than given.
@@ -45,7 +45,7 @@ def check_settings(layout: Layout, facts: Facts, seeds: tuple[int, ...], drawn: 
     Raises:
         ConfigError: on all ranks, with the first difference.
     """
-    theirs = everyone(layout, (facts, seeds, drawn))
+    theirs = everyone(dim, (facts, seeds, drawn))
     first, common, was_drawn = theirs[0]
     for rank, (other, seeds_there, _) in enumerate(theirs):
         if set(other) != set(first):
@@ -64,14 +64,14 @@ def check_settings(layout: Layout, facts: Facts, seeds: tuple[int, ...], drawn: 
     return common  # type: ignore[no-any-return]
 
 
-def check_tensors(layout: Layout, tensors: dict[str, Tensor]) -> None:
+def check_tensors(dim: MeshDim, tensors: dict[str, Tensor]) -> None:
     """Compare tensors bit for bit on all ranks.
 
     Raises:
         StateError: on all ranks, naming the first that differs.
     """
     mine = {name: _checksum(tensor) for name, tensor in tensors.items()}
-    first, *others = everyone(layout, mine)
+    first, *others = everyone(dim, mine)
     for rank, other in enumerate(others, 1):
         for name in first:
             if other.get(name) != first[name]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .layout import Layout
+from .layout import Layout, MeshDim
 
 
 def active() -> Any:
@@ -45,7 +45,7 @@ def layout_of(ddp: Any) -> Layout:
     ):
         if used:
             raise ConfigError(f"DistributedDataParallel with {feature} is not supported: leave that out, or use another backend.")
-    return Layout(ddp.process_group.group_name, ddp.process_group.size())
+    return Layout((MeshDim(ddp.process_group.group_name, ddp.process_group.size()),))
 
 
 def take_out(ddp: Any, parameters: Iterable[Tensor]) -> None:

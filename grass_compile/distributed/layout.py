@@ -3,32 +3,90 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """The weight is the same on every rank of a group; each has the gradient of its own batch, and the mean is what moves it.
+class MeshDim:
+    """One dimension of the mesh of ranks that train a weight. Each rank has the gradient of its own batch; the mean moves the
+    weight.
 
     Attributes:
         group: the name of the process group, as functional collectives know it.
         size: how many ranks it has.
+        shards: the stored dimension of which each rank owns a part; None if all of them have the same.
     """
 
     group: str
     size: int
+    shards: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A weight that several ranks train.
+
+    Attributes:
+        mesh: the dimensions of the mesh.
+        shape: of the part that this rank owns; None if every rank has the whole of it.
+        dtype: of that part, which may be another than that of the whole which regions read; None where they are the same.
+        start: where that part begins in the whole, along the dimension that is sharded.
+        padded: how much of the dimension each rank would own if all had the same, the last ones included.
+        reduce_dtype: the dtype in which gradients are exchanged; None for their own.
+    """
+
+    mesh: tuple[MeshDim, ...]
+    shape: tuple[int, ...] | None = None
+    dtype: torch.dtype | None = None
+    start: int = 0
+    padded: int = 0
+    reduce_dtype: torch.dtype | None = None
+
+    @property
+    def shard(self) -> MeshDim | None:
+        """The dimension of the mesh over which the weight is sharded, or None."""
+        return next((dim for dim in self.mesh if dim.shards is not None), None)
+
+    @property
+    def sharded_dim(self) -> int | None:
+        """The stored dimension of the weight that is sharded, or None."""
+        return self.shard.shards if self.shard is not None else None
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are in all."""
+        total = 1
+        for dim in self.mesh:
+            total *= dim.size
+        return total
+
+    def leaves_out_ranks(self, shape: Sequence[int]) -> bool:
+        """Whether some ranks own no part of a weight of this shape."""
+        shard = self.shard
+        return shard is not None and shard.shards is not None and (shard.size - 1) * self.padded >= shape[shard.shards]
 
     def mean_(self, tensor: Tensor) -> Tensor:
-        """Replace a tensor by its mean over the ranks; all of them have to call this."""
+        """Replace a tensor by its mean over all ranks; all of them have to call this."""
         tensor.div_(self.size)
-        reduced = torch.ops._c10d_functional.all_reduce_(tensor, "sum", self.group)
-        return torch.ops._c10d_functional.wait_tensor(reduced)  # type: ignore[no-any-return]
+        for dim in self.mesh:
+            reduced = torch.ops._c10d_functional.all_reduce_(tensor, "sum", dim.group)
+            torch.ops._c10d_functional.wait_tensor(reduced)
+        return tensor
+
+    def norms(self, parts: Tensor) -> Tensor:
+        """Norms of whole vectors, of which each rank knows those of its part; all ranks have to call this."""
+        if self.shard is None:
+            return parts
+        reduced = torch.ops._c10d_functional.all_reduce(parts.square(), "sum", self.shard.group)
+        return torch.ops._c10d_functional.wait_tensor(reduced).sqrt()  # type: ignore[no-any-return]
 
 
 def averages(action: str, full: bool, syncs: bool) -> bool:
-    """Whether a backward averages one gradient inside its graph.
+    """Whether a backward averages one gradient inside its graph, of a weight that is the same on all ranks.
 
     Args:
         action: what it does with it.
@@ -40,14 +98,44 @@ def averages(action: str, full: bool, syncs: bool) -> bool:
     return syncs and action != "skip"
 
 
-def sharded_by(parameter: Tensor) -> str | None:
-    """The name of the wrapper that shards a parameter, or None."""
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is spread over ranks by ``torch.distributed.tensor``."""
+    kind = _dtensor()
+    return kind is not None and isinstance(tensor, kind)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """The part of a ``DTensor`` that this rank owns, itself and not a view of it; any other tensor as it is."""
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+def placed_like(parameter: Tensor, part: Tensor) -> Tensor:
+    """A ``DTensor`` that is spread as a parameter is, of which ``part`` is what this rank owns."""
+    spec = parameter._spec  # type: ignore[attr-defined]
+    with torch.no_grad():
+        return _dtensor()(part, spec, requires_grad=False)  # type: ignore[no-any-return]
+
+
+def placed_along(parameter: Tensor, part: Tensor, dim: int, length: int) -> Tensor:
+    """A ``DTensor`` that is spread as a parameter is and has its shape but for ``length`` along ``dim``."""
+    spread: Any = parameter
+    shape = list(parameter.shape)
+    shape[dim] = length
+    whole = dict(run_check=False, shape=torch.Size(shape), stride=(shape[1], 1))
+    return _dtensor().from_local(part, spread.device_mesh, spread.placements, **whole)  # type: ignore[no-any-return]
+
+
+def _dtensor() -> Any:
+    """The class, or None where torch was built without it."""
     if not torch.distributed.is_available():
         return None
     from torch.distributed.tensor import DTensor
 
-    if isinstance(parameter, DTensor):
-        return "fully_shard (FSDP2) or another DTensor wrapper"
+    return DTensor
+
+
+def sharded_by(parameter: Tensor) -> str | None:
+    """The name of a wrapper whose parameters cannot be trained here, or None."""
     if hasattr(parameter, "_fsdp_flattened") or type(parameter).__name__ == "FlatParameter":
         return "FullyShardedDataParallel (FSDP1)"
     return None

@@ -56,6 +56,10 @@ class Rule(abc.ABC):
     reads_weight: ClassVar[bool] = False
     """Whether `update` finds the selected rows of the weight in ``state["weight"]``."""
 
+    by_parts: ClassVar[bool] = False
+    """Whether the update of a part of the weight is that part of the update of the whole, so that ranks which own a part each
+    (FSDP2) need nothing of one another. It holds for the `update` of the same class, not for one that overrides it."""
+
     def hyper(self, group: Mapping[str, Any]) -> tuple[float, ...]:
         """The values for ``hyper_names`` from a parameter group, computed in double precision on the host."""
         return tuple(float(group[name]) for name in self.hyper_names)
@@ -98,6 +102,12 @@ class Rule(abc.ABC):
         shapes = {"selected": (tensor.shape[0], -1), "others": (-1, tensor.shape[-1]), "whole": (1, 1)}
         layout = self.layout(name)
         return tensor if layout == "full" else tensor.reshape(shapes[layout])
+
+    @property
+    def updates_by_parts(self) -> bool:
+        """`by_parts`, of the class that `update` comes from."""
+        source = next(kind for kind in type(self).__mro__ if "update" in vars(kind))
+        return bool(vars(source).get("by_parts", False))
 
     @property
     def elementwise(self) -> bool:

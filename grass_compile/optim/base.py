@@ -16,7 +16,7 @@ from ..distributed.layout import sharded_by
 from ..errors import ConfigError, GrassWarning, StateError
 from ..keywords import KEYWORDS, PROJECT, STORED, check_names, completed
 from ..math.rule import Rule
-from ..runtime.checkpoint import check_dense, fitting, unprotect
+from ..runtime.checkpoint import check_dense, fitting, local, placed, unprotect
 from ..runtime.compact import is_compact
 from ..runtime.manager import ProjectionManager
 from ..runtime.step_checks import check_idle, check_rows, check_step
@@ -184,7 +184,8 @@ class GrassOptimizer(torch.optim.Optimizer):
         manager.average()
         waiting = manager.pending()
         manager.apply(waiting)
-        hidden = {**waiting, **manager.stand_ins(), **manager.nonfinite.withhold(manager.records)}
+        done = {**waiting, **manager.stand_ins(), **manager.nonfinite.withhold(manager.records)}
+        hidden = {parameter: parameter.grad for parameter in done}
         try:
             for parameter in hidden:
                 parameter.grad = None
@@ -319,6 +320,17 @@ class GrassOptimizer(torch.optim.Optimizer):
 
     # ---------------------------------------------------------------------------------------------------- checkpoint
 
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch. The state of a weight of which each rank owns a part (``fully_shard``) holds ``DTensor``s, for
+        ``torch.distributed.checkpoint`` to save."""
+        found = super().state_dict()
+        order = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, parameter in enumerate(order):
+            record, entry = self._manager.records[parameter], found["state"].get(number, {})
+            if record.sharded and is_compact(entry):
+                found["state"][number] = placed(record, entry)
+        return found
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict()`` gave; compact state keeps its own dtypes, and keywords of ours that the saved groups lack
         stay as they are.
@@ -336,7 +348,7 @@ class GrassOptimizer(torch.optim.Optimizer):
             entry = state_dict["state"].get(index, {})
             record = self._manager.records[parameter]
             if is_compact(entry):
-                loaded[parameter] = fitting(record, unprotect(entry))
+                loaded[parameter] = fitting(record, local(unprotect(entry)))
                 check_rows(record, loaded[parameter][1])
             else:
                 check_dense(record, entry)

@@ -68,7 +68,8 @@ class PassContext:
 
     @property
     def inputs(self) -> dict[int, dict[str, fx.Node]]:
-        """For each projected weight, its placeholder and those of its state, leaf and hyper-parameters, by name."""
+        """For each projected weight, its placeholder (``read``) and those of its state, leaf and hyper-parameters, by name;
+        ``weight`` is what its step writes, the part that this rank owns if it is sharded."""
         plan, nodes = self.planned, self.nodes
         first = 1 + max(nodes) - len(plan.input_names)
         added = {name: nodes[first + number] for number, name in enumerate(plan.input_names)}
@@ -76,7 +77,8 @@ class PassContext:
         for projection, slot in zip(plan.projections, plan.hyper, strict=True):
             position = projection.position
             named = {name: added[f"grass_{name}_{position}"] for name in (*plan.state_names(projection), "leaf")}
-            inputs[position] = {"weight": nodes[position], "hyper": added[f"grass_hyper_{slot}"], **named}
+            read, hyper = nodes[position], added[f"grass_hyper_{slot}"]
+            inputs[position] = {"read": read, "weight": named.pop("shard", read), "hyper": hyper, **named}
         return inputs
 
     @property

@@ -272,7 +272,9 @@ class Plan:
     @staticmethod
     def state_names(projection: Projection) -> tuple[str, ...]:
         """The names of the state tensors of a projected weight that are inputs of its graphs."""
-        return tuple(graph_state(projection.config))
+        layout = projection.config.layout
+        shard = ("shard",) if layout is not None and layout.shard is not None else ()
+        return (*graph_state(projection.config), *shard)
 
 
 def parts_of(gradient: Gradient) -> tuple[Gradient, ...]:

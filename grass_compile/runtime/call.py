@@ -61,7 +61,7 @@ class Call:
         self._records, self._refresh = tuple(records), tuple(refresh)
         self._in_graph = in_graph(records, refresh)
         self._updates = [record.state["updates"] for record in records]
-        self._addresses = [record.parameter.data_ptr() for record in records]
+        self._addresses = [record.weight.data_ptr() for record in records]
         self._configs = [record.config() for record in records]
         self._actions: tuple[Action, ...] = ()
         for record in records:
@@ -83,7 +83,7 @@ class Call:
         managers = {id(manager): manager for manager in map(manager_of, self._records)}
         for manager in managers.values():
             manager.begin_backward(_autograd.graph_task())
-        others = [_autograd.will_run(node) for node in _autograd.accumulators([record.parameter for record in self._records])]
+        others = [_autograd.will_run(node) for node in _autograd.accumulators([record.gathered for record in self._records])]
         wanted = [self._wanted(record, other) for record, other in zip(self._records, others, strict=True)]
         forwards = zip(self._records, others, self._addresses, self._configs, strict=True)
         reasons = [self._why_it_waits(*forward) if want else None for want, forward in zip(wanted, forwards, strict=True)]
@@ -96,7 +96,7 @@ class Call:
         )
         for record, action, refresh in zip(self._records, self._actions, self._refresh, strict=True):
             if action == "step":
-                record.parameter.grad = None  # at most what zero_grad(set_to_none=False) has left
+                record.gradient = None  # at most what zero_grad(set_to_none=False) has left
                 if refresh and record.options.blind:
                     record.restart()
         self._refresh_numbers()
@@ -130,7 +130,7 @@ class Call:
         if not record.parameter.requires_grad:  # frozen since the forward
             return False
         if _autograd.will_run(record.leaf_node):
-            if record.averaging is not None and other:
+            if record.layout is not None and other:
                 raise from_outside(record.label)
             return True
         held = [p for p in self._others if p.requires_grad and registry.lookup(p) is not None]
@@ -162,11 +162,11 @@ class Call:
             return "no_sync() leaves it a gradient of its own on each rank"
         if other:
             return "it gets a gradient from outside of this region too"
-        if record.parameter.data_ptr() != address:
+        if record.weight.data_ptr() != address:
             return "its storage was replaced since the forward"
         if record.config() != config:
             return "its settings have changed since the forward"
-        present = record.parameter.grad
+        present = record.gradient
         if present is not None and record.pending is None and not isinstance(present, MovedGrad):
             return "its .grad holds a gradient already"
         return None
@@ -183,7 +183,7 @@ class Call:
             if action in ("choose", "keep"):
                 record.expect(refresh)
             if action == "step":
-                moved.append(record.parameter)
+                moved.append(record.weight)
                 self._note_step(record, refresh)
         _autograd.mark_written(moved)
         for record, action in zip(self._records, self._actions, strict=True):
@@ -201,9 +201,9 @@ class Call:
             record.outstanding.discard(self)
             if not step:
                 continue
-            address = record.parameter.data_ptr()
+            address = record.weight.data_ptr()
             if address in journal.stepped:
-                moved.append(record.parameter)
+                moved.append(record.weight)
                 self._note_step(record, refresh)
             elif refresh and not record.options.blind and record.scratch_address() in journal.refreshed:
                 record.broke_off_after_refresh()
@@ -240,7 +240,7 @@ def _check(record: ProjectedParameter, updates: int) -> None:
             "backward; put every micro-batch but the last under opt.accumulate(); or, for several losses or checkpointed blocks "
             "that share weights, make the optimizer with step_in_backward=False."
         )
-    present = record.parameter.grad
+    present = record.gradient
     if isinstance(present, MovedGrad) and not present.zeroed:
         manager.watch.failed("gradients are not cleared after opt.step()")
         raise StateError(

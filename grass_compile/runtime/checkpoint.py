@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import rank_along
+from ..distributed.layout import local_part, placed_along
 from ..errors import StateError
 from ..keywords import AXES
 from ..math.projection import SELECTORS
@@ -55,7 +56,7 @@ def fitting(record: ProjectedParameter, entry: Mapping[str, Any]) -> tuple[Assig
         raise refuse(f"was made with another on_refresh than {options.on_refresh!r}")
     assigned = Assigned(axis, dim, rank)
     how = options.on_refresh, record.rule, options.state_dtype, options.checked, options.projection
-    fresh = initial_state(parameter, assigned, *how)
+    fresh = initial_state(record.weight, assigned, *how)
     for name, value in tensors.items():
         if value.shape != fresh[name].shape:
             found, kept = tuple(value.shape), tuple(fresh[name].shape)
@@ -65,7 +66,7 @@ def fitting(record: ProjectedParameter, entry: Mapping[str, Any]) -> tuple[Assig
     if damage := _damage(options.projection, selector, rank, shape[dim]):
         raise refuse(f"is damaged: {damage} of shape {shape}")
     lacking = {name: fresh[name] for name in LATER if name not in entry}
-    return assigned, {key: _copied(value, parameter.device) for key, value in entry.items()} | lacking
+    return assigned, {key: _copied(value, record.weight.device) for key, value in entry.items()} | lacking
 
 
 def _rank_of(projection: str, selector: Tensor, wanted: int) -> int:
@@ -90,6 +91,21 @@ def _is_orthonormal(basis: Tensor) -> bool:
     wide = basis.to(torch.promote_types(basis.dtype, torch.float32))
     unit = torch.eye(basis.shape[1], dtype=wide.dtype, device=wide.device)
     return bool(((wide.t() @ wide - unit).abs() < 0.05).all()) or not bool(basis.any())
+
+
+def placed(record: ProjectedParameter, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Compact state of a weight of which this rank owns a part, as ``torch.distributed.checkpoint`` takes it: what belongs to the
+    part is a ``DTensor`` that is spread as the parameter is. `local` undoes this."""
+    dim, rank = entry["dim"], entry[record.selector].numel()
+    return {
+        name: placed_along(record.parameter, value, dim, rank) if record.owns_part_of(name) else value
+        for name, value in entry.items()
+    }
+
+
+def local(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry of a state as this rank has it; see `placed`."""
+    return {name: local_part(value) if isinstance(value, Tensor) else value for name, value in entry.items()}
 
 
 def check_dense(record: ProjectedParameter, entry: Mapping[str, Any]) -> None:

@@ -34,7 +34,7 @@ def leaf_of(record: ProjectedParameter) -> Tensor:
     """The input of a compiled graph whose gradient is a weight's compact gradient."""
     if record.leaf is None:
         assert record.assigned is not None
-        record.leaf = leaf_like(record.parameter, record.assigned).requires_grad_()
+        record.leaf = leaf_like(record.weight, record.assigned).requires_grad_()
         record.leaf_node = _autograd.accumulator(record.leaf)
         _on_arrival(record, record.leaf, _deliver)
     return record.leaf
@@ -64,7 +64,7 @@ def _on_arrival(record: ProjectedParameter, leaf: Tensor, deliver: Callable[[Pro
 def _deliver(record: ProjectedParameter, values: Tensor) -> None:
     """Turn the compact gradient of one backward into the weight's ``.grad``, or add it to what is there."""
     record.flight = None
-    present = record.parameter.grad
+    present = record.gradient
     if isinstance(present, CompactGrad) and not present.zeroed:
         present.compact.add_(values)
         if record.averaging is not None:
@@ -84,8 +84,8 @@ def _deliver(record: ProjectedParameter, values: Tensor) -> None:
 
 
 def _deliver_dense(record: ProjectedParameter, values: Tensor) -> None:
-    present = record.parameter.grad
-    record.parameter.grad = values if present is None else present + values
+    present = record.gradient
+    record.gradient = values if present is None else present + values
 
 
 def reduced(record: ProjectedParameter, full: Tensor) -> CompactGrad:
@@ -114,7 +114,7 @@ def reduced(record: ProjectedParameter, full: Tensor) -> CompactGrad:
 
 def reduce(record: ProjectedParameter) -> CompactGrad:
     """Replace the full gradient in a weight's ``.grad`` by its compact form."""
-    full = record.parameter.grad
+    full = record.gradient
     assert full is not None
     with torch.no_grad():
         made = reduced(record, full)
@@ -124,13 +124,13 @@ def reduce(record: ProjectedParameter) -> CompactGrad:
 
 def _compact_grad(record: ProjectedParameter, values: Tensor, rows: Tensor, fresh: bool, next_rows: Tensor | None) -> CompactGrad:
     assert record.assigned is not None
-    how = record.assigned.dim, record.parameter, record.label, fresh, next_rows, record.options.projection
+    how = record.assigned.dim, record.weight, record.label, fresh, next_rows, record.options.projection
     return CompactGrad(values, rows, *how)
 
 
 def _put(record: ProjectedParameter, made: CompactGrad) -> None:
-    record.parameter.grad = made
+    record.gradient = made
     record.chosen = made.rows, made.fresh, made.next_rows
     record.delivered, record.seen = weakref.ref(made), record.look()
     made.on_touch = record.on_touch()
-    made.outside = functools.partial(from_outside, record.label) if record.averaging is not None else None
+    made.outside = functools.partial(from_outside, record.label) if record.layout is not None else None

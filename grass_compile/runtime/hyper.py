@@ -47,7 +47,7 @@ class HyperTensors:
             fresh: whether the step is the first of new rows.
             max_norm: what gradients are clipped to.
         """
-        group, parameter = record.group, record.parameter
+        group, weight = record.group, record.weight
         decay = 1.0 - float(group["lr"]) * float(group["weight_decay"])
         limit = float("inf") if max_norm is None else max_norm
         values = (*record.rule.hyper(group), decay, float(record.next_step(fresh)), float(record.seed()), limit)
@@ -55,8 +55,8 @@ class HyperTensors:
         found = self._found.setdefault(alike, {})
         numbers = found.get(progress) or _spare(found)
         if numbers is None or numbers.values != values:
-            wide = torch.promote_types(parameter.dtype, torch.float32)
-            made = to_device(torch.tensor(values, dtype=wide, device="cpu"), parameter.device)
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            made = to_device(torch.tensor(values, dtype=wide, device="cpu"), weight.device)
             if numbers is None:
                 numbers = Numbers(values, made)
             else:

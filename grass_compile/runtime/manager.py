@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import _autograd, _dynamo
 from ..config import GroupOptions
 from ..distributed.agreement import check_settings, check_tensors
-from ..distributed.layout import Layout
+from ..distributed.layout import Layout, MeshDim, is_sharded
 from ..errors import GrassWarning
 from ..math.finite import clip_
 from ..math.rule import Rule
@@ -58,7 +58,7 @@ class ProjectionManager:
         self.hidden: dict[Tensor, Tensor] = {}
         self.broken = ""
         self.seed_drawn = False
-        self._met: Layout | None = None
+        self._met: tuple[MeshDim, ...] = ()
         self._norm_leaf: Tensor | None = None
         self._accumulating = 0
         self._task = -1
@@ -91,7 +91,7 @@ class ProjectionManager:
         Raises:
             ConfigError: on all ranks, with what differs.
         """
-        if self._met == layout:
+        if set(layout.mesh) <= set(self._met):
             return
         facts: dict[str, Any] = {"the torch version": torch.__version__}
         hooked = _autograd.have_hooks([record.parameter for record in self.records.values()])
@@ -100,8 +100,10 @@ class ProjectionManager:
             facts |= {f"{record.label}: {name}": value for name, value in _settings(record).items()}
             facts[f"why {record.label} stays dense"] = record.refusal(record.name, hooked[number])
         seeds = tuple(record.options.seed for record in self.records.values())
-        common = check_settings(layout, facts, seeds, self.seed_drawn)
-        self._met = layout
+        common = seeds
+        for dim in layout.mesh:
+            common = check_settings(dim, facts, common, self.seed_drawn)
+        self._met = tuple({*self._met, *layout.mesh})
         if seeds != common:
             for record, seed in zip(self.records.values(), common, strict=True):
                 dict.__setitem__(record.group, "seed", seed)
@@ -113,14 +115,15 @@ class ProjectionManager:
         Raises:
             StateError: on all ranks, with what differs.
         """
-        if self._met is None:
-            return
         tensors = {}
         for record in self.records.values():
-            tensors[record.label] = record.parameter
-            state = record.optimizer_state()
-            tensors |= {f"{record.label}: {name}": value for name, value in state.items() if isinstance(value, Tensor)}
-        check_tensors(self._met, tensors)
+            if not record.sharded:
+                tensors[record.label] = record.parameter
+            for name, value in record.optimizer_state().items():
+                if isinstance(value, Tensor) and not is_sharded(value) and not record.owns_part_of(name):
+                    tensors[f"{record.label}: {name}"] = value
+        for dim in self._met:
+            check_tensors(dim, tensors)
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -181,7 +184,8 @@ class ProjectionManager:
     def nothing_else_comes(self) -> bool:
         """Whether a region that clips all gradients is the source of all: none is there already, and none comes from outside."""
         parameters = [parameter for parameter in self.records if parameter.requires_grad]
-        if any(parameter.grad is not None and not _is_emptied(parameter.grad) for parameter in parameters):
+        present = [self.records[parameter].gradient for parameter in parameters]
+        if any(gradient is not None and not _is_emptied(gradient) for gradient in present):
             return False
         return not any(map(_autograd.will_run, _autograd.accumulators(parameters)))
 
@@ -255,7 +259,8 @@ class ProjectionManager:
 
     def stand_ins(self) -> dict[Tensor, MovedGrad]:
         """The gradients that have been applied."""
-        return {parameter: parameter.grad for parameter in self.records if isinstance(parameter.grad, MovedGrad)}
+        found = {parameter: record.gradient for parameter, record in self.records.items()}
+        return {parameter: gradient for parameter, gradient in found.items() if isinstance(gradient, MovedGrad)}
 
     @torch.no_grad()
     def clip(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
@@ -271,8 +276,8 @@ class ProjectionManager:
             if record.moved:
                 self.watch.failed("gradients are clipped between backward() and opt.step()")
                 raise record.stand_in.refusal("clipped")
-        for parameter, record in self.records.items():
-            gradient = parameter.grad
+        for record in self.records.values():
+            gradient = record.gradient
             if record.assigned is not None and gradient is not None and not isinstance(gradient, CompactGrad):
                 reduce(record)
         self.average()
@@ -300,18 +305,19 @@ class ProjectionManager:
         with recording():
             for parameter, gradient in gradients.items():
                 if not gradient.applied:
-                    with writing(parameter, "stepped"):
-                        self._apply(self.records[parameter], parameter, gradient)
-        _autograd.mark_written(list(gradients))
+                    record = self.records[parameter]
+                    with writing(record.weight, "stepped"):
+                        self._apply(record, gradient)
+        _autograd.mark_written([self.records[parameter].weight for parameter in gradients])
 
-    def _apply(self, record: ProjectedParameter, parameter: Tensor, gradient: CompactGrad) -> None:
+    def _apply(self, record: ProjectedParameter, gradient: CompactGrad) -> None:
         assert record.assigned is not None
         if fresh := gradient.fresh:
             record.settle(gradient)
             gradient.fresh = False
         hyper, dim = self.hyper(record, fresh), record.assigned.dim
         run = record.kernel or run_eagerly
-        run(record.config(), dim, gradient.compact, parameter, hyper, *record.tensors())
+        run(record.config(), dim, gradient.compact, record.weight, hyper, *record.tensors())
         gradient.applied = True
         record.count(fresh)
         if gradient.next_rows is not None:

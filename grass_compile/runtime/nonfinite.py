@@ -137,7 +137,8 @@ class NonFinite:
         """
         if not self.checked:
             return {}
-        given = {p: p.grad for p in records if p.grad is not None and not isinstance(p.grad, (CompactGrad, MovedGrad))}
+        present = {parameter: record.gradient for parameter, record in records.items()}
+        given = {p: g for p, g in present.items() if g is not None and not isinstance(g, (CompactGrad, MovedGrad))}
         dense = {parameter: gradient for parameter, gradient in given.items() if gradient.layout is torch.strided}
         near = {parameter: gradient for parameter, gradient in dense.items() if _is_at_hand(gradient)}
         self._count({records[parameter]: gradient for parameter, gradient in dense.items() if parameter not in near})

@@ -17,7 +17,7 @@ from .. import _autograd
 from ..checks import matching
 from ..config import GroupOptions
 from ..distributed.averaging import Averaging
-from ..distributed.layout import Layout
+from ..distributed.layout import Layout, local_part, placed_like
 from ..errors import ConfigError, StateError
 from ..math import selection
 from ..math.layout import step_state
@@ -92,17 +92,33 @@ class ProjectedParameter(WeightRows):
         Raises:
             ConfigError: it is spread in another way already, or one of its keywords does not go with it yet.
         """
-        if self.averaging is not None and self.averaging.layout == layout:
+        if self.layout == layout:
             return
-        if self.averaging is not None:
-            raise ConfigError(f"{self.label}: it is trained by two groups of processes, {self.averaging.layout} and {layout}.")
+        if self.layout is not None:
+            raise ConfigError(f"{self.label}: it is trained by two groups of processes, {self.layout} and {layout}.")
         if self.options.scores != "exact":
             raise ConfigError(
                 f"{self.label}: scores={self.options.scores!r} is not supported with several processes, whose sketches would "
                 "differ. Use scores='exact', or selection='uniform'."
             )
-        self.averaging = Averaging(layout)
+        if layout.shard is not None:
+            self._check_by_parts()
+        self.layout = layout
+        self.averaging = Averaging(layout) if layout.shard is None else None
         self._configs.clear()
+
+    def _check_by_parts(self) -> None:
+        """Refuse keywords that do not go with a weight of which each rank owns a part."""
+        if not self.rule.updates_by_parts:
+            raise ConfigError(
+                f"{self.label}: {type(self.rule).__name__} looks at whole rows and columns of a weight, of which each rank has a "
+                "part (fully_shard). Use AdamW, Adam, SGD or Lion, or DistributedDataParallel."
+            )
+        if self.options.projection != "grass":
+            raise ConfigError(
+                f"{self.label}: projection={self.options.projection!r} is not supported for a weight of which each rank has a "
+                "part (fully_shard). Use projection='grass', or DistributedDataParallel."
+            )
 
     def refusal(self, name: str, hooked: bool) -> str | None:
         """Why this weight stays dense whatever the graph looks like, or None.
@@ -113,6 +129,8 @@ class ProjectedParameter(WeightRows):
         """
         if reason := refusal(self.name or name, self.parameter, self.options, hooked):
             return reason
+        if self.layout is not None and self.layout.leaves_out_ranks(self.gathered.shape):
+            return "there are so many ranks that some own no part of it"
         if self.assigned is None and self._trained_dense():
             return "the optimizer has already trained it dense and holds its full moments"
         return None
@@ -145,7 +163,7 @@ class ProjectedParameter(WeightRows):
         """The state before the first step; steps that a dense optimizer has taken with gradients of zero count."""
         options = self.options
         how = options.on_refresh, self.rule, options.state_dtype, options.checked, options.projection
-        made = initial_state(self.parameter, assigned, *how)
+        made = initial_state(self.weight, assigned, *how)
         if isinstance(taken := self.state.get("step"), Tensor) and taken.numel() == 1:
             made["step"].fill_(float(taken))
         self.state.clear()
@@ -156,11 +174,27 @@ class ProjectedParameter(WeightRows):
         """Go on from a loaded state that fits."""
         assert self.owner is not None and self.owner.optimizer is not None
         self.assigned = assigned
-        state["step"] = state["step"].to(self.parameter.device if self.config().counted else "cpu")
+        state["step"] = state["step"].to(self.weight.device if self.config().counted else "cpu")
         self.owner.optimizer.state[self.parameter] = state
         self.refreshed, self.skipped = False, int(state["nonfinite"])
 
+    def owns_part_of(self, name: str) -> bool:
+        """Whether a state tensor of a sharded weight belongs to the part that this rank owns, rather than to all."""
+        return self.sharded and name in self.rule.state_names and self.rule.layout(name) == "full"
+
     # ---------------------------------------------------------------------------------------------------- its gradients
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """``.grad`` of the parameter; of one that is sharded, this rank's part of it."""
+        gradient = self.parameter.grad
+        return local_part(gradient) if self.sharded and gradient is not None else gradient
+
+    @gradient.setter
+    def gradient(self, gradient: Tensor | None) -> None:
+        if self.sharded and gradient is not None:
+            gradient = placed_like(self.parameter, gradient)
+        self.parameter.grad = gradient
 
     @property
     def waits(self) -> bool:
@@ -191,18 +225,18 @@ class ProjectedParameter(WeightRows):
         self.options = options
         self._configs.clear()
         if self.assigned is not None and is_compact(self.optimizer_state()):
-            self.state["step"] = self.state["step"].to(self.parameter.device if self.config().counted else "cpu")
+            self.state["step"] = self.state["step"].to(self.weight.device if self.config().counted else "cpu")
 
     @property
     def pending(self) -> CompactGrad | None:
         """The compact gradient that waits for ``opt.step()``."""
-        gradient = self.parameter.grad
+        gradient = self.gradient
         return gradient if isinstance(gradient, CompactGrad) else None
 
     def look(self) -> tuple[int, int]:
         """Where the weight stands, and its version. A write changes one or the other; only ``weight.data.mul_()`` and its like
         change neither."""
-        return self.parameter.data_ptr(), self.parameter._version
+        return self.weight.data_ptr(), self.weight._version
 
     def on_touch(self) -> Callable[[str], None]:
         """The function that a gradient of this weight calls if a script does something to it."""
@@ -222,7 +256,7 @@ class ProjectedParameter(WeightRows):
     def stand_in(self) -> MovedGrad:
         """The ``.grad`` of the weight after a backward that has moved it."""
         if self._stand_in is None:
-            self._stand_in = MovedGrad(self.parameter, self.square_sum, self.label, self.on_touch())
+            self._stand_in = MovedGrad(self.weight, self.square_sum, self.label, self.on_touch())
         return self._stand_in
 
     # -------------------------------------------------------------------------------------------------- when, and numbers
@@ -245,7 +279,7 @@ class ProjectedParameter(WeightRows):
 
     def group_key(self) -> tuple[Any, ...]:
         """The part of `hyper_key` that never changes."""
-        return id(self.group), self.parameter.dtype, self.parameter.device, self.offset
+        return id(self.group), self.weight.dtype, self.weight.device, self.offset
 
     @property
     def draws(self) -> bool:
@@ -267,11 +301,16 @@ class ProjectedParameter(WeightRows):
     def square_sum(self) -> Tensor:
         """Where a step leaves the squared norm of its compact gradient, ``[1]``; not part of the state."""
         if self._square_sum is None:
-            wide = torch.promote_types(self.parameter.dtype, torch.float32)
-            self._square_sum = torch.zeros(1, dtype=wide, device=self.parameter.device)
+            wide = torch.promote_types(self.weight.dtype, torch.float32)
+            self._square_sum = torch.zeros(1, dtype=wide, device=self.weight.device)
         return self._square_sum
 
     def inputs(self, refresh: bool) -> list[Tensor]:
+        """The inputs of a compiled region for this weight: its state, and the part of it that this rank owns if it is sharded."""
+        shard = [self.weight] if self.layout is not None and self.layout.shard is not None else []
+        return [*self._state_inputs(refresh), *shard]
+
+    def _state_inputs(self, refresh: bool) -> list[Tensor]:
         """`tensors`, and the noise if there is any, as the inputs of a compiled region.
 
         A region that may choose new rows gets a scratch copy of the index: the new rows become the state's when the weight
@@ -336,7 +375,7 @@ class ProjectedParameter(WeightRows):
             self.renew(self.lead.proposed)
         self.moved = True
         self.stand_in.spent = self.stand_in.zeroed = False
-        self.parameter.grad = self.stand_in
+        self.gradient = self.stand_in
 
     def broke_off_after_refresh(self) -> None:
         """Note that a backward has chosen new rows, and settled the state with them, but has not moved the weight."""

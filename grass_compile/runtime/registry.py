@@ -18,7 +18,17 @@ _records: dict[int, weakref.ref[ProjectedParameter]] = {}
 
 def register(record: ProjectedParameter) -> None:
     """Make ``record`` the one that compiled regions find for its parameter; the newest optimizer wins."""
-    key = id(record.parameter)
+    _know(record.parameter, record)
+
+
+def register_gathered(record: ProjectedParameter, whole: Tensor) -> None:
+    """Find ``record`` by the whole that FSDP2 gathers of its parameter too."""
+    record.gathered = whole
+    _know(whole, record)
+
+
+def _know(parameter: Tensor, record: ProjectedParameter) -> None:
+    key = id(parameter)
 
     def forget(reference: weakref.ref[ProjectedParameter]) -> None:
         if _records.get(key) is reference:
@@ -31,4 +41,6 @@ def lookup(parameter: Tensor) -> ProjectedParameter | None:
     """The record of a parameter, or None if no living optimizer projects it."""
     reference = _records.get(id(parameter))
     record = reference() if reference is not None else None
-    return record if record is not None and record.parameter is parameter and record.owner is not None else None
+    if record is None or record.owner is None:
+        return None
+    return record if parameter is record.parameter or parameter is record.gathered else None

@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import _autograd
 from ..config import GroupOptions, SiteConfig
 from ..distributed.averaging import Averaging
+from ..distributed.layout import Layout, is_sharded, local_part
 from ..math import selection
 from ..math.finite import is_finite
 from ..math.layout import layout_of, settled_state
@@ -49,19 +50,22 @@ class WeightRows:
     """One parameter of an optimizer that projects, and its rows.
 
     Attributes:
-        parameter: the parameter.
+        parameter: the parameter, as the optimizer was given it.
         name: its qualified name, or ``""`` if the optimizer was given parameters without names.
         number: how many parameters its optimizer was given before.
         group: its parameter group, read live.
         options: our keywords of that group, validated.
         rule: the update rule.
         assigned: how it is projected, or None as long as it is not.
-        averaging: how its gradient is averaged over processes; None on one.
+        gathered: what compiled regions read: the parameter, or the whole of it that FSDP2 gathers from all ranks.
+        layout: how it is spread over processes; None on one.
+        averaging: what is known of the average of its gradient, where every rank has the whole of it.
+        sharded: whether the parameter is a ``DTensor``, of which each rank owns a part.
     """
 
     __slots__ = (
         "__weakref__", "_configs", "_lead", "_noise", "_owner", "_proposed", "_scratch",
-        "assigned", "averaging", "group", "name", "number", "options", "parameter", "rule",
+        "assigned", "averaging", "gathered", "group", "layout", "name", "number", "options", "parameter", "rule", "sharded",
     )  # fmt: skip
 
     def __init__(
@@ -72,7 +76,10 @@ class WeightRows:
         self.name, self.group, self.options, self.rule = name, group, options, rule
         self.number = len(owner.records)
         self.assigned: Assigned | None = None
+        self.gathered = parameter
+        self.layout: Layout | None = None
         self.averaging: Averaging | None = None
+        self.sharded = is_sharded(parameter)
         self._configs: dict[Any, SiteConfig] = {}
         self.forget_rows()
 
@@ -106,6 +113,11 @@ class WeightRows:
         return optimizer.state.get(self.parameter, {}) if optimizer is not None else {}
 
     @property
+    def weight(self) -> Tensor:
+        """What its steps write: the parameter, or the part of it that this rank owns."""
+        return local_part(self.parameter) if self.sharded else self.parameter
+
+    @property
     def label(self) -> str:
         """The name, for messages."""
         return self.name or f"parameter {self.number}"
@@ -116,8 +128,7 @@ class WeightRows:
         axis = self.assigned.axis if self.assigned else self.options.axis
         key = (decays, axis)
         if key not in self._configs:
-            layout = self.averaging.layout if self.averaging is not None else None
-            self._configs[key] = dataclasses.replace(self.options.site(axis, decays, self.rule), layout=layout)
+            self._configs[key] = dataclasses.replace(self.options.site(axis, decays, self.rule), layout=self.layout)
         return self._configs[key]
 
     # ------------------------------------------------------------------------------------------------ when new rows are due
@@ -171,8 +182,8 @@ class WeightRows:
         """
         if self._noise is None:
             assert self.assigned is not None
-            wide = torch.promote_types(self.parameter.dtype, torch.float32)
-            self._noise = torch.full((self.parameter.shape[self.assigned.dim],), 0.5, dtype=wide, device=self.parameter.device)
+            wide = torch.promote_types(self.weight.dtype, torch.float32)
+            self._noise = torch.full((self.weight.shape[self.assigned.dim],), 0.5, dtype=wide, device=self.weight.device)
         if drawn:
             with _autograd.unversioned([self._noise]):
                 selection.fill_with_noise(self._noise, self.options.seed, self.lead.number, self.state["updates"])
@@ -190,13 +201,14 @@ class WeightRows:
             return self.drawn()
         noise = self.noise(True) if config.selection in selection.DRAWN_BY_SCORE else None
         scores = selection.scores(gradient, self.assigned.dim)
+        scores = scores if self.layout is None else self.layout.norms(scores)
         return selection.select(config.selection, scores, noise, self.assigned.rank)
 
     def drawn(self) -> Tensor:
         """The rows, or the key, that the due refresh takes where they depend on no gradient."""
         assert self.assigned is not None
         if self.options.projection == "gaussian":
-            return to_device(new_key(self.options.seed, self.number, self.state["updates"]), self.parameter.device)
+            return to_device(new_key(self.options.seed, self.number, self.state["updates"]), self.weight.device)
         noise = self.noise(True)
         return selection.select(self.options.selection, torch.ones_like(noise), noise, self.assigned.rank)
 
@@ -213,7 +225,7 @@ class WeightRows:
         old_rows, dim, names = self.state[self.selector], self.assigned.dim, settled_state(self.config())
         rest = [self.state[name] for name in names]
         layouts = "".join(layout_of(self.rule, name)[0] for name in names)
-        new = settled(self.options.on_refresh, layouts, self.parameter.shape[dim], dim, old_rows, rows, rest)
+        new = settled(self.options.on_refresh, layouts, self.weight.shape[dim], dim, old_rows, rows, rest)
 
         def unless_skipped(value: Tensor, old: Tensor) -> Tensor:
             return value if ok is None else torch.where(ok, value, old)

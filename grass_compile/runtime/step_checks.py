@@ -36,12 +36,12 @@ def check_step(manager: ProjectionManager) -> None:
 
 def _check_moved(manager: ProjectionManager, record: ProjectedParameter) -> None:
     """Refuse what a script did to a weight that has moved inside the backward, or to its gradient."""
-    parameter = record.parameter
-    if isinstance(parameter.grad, MovedGrad) and not record.moved:
-        _take_old(manager, record, parameter.grad)
-    if record.moved and parameter.grad is not record.stand_in:
+    gradient = record.gradient
+    if isinstance(gradient, MovedGrad) and not record.moved:
+        _take_old(manager, record, gradient)
+    if record.moved and gradient is not record.stand_in:
         manager.watch.failed("gradients are replaced or dropped between backward() and opt.step()")
-        raise record.stand_in.refusal("dropped" if parameter.grad is None else "replaced")
+        raise record.stand_in.refusal("dropped" if gradient is None else "replaced")
     if record.moved and record.seen != record.look():
         manager.watch.failed("weights are written between backward() and opt.step()")
         raise StateError(
@@ -52,7 +52,7 @@ def _check_moved(manager: ProjectionManager, record: ProjectedParameter) -> None
 
 def _make_compact(manager: ProjectionManager, record: ProjectedParameter) -> None:
     """Bring a gradient that is not the one which was delivered into its compact form."""
-    gradient = record.parameter.grad
+    gradient = record.gradient
     if record.assigned is None and isinstance(gradient, CompactGrad):
         raise StateError(
             f"{record.label}: its gradient is the compact one of another optimizer, which holds only some rows. "
@@ -62,7 +62,7 @@ def _make_compact(manager: ProjectionManager, record: ProjectedParameter) -> Non
         return
     if isinstance(gradient, CompactGrad):
         if record.delivered is None or record.delivered() is not gradient:  # another weight's, or a copy
-            record.parameter.grad = gradient.full()
+            record.gradient = gradient.full()
             reduce(record)
         return
     if record.chosen is None:
@@ -92,7 +92,7 @@ def _take_old(manager: ProjectionManager, record: ProjectedParameter, gradient: 
             f"{record.label}: the gradient of its last step was not cleared, and cannot be applied again since it is gone. "
             "Call opt.zero_grad() after each opt.step()."
         )
-    record.parameter.grad = torch.zeros_like(record.parameter)
+    record.gradient = torch.zeros_like(record.weight)
     reduce(record)
 
 

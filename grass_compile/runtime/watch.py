@@ -99,7 +99,7 @@ class LoopWatch:
             return
         held = [record for record in records if record.chosen is not None]
         if held and again:
-            lost = any(record.parameter.grad is None for record in held)
+            lost = any(record.gradient is None for record in held)
             dropped = "gradients were dropped without opt.step()"
             self.failed(dropped if lost else "several backwards come before one opt.step()")
         if any(record.waits and record.chosen is None for record in records):
@@ -110,7 +110,7 @@ class LoopWatch:
         if not self.watching:
             return
         for record in records:
-            gradient = record.parameter.grad
+            gradient = record.gradient
             if record.chosen is None:
                 if record.assigned is not None and gradient is not None and not isinstance(gradient, MovedGrad):
                     self.failed(f"{record.label} gets its gradient from outside of its compiled region")

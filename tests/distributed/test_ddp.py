@@ -104,8 +104,15 @@ def test_features(ranks: Ranks, training: Training) -> None:
     compare(ranks, training)
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)])
-@pytest.mark.parametrize("selection", ["uniform", "top"])
+@pytest.mark.parametrize(
+    ("selection", "compiler"),
+    [
+        ("uniform", "aot_eager"),
+        ("top", "aot_eager"),
+        pytest.param("top", "inductor", marks=pytest.mark.inductor),
+        pytest.param("uniform", "inductor", marks=[pytest.mark.inductor, pytest.mark.exhaustive]),
+    ],
+)
 def test_a_rank_that_logs(ranks: Ranks, selection: str, compiler: str) -> None:
     """Its steps wait for ``opt.step()`` while the others are fused; all of them send in the same order. (Many weights are
     of one shape, so that in another order nothing would fail.)"""

@@ -11,8 +11,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,10 +28,10 @@ PROJECTED = [f"layers.{number}.{name}" for number in range(2) for name in ("quer
 
 
 class Block(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, hidden: int) -> None:
         super().__init__()
         self.query, self.value = nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, WIDTH)
-        self.up, self.down = nn.Linear(WIDTH, HIDDEN, bias=False), nn.Linear(HIDDEN, WIDTH, bias=False)
+        self.up, self.down = nn.Linear(WIDTH, hidden, bias=False), nn.Linear(hidden, WIDTH, bias=False)
         self.norm = nn.LayerNorm(WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -37,16 +41,17 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, hidden: int = HIDDEN, checkpoint: bool = False) -> None:
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, WIDTH)
-        self.layers = nn.ModuleList([Block(), Block()])
+        self.layers = nn.ModuleList([Block(hidden), Block(hidden)])
+        self.checkpoint = checkpoint
         self.lm_head = nn.Linear(WIDTH, VOCABULARY, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens)
         for layer in self.layers:
-            x = layer(x)
+            x = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False) if self.checkpoint else layer(x)
         return self.lm_head(x)  # type: ignore[no-any-return]
 
 
@@ -56,9 +61,9 @@ def batches(steps: int) -> list[Tensor]:
     return [torch.randint(VOCABULARY, (BATCH, LENGTH + 1), generator=generator) for _ in range(steps)]
 
 
-def micro_batches(tokens: Tensor, number: int, distributed: bool) -> list[Tensor]:
+def micro_batches(tokens: Tensor, number: int, distributed: bool, world: int = WORLD) -> list[Tensor]:
     """This rank's part of a joined batch in ``number`` parts, or what all ranks together have in each."""
-    parts = [part.chunk(number) for part in tokens.chunk(WORLD)]
+    parts = [part.chunk(number) for part in tokens.chunk(world)]
     return list(parts[dist.get_rank()]) if distributed else [torch.cat(joined) for joined in zip(*parts, strict=True)]
 
 
@@ -97,6 +102,12 @@ class Training:
         steps: how many.
         alone: a rank that in each step looks at a gradient and runs the model once more, as those that log do; or None.
         ddp: keywords of the DDP module; ``hook`` stands for a communication hook.
+        mesh: the shape of the mesh for ``fully_shard``: one number, or two where parts have replicas; none for DDP.
+        fsdp: keywords of ``fully_shard``; ``dim`` is the dimension to shard matrices along, ``dtype`` that in which a mixed
+            precision policy computes.
+        world: how many ranks there are.
+        hidden: the width of the decoder's inner layers.
+        checkpoint: whether each block is computed again in the backward.
     """
 
     how: tuple[tuple[str, Any], ...] = ()
@@ -110,6 +121,11 @@ class Training:
     steps: int = 7
     alone: int | None = None
     ddp: tuple[tuple[str, Any], ...] = ()
+    mesh: tuple[int, ...] = ()
+    fsdp: tuple[tuple[str, Any], ...] = ()
+    world: int = WORLD
+    hidden: int = HIDDEN
+    checkpoint: bool = False
 
 
 @dataclasses.dataclass
@@ -124,65 +140,117 @@ class Outcome:
     saved: Any
 
 
+def shard(model: Any, training: Training) -> None:
+    """``fully_shard`` each block, and then the rest."""
+    keywords = dict(training.fsdp)
+    names = ("replicas", "shards")[2 - len(training.mesh) :]
+    keywords["mesh"] = init_device_mesh("cpu", training.mesh, mesh_dim_names=names)
+    if dim := keywords.pop("dim", 0):
+        keywords["shard_placement_fn"] = lambda parameter: Shard(dim if parameter.dim() == 2 else 0)
+    if dtype := keywords.pop("dtype", None):
+        keywords["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for layer in model.layers:
+        fully_shard(layer, **keywords)
+    fully_shard(model, **keywords)
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """A parameter as one tensor, whichever part of it this rank owns."""
+    parameter = parameter.detach()
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+class Trained:
+    """The decoder, what is called in its place, and its optimizer, as every rank or one process alone sets them up.
+
+    Attributes:
+        model: the decoder.
+        run: what is called.
+        ddp: the DDP module, if there is one.
+        optimizer: the optimizer.
+        adopted: whether it is one of torch's own.
+    """
+
+    def __init__(self, training: Training, distributed: bool = True) -> None:
+        torch.manual_seed(0)
+        self.training, self.distributed, self.ddp = training, distributed, None
+        self.adopted = training.optimizer == "adopted"
+        self.model: Any = Decoder(training.hidden, training.checkpoint)
+        options: dict[str, Any] = {"compiler": training.compiler}
+        keywords: dict[str, Any] = {"rank": RANK, "update_proj_gap": GAP, "stagger": False, "seed": 5, **dict(training.how)}
+        if self.adopted:
+            options |= keywords
+        if training.place == "blocks":
+            for layer in self.model.layers:
+                layer.compile(backend="grass", options=options)
+        self.run = torch.compile(self.model, backend="grass", options=options) if training.place == "model" else self.model
+        if distributed and training.mesh:
+            shard(self.model, training)
+        elif distributed:
+            self._wrap()
+        if training.place == "around":
+            self.run = torch.compile(self.run, backend="grass", options=options)
+        has_eps = self.adopted or "AdamW" in training.optimizer
+        own: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, **({"eps": 1e-6} if has_eps else {})}
+        self.optimizer: Any = (
+            torch.optim.AdamW(self.model.parameters(), **own)
+            if self.adopted
+            else getattr(grass_compile, training.optimizer)(self.model.named_parameters(), **own, **keywords)
+        )
+
+    def _wrap(self) -> None:
+        keywords = dict(self.training.ddp)
+        hook = keywords.pop("hook", False)
+        dist._DEFAULT_FIRST_BUCKET_BYTES = 1000 if "bucket_cap_mb" in keywords else 2**20  # DDPOptimizer asks for no smaller one
+        self.run = self.ddp = DistributedDataParallel(self.run, **keywords)
+        if hook:
+            self.ddp.register_comm_hook(None, default_hooks.allreduce_hook)
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of each, as one tensor."""
+        return {name: whole(parameter).clone() for name, parameter in self.model.named_parameters()}
+
+
+def step_of(run: Trained, tokens: Tensor) -> None:
+    """Train on one joined batch."""
+    training = run.training
+    *first, last = micro_batches(tokens, training.micro, run.distributed, training.world)
+    for part in (*first, last):
+        with contextlib.ExitStack() as stack:
+            if part is not last:
+                if not run.adopted and (training.accumulate or not run.distributed):
+                    stack.enter_context(run.optimizer.accumulate())
+                if run.ddp is not None and training.no_sync:
+                    stack.enter_context(run.ddp.no_sync())
+            logits = run.run(part[:, :-1])
+            loss = F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten()) / training.micro
+            loss.backward()
+    if run.distributed and training.alone == dist.get_rank():
+        run.model.layers[0].up.weight.grad.abs().max().item()
+        run.model(last[:, :-1]).sum().item()
+    if training.clip is not None:
+        nn.utils.clip_grad_norm_(run.model.parameters(), training.clip)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+
+
 def train(training: Training, distributed: bool = True, start: int = 0, saved: Any = None) -> Outcome:
     """Train, on every rank or on one alone; from ``start`` on with the state dicts that an earlier run ended with."""
-    torch.manual_seed(0)
-    model: Any = Decoder()
-    options: dict[str, Any] = {"compiler": training.compiler}
-    keywords: dict[str, Any] = {"rank": RANK, "update_proj_gap": GAP, "stagger": False, "seed": 5, **dict(training.how)}
-    if training.optimizer == "adopted":
-        options |= keywords
-    if training.place == "blocks":
-        for layer in model.layers:
-            layer.compile(backend="grass", options=options)
-    run = torch.compile(model, backend="grass", options=options) if training.place == "model" else model
-    if distributed:
-        ddp = dict(training.ddp)
-        hook = ddp.pop("hook", False)
-        dist._DEFAULT_FIRST_BUCKET_BYTES = 1000 if "bucket_cap_mb" in ddp else 2**20  # DDPOptimizer asks for no smaller first one
-        run = wrapped = DistributedDataParallel(run, **ddp)
-        if hook:
-            wrapped.register_comm_hook(None, default_hooks.allreduce_hook)
-    if training.place == "around":
-        run = torch.compile(run, backend="grass", options=options)
-    own: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, **({} if training.optimizer == "Muon" else {"eps": 1e-6})}
-    adopted = training.optimizer == "adopted"
-    optimizer: Any = (
-        torch.optim.AdamW(model.parameters(), **own)
-        if adopted
-        else getattr(grass_compile, training.optimizer)(model.named_parameters(), **own, **keywords)
-    )
+    run = Trained(training, distributed)
+    model, optimizer = run.model, run.optimizer
     if saved is not None:
         weights_before, state_before = copy.deepcopy(saved)  # a pipe hands all processes the same memory
         model.load_state_dict(weights_before)
         optimizer.load_state_dict(state_before)
     sent = [Counter[str]() for _ in range(training.steps)]
     for step, tokens in list(enumerate(batches(training.steps)))[start:]:
-        *first, last = micro_batches(tokens, training.micro, distributed)
         with Sent() as counter:
-            for part in (*first, last):
-                with contextlib.ExitStack() as stack:
-                    if part is not last:
-                        if not adopted and (training.accumulate or not distributed):
-                            stack.enter_context(optimizer.accumulate())
-                        if distributed and training.no_sync:
-                            stack.enter_context(wrapped.no_sync())
-                    logits = run(part[:, :-1])
-                    loss = F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten()) / training.micro
-                    loss.backward()
-            if distributed and training.alone == dist.get_rank():
-                model.layers[0].up.weight.grad.abs().max().item()
-                model(last[:, :-1]).sum().item()
-            if training.clip is not None:
-                nn.utils.clip_grad_norm_(model.parameters(), training.clip)
-            optimizer.step()
-            optimizer.zero_grad()
+            step_of(run, tokens)
         sent[step] = counter.numbers
     state = {name: optimizer.state[p] for name, p in model.named_parameters()}
     selectors = {name: {"index", "basis", "key"} & entry.keys() for name, entry in state.items()}
     rows = {name: state[name][min(keys)].clone() for name, keys in selectors.items() if keys}
-    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    if distributed and not adopted:
+    if distributed and not run.adopted:
         optimizer.check_agreement()
-    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    return Outcome(weights, rows, sent[-2], sent[-1], not adopted and bool(optimizer.fused), saved)
+    saved = None if training.mesh else copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    return Outcome(run.weights(), rows, sent[-2], sent[-1], not run.adopted and bool(optimizer.fused), saved)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -230,9 +231,12 @@ def test_refreshes_at_a_time_of_their_own(keywords: dict[str, Any], nonfinite: s
     traced: list[pipeline.Plan] = []
     transform = pipeline.transform
 
-    def watched(*args: Any, plan: pipeline.Plan, **kwargs: Any) -> Any:
-        traced.append(plan)
-        return transform(*args, plan=plan, **kwargs)
+    def watched(*args: Any, decide: Callable[..., pipeline.Plan], **kwargs: Any) -> Any:
+        def noted(found: pipeline.Analysis) -> pipeline.Plan:
+            traced.append(decide(found))
+            return traced[-1]
+
+        return transform(*args, decide=noted, **kwargs)
 
     monkeypatch.setattr(pipeline, "transform", watched)
     runs = [Run(step_in_backward=fused, stagger=3, update_proj_gap=6, nonfinite=nonfinite, **keywords) for fused in (True, False)]

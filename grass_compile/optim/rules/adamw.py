@@ -19,6 +19,7 @@ class AdamWRule(Rule):
     """Bias-corrected first and second moments; the decoupled weight decay is applied outside, on the whole weight."""
 
     state_names: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    by_parts: ClassVar[bool] = True
     defaults: ClassVar[Mapping[str, Any]] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
     hyper_names: ClassVar[tuple[str, ...]] = (
         "lr",

@@ -16,6 +16,7 @@ class LionRule(Rule):
     """The sign of an interpolated momentum; one moment."""
 
     state_names: ClassVar[tuple[str, ...]] = ("exp_avg",)
+    by_parts: ClassVar[bool] = True
     hyper_names: ClassVar[tuple[str, ...]] = ("lr", "beta1", "beta2", "one_minus_beta1", "one_minus_beta2")
     defaults: ClassVar[Mapping[str, Any]] = {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0}
 

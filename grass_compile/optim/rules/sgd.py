@@ -22,6 +22,7 @@ class SGDRule(Rule):
 
     hyper_names: ClassVar[tuple[str, ...]] = ("lr", "momentum", "one_minus_dampening", "weight_decay")
     coupled_decay: ClassVar[bool] = True
+    by_parts: ClassVar[bool] = True
     defaults: ClassVar[Mapping[str, Any]] = {
         "lr": 1e-3,
         "momentum": 0.0,

@@ -36,6 +36,7 @@ from ..context import PassContext
 from ..fx_utils import call, inline, outputs, provenance, set_outputs, specs_of, trace
 from ..joint.anchor import anchors
 from ..records import Projection
+from .reduce import own_part
 
 log = logging.getLogger(__name__)
 
@@ -116,13 +117,15 @@ def _compact(gm: fx.GraphModule, node: fx.Node, projection: Projection, refresh:
         return gradient  # type: ignore[no-any-return]
     if action == "keep":
         (compact,) = _trace(gm, selected, (config.projection, projection.dim, projection.rank), [gradient, index])
-        return compact
+        return own_part(gm.graph, compact, config.layout)
     # Where the weight does not move, its state follows when it does.
     if action != "step":
         state = {}
     layouts = "".join(layout_of(config.rule, name)[0] for name in state)
     how = config.on_refresh, config.chosen_by, layouts, config.checked
-    return call(gm.graph, ops.refresh_, gradient, index, noise, list(state.values()), projection.dim, projection.rank, *how)
+    where = projection.dim, projection.rank
+    made = call(gm.graph, ops.refresh_, gradient, index, noise, list(state.values()), *where, *how)
+    return own_part(gm.graph, made, config.layout)
 
 
 def _state(node: fx.Node, projection: Projection) -> dict[str, fx.Node]:

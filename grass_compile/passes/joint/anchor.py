@@ -51,7 +51,7 @@ def anchor(gm: fx.GraphModule, context: PassContext) -> int:
                 gm.graph, ops.anchor, gradient, named["weight"], named["hyper"], state, found.energy.get(position), shape, number
             )
         node.meta["partitioner_tag"] = "must_be_in_backward"
-        values[slots[named["weight"]]], values[slots[named["leaf"]]] = None, node
+        values[slots[named["read"]]], values[slots[named["leaf"]]] = None, node
         made.append(node)
     if plan.clipped is not None:
         dense = [values[slots[nodes[position]]] for position in plan.clipped if position in nodes]

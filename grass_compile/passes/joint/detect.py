@@ -149,8 +149,15 @@ def activations(site: Site) -> Any:
     return gradient.operand(site.dim)
 
 
+OWNED_BY_PARTS = "each rank owns a part of it"
+"""The beginning of the reason for which a weight cannot be projected along the dimension that is sharded."""
+
+
 def obstacle(site: Site, dim: int) -> str | None:
     """Why rows along stored dimension ``dim`` cannot be computed without the others; None if they can, or need not be."""
+    layout = site.weight.config.layout
+    if layout is not None and layout.sharded_dim == dim:
+        return f"{OWNED_BY_PARTS} along dimension {dim}"
     return None if site.needed is not None else _obstacle(site.gradient, dim, site.weight.config.projection)
 
 

@@ -1,0 +1,89 @@
+"""FSDP2 (``torch.distributed.fsdp.fully_shard``): which sharded parameter a gathered one belongs to, and how it is sharded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Gathered:
+    """What FSDP2 knows of one parameter.
+
+    Attributes:
+        parameter: the sharded parameter, a ``DTensor``, as an optimizer holds it.
+        shard_dim: the dimension that is sharded.
+        shard_group: the name of the group that it is sharded over.
+        shard_size: how many ranks that has.
+        replica_group: the name of the group that has the same part (HSDP), or None.
+        replica_size: how many ranks that has.
+        reduce_dtype: the dtype in which gradients are exchanged; None for their own.
+        unusual: what we cannot follow of what was asked of FSDP2, in words, or "".
+    """
+
+    parameter: Tensor
+    shard_dim: int
+    shard_group: str
+    shard_size: int
+    replica_group: str | None
+    replica_size: int
+    reduce_dtype: torch.dtype | None
+    unusual: str
+
+
+def gathered(parameter: Tensor) -> Gathered | None:
+    """What FSDP2 knows of a parameter that a module sees while it runs forward; None if it is not one of FSDP2's."""
+    for group, sharded in _all():
+        if getattr(sharded, "_unsharded_param", None) is parameter:
+            return _described(group, sharded)
+    return None
+
+
+def _all() -> Iterator[tuple[Any, Any]]:
+    """Every parameter that is sharded in this process, with its group."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    from torch.distributed._composable_state import _module_state_mapping
+    from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
+
+    for reference in list(_module_state_mapping.values()):
+        state: Any = reference()
+        if isinstance(state, FSDPState):
+            own: Any = state
+            groups = own._fsdp_param_groups if hasattr(own, "_fsdp_param_groups") else [own._fsdp_param_group]
+            for group in groups:
+                for sharded in group.fsdp_params if group is not None else ():
+                    yield group, sharded
+
+
+def _described(group: Any, sharded: Any) -> Gathered:
+    info, mesh = sharded.mesh_info, sharded.mesh_info.mesh
+    at, copies = getattr(info, "shard_mesh_dim", None), getattr(info, "replicate_mesh_dim", None)
+    unusual = next(
+        (
+            what
+            for what, used in (
+                ("a mesh without a dimension to shard over", at is None),
+                ("parameters that were DTensors before (tensor parallelism)", sharded.is_dtensor),
+                ("CPUOffloadPolicy", sharded.offload_to_cpu),
+                ("set_gradient_divide_factor()", getattr(group, "gradient_divide_factor", None) is not None),
+                ("an all-reduce hook", getattr(group, "_all_reduce_hook", None) is not None),
+            )
+            if used
+        ),
+        "",
+    )
+    return Gathered(
+        parameter=sharded.sharded_param,
+        shard_dim=sharded.fsdp_placement.dim,
+        shard_group="" if at is None else mesh.get_group(at).group_name,
+        shard_size=1 if at is None else mesh.size(at),
+        replica_group=None if copies is None else mesh.get_group(copies).group_name,
+        replica_size=1 if copies is None else mesh.size(copies),
+        reduce_dtype=group.mp_policy.reduce_dtype,
+        unusual=unusual,
+    )

@@ -1,0 +1,53 @@
+"""FSDP2 and HSDP (``fully_shard``): each rank owns a part of the weight and of its state, and gets the mean of its part of the
+compact gradient by a reduce-scatter inside the backward.
+
+A compiled region reads the whole weight, which FSDP2 gathers into a parameter of its own. The optimizer holds another, the
+sharded one. The first call of a region finds out which belongs to which; from then on the record is found by either.
+FSDP2 itself leaves a parameter alone that has no gradient.
+
+Rows or columns are selected along the dimension that is not sharded. So every rank has the same index, and its part of the
+moments belongs to its part of the weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _fsdp
+from ..errors import ConfigError
+from .layout import Layout, MeshDim, local_part
+
+
+def sharded_behind(parameter: Tensor) -> _fsdp.Gathered | None:
+    """The sharded parameter of which ``parameter`` is the gathered whole, and what FSDP2 knows of it; None if it is none."""
+    return _fsdp.gathered(parameter)
+
+
+def layout_of(label: str, found: _fsdp.Gathered, whole: Tensor) -> Layout:
+    """How FSDP2 spreads a weight.
+
+    Args:
+        label: the weight's name, for messages.
+        found: what FSDP2 knows of it.
+        whole: the gathered weight.
+
+    Raises:
+        ConfigError: FSDP2 was asked for something that is not supported.
+    """
+    if found.unusual:
+        raise ConfigError(f"{label}: fully_shard with {found.unusual} is not supported. Leave that out, or use another backend.")
+    part = local_part(found.parameter)
+    mesh = [MeshDim(found.shard_group, found.shard_size, found.shard_dim)]
+    if found.replica_group is not None:
+        mesh.append(MeshDim(found.replica_group, found.replica_size))
+    padded = -(-whole.shape[found.shard_dim] // found.shard_size)
+    start = min(_rank(found.shard_group) * padded, whole.shape[found.shard_dim])
+    return Layout(tuple(mesh), tuple(part.shape), part.dtype, start, padded, found.reduce_dtype)
+
+
+def _rank(group: str) -> int:
+    c10d: Any = torch.distributed.distributed_c10d
+    return int(c10d._resolve_process_group(group).rank())

@@ -1,0 +1,256 @@
+"""``fully_shard`` (FSDP2, HSDP): ranks that own a part of each weight train as one process does on the joined batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+import grass_compile
+from grass_compile import ConfigError, NonFiniteError
+
+from ..pairs import every_pair
+from .ranks import Ranks, result_of
+from .training import HIDDEN, PROJECTED, RANK, WIDTH, Decoder, Outcome, Trained, Training, batches, step_of, train
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    group = Ranks(2, tmp_path_factory.mktemp("ranks"))
+    yield group
+    group.close()
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    group = Ranks(4, tmp_path_factory.mktemp("ranks"))
+    yield group
+    group.close()
+
+
+def how(**keywords: Any) -> tuple[tuple[str, Any], ...]:
+    return tuple(keywords.items())
+
+
+def sharded(*args: Any, **keywords: Any) -> Training:
+    return Training(*args, **{"place": "blocks", "mesh": (2,), **keywords})
+
+
+def compare(ranks: Ranks, training: Training, tolerance: float = 1e-5) -> Outcome:
+    """Train both, and compare; returns what the first rank has."""
+    outcomes: list[Outcome] = result_of(ranks(train, training))
+    alone = train(training, distributed=False)
+    first = outcomes[0]
+    assert first.rows.keys() == alone.rows.keys() and {name.rpartition(".")[0] for name in alone.rows} == set(PROJECTED)
+    for name, rows in alone.rows.items():
+        assert all(torch.equal(outcome.rows[name], rows) for outcome in outcomes), name
+    for name, weight in alone.weights.items():
+        torch.testing.assert_close(
+            first.weights[name], weight, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    return first
+
+
+SHAPES = 2 * [(WIDTH, WIDTH), (WIDTH, WIDTH), (HIDDEN, WIDTH), (WIDTH, HIDDEN)]
+COMPACT = {"columns": sum(m * RANK for m, _ in SHAPES), "rows": sum(n * RANK for _, n in SHAPES)}
+FLAGS = len(SHAPES)
+"""Numbers sent beside: whether each gradient is finite on all ranks."""
+
+
+@every_pair(axis=["columns", "rows"], selection=["uniform", "top", "norm"], mode=[True, "auto", False])
+def test_two_ranks_are_one_process(ranks: Ranks, axis: str, selection: str, mode: Any) -> None:
+    """And what goes into the reduce-scatters of a regular step is exactly the compact gradients."""
+    keywords = how(axis=axis, selection=selection, step_in_backward=mode)
+    found = compare(ranks, sharded(keywords, fsdp=how(dim=int(axis == "rows"))))
+    assert found.fused == (mode is not False)
+    assert found.regular["_c10d_functional"] == COMPACT[axis] + FLAGS
+    full = sum(m * n for m, n in SHAPES)
+    assert found.refresh["_c10d_functional"] == (COMPACT[axis] + FLAGS if selection == "uniform" else full)
+
+
+FEATURES = [
+    sharded(place="around"),
+    sharded(place="model"),
+    sharded(hidden=25),
+    sharded(how(selection="top", on_refresh="reset"), hidden=25),
+    sharded(how(axis="auto")),
+    sharded(how(stagger=True, rank=5), fsdp=how(reshard_after_forward=False)),
+    sharded(how(step_in_backward=True), checkpoint=True),
+    sharded(how(nonfinite="propagate")),
+    sharded(how(share_index=True)),
+    sharded(how(max_grad_norm=0.05), hidden=25),
+    sharded(clip=0.05, hidden=25),
+    sharded(how(step_in_backward=True), micro=2, hidden=25),
+    sharded(micro=2, clip=0.05, place="around"),
+    sharded(optimizer="Lion"),
+    sharded(optimizer="SGD"),
+]
+
+
+@pytest.mark.parametrize(
+    "training", FEATURES, ids=lambda t: f"{t.optimizer}-{t.place}-{dict(t.how)}-{t.micro}-{t.clip}-{t.hidden}-{t.checkpoint}"
+)
+def test_features(ranks: Ranks, training: Training) -> None:
+    compare(ranks, training)
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("selection", ["uniform", "top"])
+def test_inductor(ranks: Ranks, selection: str) -> None:
+    compare(ranks, sharded(how(selection=selection), compiler="inductor", hidden=25))
+
+
+@pytest.mark.parametrize("mesh", [(2, 2), (4,)])
+@pytest.mark.parametrize("selection", ["uniform", "top"])
+def test_four_ranks(four: Ranks, mesh: tuple[int, ...], selection: str) -> None:
+    """Parts that have replicas (HSDP), and four parts of unequal length."""
+    found = compare(four, sharded(how(selection=selection), world=4, mesh=mesh, hidden=26))
+    assert found.fused
+
+
+def test_mixed_precision(ranks: Ranks) -> None:
+    """Compute in bf16, reduce and keep in fp32: the parts move, and end near those of a run in fp32."""
+    training = sharded(fsdp=how(dtype=torch.bfloat16))
+    outcomes: list[Outcome] = result_of(ranks(train, training))
+    alone = train(training, distributed=False)
+    start = dict(Decoder().named_parameters())
+    for name in alone.rows:
+        found, exact = outcomes[0].weights[name], alone.weights[name]
+        assert found.dtype == torch.float32
+        assert (found - exact).norm() < 0.2 * (exact - start[name].detach()).norm(), name
+
+
+# ------------------------------------------------------------------------------------------------------ checkpoints
+
+
+def save_and_go_on(training: Training, folder: str, at: int) -> dict[str, torch.Tensor]:
+    """Train, save after some steps, and go on."""
+    run = Trained(training)
+    data = batches(training.steps)
+    for tokens in data[:at]:
+        step_of(run, tokens)
+    weights, state = get_state_dict(run.model, run.optimizer)
+    dcp.save({"weights": weights, "state": state}, checkpoint_id=folder)
+    for tokens in data[at:]:
+        step_of(run, tokens)
+    return run.weights()
+
+
+def load_and_go_on(training: Training, folder: str, at: int) -> dict[str, torch.Tensor]:
+    """Take a step, so that there is state to load into; load, and go on."""
+    run = Trained(training)
+    data = batches(training.steps)
+    step_of(run, data[-1])
+    weights, state = get_state_dict(run.model, run.optimizer)
+    dcp.load({"weights": weights, "state": state}, checkpoint_id=folder)
+    set_state_dict(run.model, run.optimizer, model_state_dict=weights, optim_state_dict=state)
+    for tokens in data[at:]:
+        step_of(run, tokens)
+    return run.weights()
+
+
+@pytest.mark.parametrize("mesh", [(2,), ()])
+def test_checkpoint_goes_to_another_layout(ranks: Ranks, four: Ranks, tmp_path: Path, mesh: tuple[int, ...]) -> None:
+    """From two ranks that own parts to four, to parts with replicas, and to ranks that have the whole; and from these."""
+    training = sharded(hidden=26, mesh=mesh)
+    folder = str(tmp_path / "checkpoint")
+    expected = result_of(ranks(save_and_go_on, training, folder, 4))[0]
+    others = [(ranks, (2,), 2), (ranks, (), 2), (four, (4,), 4), (four, (2, 2), 4)]
+    for group, layout, world in others:
+        target = dataclasses.replace(training, mesh=layout, world=world)
+        found = result_of(group(load_and_go_on, target, folder, 4))[0]
+        for name, weight in expected.items():
+            torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+        if layout == mesh:
+            assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+# ----------------------------------------------------------------------------------------------------- what is refused
+
+
+def overflow_in_one_part(training: Training) -> tuple[str, bool]:
+    """On one rank a gradient is infinite, in one row that rank 0 owns; what is said, and whether that weight has stayed."""
+    run = Trained(training)
+    step_of(run, batches(1)[0])
+    before = run.weights()
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.clone()
+        gradient[..., 0] = float("inf")
+        return gradient
+
+    if dist.get_rank() == 1:
+        run.model.lm_head.register_forward_pre_hook(lambda module, args: args[0].register_hook(spoil) and None)
+    try:
+        step_of(run, batches(2)[1])
+        said = ""
+    except NonFiniteError as error:
+        said = str(error)
+    after = run.weights()
+    return said, torch.equal(before["layers.1.down.weight"], after["layers.1.down.weight"])
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_all_ranks_skip_the_same_steps(ranks: Ranks, mode: bool) -> None:
+    for said, stayed in result_of(ranks(overflow_in_one_part, sharded(how(step_in_backward=mode, nonfinite="raise")))):
+        assert "not finite" in said and stayed
+
+
+def offloaded() -> None:
+    model = Decoder()
+    for layer in model.layers:
+        layer.compile(backend="grass", options={"compiler": "aot_eager"})
+        fully_shard(layer, mesh=init_device_mesh("cpu", (2,)), offload_policy=CPUOffloadPolicy(pin_memory=False))
+    optimizer = grass_compile.AdamW(model.named_parameters(), rank=RANK)
+    model(batches(1)[0][:, :-1]).sum().backward()
+    optimizer.step()
+
+
+def tensor_parallel() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    parallelize_module(model, init_device_mesh("cpu", (2,)), {"0": ColwiseParallel()})
+    optimizer = grass_compile.AdamW(model.named_parameters(), rank=2)
+    torch.compile(model, backend="grass", options={"compiler": "aot_eager"})(torch.ones(2, 8)).sum().backward()
+    optimizer.step()
+
+
+def refused(kind: str) -> str:
+    """What is said of something that is not supported."""
+    functions = {"offloaded": offloaded, "tensor parallel": tensor_parallel}
+    try:
+        functions[kind]()
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(("kind", "said"), [("offloaded", "CPUOffloadPolicy"), ("tensor parallel", "tensor parallelism")])
+def test_what_is_not_supported_is_refused_by_name(ranks: Ranks, kind: str, said: str) -> None:
+    assert all(said in found for found in result_of(ranks(refused, kind)))
+
+
+@pytest.mark.parametrize(
+    ("training", "said"),
+    [
+        (sharded(optimizer="Muon"), "layers.0.value.weight: MuonRule looks at whole rows"),
+        (sharded(how(projection="galore")), "layers.0.value.weight: projection='galore' is not supported"),
+        (sharded(how(axis="rows")), "layers.0.query.weight: each rank owns a part of it along dimension 0, so axis='rows'"),
+        (sharded(how(scores="estimate", selection="top")), "scores='estimate' is not supported"),
+        (sharded(optimizer="adopted"), "not under fully_shard"),
+    ],
+    ids=str,
+)
+def test_keywords_that_do_not_go_with_parts(ranks: Ranks, training: Training, said: str) -> None:
+    for error in ranks(train, training):
+        assert isinstance(error, ConfigError) and said in str(error)
