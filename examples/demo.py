@@ -1,6 +1,6 @@
 """Trains a small LLaMA on bytes four times, dense and with grass, each with AdamW and with Muon, on the same data and seed.
 
-    python examples/demo.py                     # four runs of 300 steps
+    python examples/demo.py                     # four runs of 220 steps
     DEMO_STEPS=20 python examples/demo.py       # a quick look
     python examples/demo.py --text ~/notes      # any folder of text instead of the Python standard library
 

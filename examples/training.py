@@ -51,12 +51,12 @@ class TrainConfig:
     layers: int = 4
     heads: int = 4
 
-    steps: int = 300
+    steps: int = 220
     batch_size: int = 8
     sequence_length: int = 256
     warmup_share: float = 0.2
     final_lr_share: float = 0.1
-    validations: int = 20
+    validations: int = 11
     validation_windows: int = 64
     seed: int = 0
     device: str = "cpu"

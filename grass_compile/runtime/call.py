@@ -85,6 +85,7 @@ class Call:
             manager.begin_backward(_autograd.graph_task())
         others = [_autograd.will_run(node) for node in _autograd.accumulators([record.gathered for record in self._records])]
         wanted = [self._wanted(record, other) for record, other in zip(self._records, others, strict=True)]
+        others = [other or self._part_gets_another(record) for record, other in zip(self._records, others, strict=True)]
         forwards = zip(self._records, others, self._addresses, self._configs, strict=True)
         reasons = [self._why_it_waits(*forward) if want else None for want, forward in zip(wanted, forwards, strict=True)]
         waits = [reason is not None for reason in reasons]
@@ -141,6 +142,11 @@ class Call:
                 "it is never formed. Call loss.backward() without inputs, or keep this weight dense with exclude=."
             )
         return False
+
+    def _part_gets_another(self, record: ProjectedParameter) -> bool:
+        """Whether this backward will bring a gradient to the part of a sharded weight that this rank owns, as a penalty does that
+        a script computes from its parameters."""
+        return record.sharded and _autograd.will_run(_autograd.accumulator(record.parameter))
 
     def _why_it_waits(self, record: ProjectedParameter, other: bool, address: int, config: SiteConfig) -> str | None:
         """Why a weight may not move inside this backward, or None if it may. The one place that decides.

@@ -133,4 +133,4 @@ def _put(record: ProjectedParameter, made: CompactGrad) -> None:
     record.chosen = made.rows, made.fresh, made.next_rows
     record.delivered, record.seen = weakref.ref(made), record.look()
     made.on_touch = record.on_touch()
-    made.outside = functools.partial(from_outside, record.label) if record.layout is not None else None
+    made.outside = functools.partial(from_outside, record.label) if record.averaging is not None else None

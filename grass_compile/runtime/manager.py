@@ -103,7 +103,7 @@ class ProjectionManager:
         common = seeds
         for dim in layout.mesh:
             common = check_settings(dim, facts, common, self.seed_drawn)
-        self._met = tuple({*self._met, *layout.mesh})
+        self._met = tuple(dict.fromkeys((*self._met, *layout.mesh)))  # in an order that all ranks share
         if seeds != common:
             for record, seed in zip(self.records.values(), common, strict=True):
                 dict.__setitem__(record.group, "seed", seed)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -22,7 +23,7 @@ from grass_compile import ConfigError, NonFiniteError
 
 from ..pairs import every_pair
 from .ranks import Ranks, result_of
-from .training import HIDDEN, PROJECTED, RANK, WIDTH, Decoder, Outcome, Trained, Training, batches, step_of, train
+from .training import HIDDEN, PROJECTED, RANK, WIDTH, Decoder, Outcome, Trained, Training, batches, step_of, train, whole
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +130,42 @@ def test_mixed_precision(ranks: Ranks) -> None:
         found, exact = outcomes[0].weights[name], alone.weights[name]
         assert found.dtype == torch.float32
         assert (found - exact).norm() < 0.2 * (exact - start[name].detach()).norm(), name
+
+
+# ----------------------------------------------------------------------------------------- from outside of the regions
+
+
+def with_a_penalty(training: Training, distributed: bool = True) -> dict[str, torch.Tensor]:
+    """Three steps to whose loss a script adds a norm of the parameters, before and after the model runs."""
+    run = Trained(training, distributed)
+    for step, tokens in enumerate(batches(3)):
+        part = tokens.chunk(2)[dist.get_rank()] if distributed else tokens
+        losses = [F.cross_entropy(run.run(part[:, :-1]).flatten(0, 1), part[:, 1:].flatten())]
+        losses.insert(step % 2, sum(whole(p, False).square().sum() for p in run.model.layers.parameters()))
+        sum(losses).backward()  # type: ignore[union-attr]
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+    return run.weights()
+
+
+def partly_eager(training: Training, distributed: bool = True) -> dict[str, torch.Tensor]:
+    """Steps of which one falls out of the compiled regions; on one process it is computed in them."""
+    run = Trained(training, distributed)
+    for step, tokens in enumerate(batches(6)):
+        with torch.compiler.set_stance("force_eager" if distributed and step == 4 else "default"):
+            step_of(run, tokens)
+    return run.weights()
+
+
+@pytest.mark.parametrize("function", [with_a_penalty, partly_eager])
+@pytest.mark.parametrize("selection", ["uniform", "top"])
+@pytest.mark.parametrize("mode", [True, False])
+def test_gradients_from_outside(ranks: Ranks, function: Any, selection: str, mode: bool) -> None:
+    training = sharded(how(step_in_backward=mode, selection=selection, update_proj_gap=4), hidden=25)
+    expected = function(training, distributed=False)
+    for found in result_of(ranks(function, training)):
+        for name, weight in expected.items():
+            torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoints

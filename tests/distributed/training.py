@@ -154,9 +154,9 @@ def shard(model: Any, training: Training) -> None:
     fully_shard(model, **keywords)
 
 
-def whole(parameter: Tensor) -> Tensor:
+def whole(parameter: Tensor, detached: bool = True) -> Tensor:
     """A parameter as one tensor, whichever part of it this rank owns."""
-    parameter = parameter.detach()
+    parameter = parameter.detach() if detached else parameter
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
