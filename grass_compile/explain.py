@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, fx, nn
 from . import _dynamo
 from .backend.region import Region
 from .config import BackendOptions
+from .distributed.layout import local_part
 from .errors import ConfigError, GrassError
 from .optim.base import GrassOptimizer
 from .passes.records import Projection
@@ -46,9 +48,10 @@ class Findings:
 
     def _look(self, region: Region, args: Sequence[Any]) -> None:
         parameters = {position: args[position] for position, _ in region.captured.parameters}
-        weights, _ = region.ask(list(parameters.values()))
+        weights, records = region.ask(list(parameters.values()))
         if not weights:
             return
+        parameters |= {position: record.parameter for position, record in records.items()}  # FSDP2's gathered one came in
         _, analysis = region.variants.analyse(weights)
         first: dict[int, str] = {}
         for projection in analysis.projections:
@@ -130,13 +133,18 @@ def _row(name: str, parameter: Tensor, findings: Findings) -> Row:
         reason += f"; shares its columns with {findings.leaders[parameter]}"
     if kind != "grass":
         reason = f"projection={kind!r}; {reason}"
-    return Row(name, shape, dtype, True, axis, rank, reason, dim, projection.tokens, _state_bytes(parameter, projection), kind)
+    where, layout = (name, shape, dtype, True, axis, rank, reason, dim), projection.config.layout
+    row = Row(*where, projection.tokens, _state_bytes(parameter, projection), kind)
+    if layout is None:
+        return row
+    sent = row.compact_elements * (layout.reduce_dtype or dtype).itemsize
+    return dataclasses.replace(row, reason=f"{reason}; {layout}", spread=str(layout), sent_bytes=sent)
 
 
 def _state_bytes(parameter: Tensor, projection: Projection) -> int:
     """Bytes of the state that the update rule keeps for a weight, and of a basis."""
     config, assigned = projection.config, Assigned(projection.axis, projection.dim, projection.rank)
-    shadow = parameter.detach().to("meta")
+    shadow = local_part(parameter.detach()).to("meta")
     how = config.on_refresh, config.rule, config.state_dtype, config.checked, config.projection
     state = initial_state(shadow, assigned, *how)
     names = (*config.rule.state_names, *(("basis",) if "basis" in state else ()))

@@ -24,6 +24,8 @@ class Row:
         tokens: tokens per step in its products, 0 if unknown.
         state_bytes: bytes of the update rule's state if it is projected, or None.
         projection: what takes its gradient into the compact space (``grass``: selected rows or columns), or None.
+        spread: how it is spread over processes, in words; empty on one process, or if that is not known.
+        sent_bytes: bytes that each rank hands to the collective for its gradient in a regular step, 0 on one process.
     """
 
     name: str
@@ -37,6 +39,8 @@ class Row:
     tokens: int = 0
     state_bytes: int | None = None
     projection: str | None = None
+    spread: str = ""
+    sent_bytes: int = 0
 
     @property
     def dense_elements(self) -> int:
@@ -130,6 +134,13 @@ class Report:
         compact = [dense if row.state_bytes is None else row.state_bytes for row, dense in zip(self.rows, moments, strict=True)]
         return Totals(sum(moments), sum(compact))
 
+    @property
+    def sent_bytes(self) -> Totals:
+        """Bytes that each rank hands to collectives for the gradients of projected weights in a regular step."""
+        spread = [row for row in self.rows if row.sent_bytes]
+        dense = sum(row.sent_bytes * row.dense_elements / row.compact_elements for row in spread)
+        return Totals(dense, sum(row.sent_bytes for row in spread))
+
     def __str__(self) -> str:
         lines = [("name", "shape", "dtype", "projected", "axis", "rank", "reason"), *(_cells(row) for row in self.rows)]
         widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]) - 1)]
@@ -141,6 +152,7 @@ class Report:
             ("weight-gradient flops", self.weight_grad_flops, 1e9, "G"),
             ("gradient bytes", self.gradient_bytes, 2**20, "MiB"),
             ("optimizer state bytes", self.state_bytes, 2**20, "MiB"),
+            *((("bytes sent, projected", self.sent_bytes, 2**20, "MiB"),) if self.sent_bytes.dense else ()),
         )
         moves = f"; they move {self.moves}" if self.moves else ""
         return [

@@ -21,6 +21,7 @@ from grass_compile.optim import adoption
 from grass_compile.passes import pipeline
 
 from . import paper
+from .pairs import every_value
 
 Make = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 RANK, GAP, WIDTH = 6, 3, 32
@@ -145,12 +146,11 @@ OPTIMIZERS: dict[str, Make] = {
 }
 
 
-@pytest.mark.parametrize(("axis", "refreshes"), [("rows", False), ("columns", True), ("auto", True)])
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_full_rank_equals_torch(name: str, axis: str, refreshes: bool) -> None:
+@every_value(name=OPTIMIZERS, axis=["rows", "columns", "auto"])
+def test_full_rank_equals_torch(name: str, axis: str) -> None:
     model, twin = net(), net()
     optimizer, plain = OPTIMIZERS[name](model.parameters()), OPTIMIZERS[name](twin.parameters())
-    options = dict(update_proj_gap=4, on_refresh="carry") if refreshes else dict(update_proj_gap=100)
+    options = dict(update_proj_gap=100) if axis == "rows" else dict(update_proj_gap=4, on_refresh="carry")
     fast = compiled(model, rank=WIDTH, axis=axis, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("error", GrassWarning)
@@ -183,8 +183,7 @@ def test_lower_rank_equals_oracle(axis: str, on_refresh: str) -> None:
     assert optimizer.state[model[0].weight]["exp_avg"].shape == shape
 
 
-@pytest.mark.parametrize("axis", ["rows", "columns"])
-@pytest.mark.parametrize("name", ["Adam", "SGD", "SGD momentum", "SGD nesterov"])
+@every_value(name=["Adam", "SGD", "SGD momentum", "SGD nesterov"], axis=["rows", "columns"])
 def test_lower_rank_equals_torch_on_the_rows(name: str, axis: str) -> None:
     model = net()
     optimizer, oracle = OPTIMIZERS[name](model.parameters()), CompactTorch(model, OPTIMIZERS[name], axis=axis)
@@ -284,8 +283,7 @@ CLIPS: dict[str, Callable[[list[Tensor]], Any]] = {
 }
 
 
-@pytest.mark.parametrize("axis", ["rows", "columns"])
-@pytest.mark.parametrize("name", CLIPS)
+@every_value(name=CLIPS, axis=["rows", "columns"])
 def test_clipping_acts_on_compact_gradients(name: str, axis: str) -> None:
     model = net()
     optimizer, twin = adamw(model.parameters()), Twin(model, axis=axis)
@@ -744,8 +742,7 @@ def saved(model: nn.Module, optimizer: torch.optim.Optimizer) -> io.BytesIO:
     return file
 
 
-@pytest.mark.parametrize("split", [1, GAP], ids=["regular", "refresh"])
-@pytest.mark.parametrize("name", RESUMED)
+@every_value(name=RESUMED, split=[1, GAP])
 def test_resumed_script_is_the_same_bit_for_bit(name: str, split: int) -> None:
     make, dtype, options = RESUMED[name]
     model = net(dtype)

@@ -24,7 +24,7 @@ import grass_compile
 
 from . import paper
 
-STEPS, EPOCH, SAVE_EVERY, GAP = 150, 15, 10, 25
+STEPS, EPOCH, SAVE_EVERY, GAP = 105, 15, 10, 25
 MICRO_BATCHES, SIZE, LAST_SIZE, LENGTH = 2, 8, 3, 32
 WARM_UP = 2 * EPOCH  # steps after a start in which every shape has been seen twice
 SHARE_OF_UNIGRAM = 0.9

@@ -46,6 +46,13 @@ class Layout:
     padded: int = 0
     reduce_dtype: torch.dtype | None = None
 
+    def __str__(self) -> str:
+        shard, others = self.shard, [dim.size for dim in self.mesh if dim.shards is None]
+        if shard is None:
+            return f"the same on {self.size} ranks"
+        copies = f", {others[0]} replicas of each" if others else ""
+        return f"in {shard.size} parts along dimension {shard.shards}{copies}"
+
     @property
     def shard(self) -> MeshDim | None:
         """The dimension of the mesh over which the weight is sharded, or None."""

@@ -132,6 +132,21 @@ def test_mixed_precision(ranks: Ranks) -> None:
         assert (found - exact).norm() < 0.2 * (exact - start[name].detach()).norm(), name
 
 
+def explained(training: Training) -> tuple[str, Any, Any]:
+    """What `explain` says of a weight, and of all bytes."""
+    run = Trained(training)
+    report = grass_compile.explain(run.model, batches(1)[0][:, :-1], optimizer=run.optimizer)
+    return report["layers.0.up.weight"].reason, report.sent_bytes, report["layers.0.up.weight"].state_bytes
+
+
+def test_explain_says_how_weights_are_spread(ranks: Ranks) -> None:
+    full = sum(m * n for m, n in SHAPES)
+    for reason, sent, state in result_of(ranks(explained, sharded())):
+        assert "in 2 parts along dimension 0" in reason
+        assert (sent.dense, sent.compact) == (4 * full, 4 * COMPACT["columns"])
+        assert state == 2 * 4 * HIDDEN // 2 * RANK
+
+
 # ----------------------------------------------------------------------------------------- from outside of the regions
 
 

@@ -1,4 +1,4 @@
-"""Collectives in a backward graph: one for each projected weight, on the compact gradient."""
+"""Collectives in a backward graph: one for a bucket of compact gradients."""
 
 from __future__ import annotations
 
@@ -9,12 +9,25 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from grass_compile.passes.backward import reduce
 
 from .. import forms, paper
 
 c10d = torch.ops._c10d_functional
+
+
+class Through(nn.Module):
+    """Runs a model. (Dynamo skips the forward of torch's own containers inside DDP's.)"""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)  # type: ignore[no-any-return]
 
 
 @pytest.fixture
@@ -44,8 +57,8 @@ def test_what_is_sent(axis: str, selection: str, graphs: list[Any]) -> None:
         forms.loss_of(compiled(forms.batch(torch.float32, step))).backward()
         optimizer.step()
         optimizer.zero_grad()
-    compact = (4, forms.N) if axis == "rows" else (forms.M, 4)
-    assert [sent(backward) for _, backward in graphs] == ([[(forms.M, forms.N)]] if selection == "top" else []) + [[compact]]
+    compact = 4 * (forms.N if axis == "rows" else forms.M)
+    assert [sent(backward) for _, backward in graphs] == ([[(forms.M * forms.N,)]] if selection == "top" else []) + [[(compact,)]]
 
 
 @pytest.mark.usefixtures("alone")
@@ -63,7 +76,26 @@ def test_what_is_sent_under_no_sync(selection: str, graphs: list[Any]) -> None:
         optimizer.step()
         optimizer.zero_grad()
     chosen = [shapes for _, backward in graphs if (shapes := sent(backward))]
-    assert chosen == ([[(forms.M, forms.N)]] if selection == "top" else [])
+    assert chosen == ([[(forms.M * forms.N,)]] if selection == "top" else [])
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(("limit", "sizes"), [(reduce.BUCKET_BYTES, [3]), (4 * 4 * 50, [2, 1]), (1, [1, 1, 1])])
+def test_gradients_travel_by_the_bucket(limit: int, sizes: list[int], graphs: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each as large as the limit allows, and what comes out of them is what went in: there is one rank."""
+    monkeypatch.setattr(reduce, "BUCKET_BYTES", limit)
+    weights = []
+    for wrap in (DistributedDataParallel, lambda model: model):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(24, 24, bias=False) for _ in range(3)))
+        optimizer = paper.AdamW(model.named_parameters(), rank=4, axis="columns", selection="uniform", step_in_backward=True)
+        torch._dynamo.reset()
+        compiled = torch.compile(wrap(Through(model)), backend="grass", options={"compiler": "aot_eager"})
+        compiled(torch.ones(5, 24)).square().sum().backward()
+        optimizer.step()
+        weights.append([parameter.detach().clone() for parameter in model.parameters()])
+    assert [shape for _, backward in graphs for shape in sent(backward)] == [(24 * 4 * size,) for size in sizes]
+    assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
 
 
 def test_one_process_sends_nothing(graphs: list[Any]) -> None:

@@ -1,29 +1,36 @@
-"""Average gradients over the ranks of a group, where their weights are the same on each.
+"""Average gradients over the ranks of a group, where their weights are the same on each; a bucket of them at a time.
 
-Before::
+Before, for two weights::
 
-    mm:     f32[r, n]
-    anchor: f32[r, n] = grass_compile.anchor(mm, weight, hyper, ...)
+    mm:       f32[m, r]
+    anchor:   f32[m, r] = grass_compile.anchor(mm, weight, hyper, ...)
+    mm_1:     f32[n, r]
+    anchor_1: f32[n, r] = grass_compile.anchor(mm_1, weight_1, hyper, ...)
 
 After::
 
-    mm:          f32[r, n]
-    div:         f32[r, n] = div(mm, size)
-    all_reduce:  f32[r, n] = _c10d_functional.all_reduce(div, "sum", group)
-    wait_tensor: f32[r, n] = _c10d_functional.wait_tensor(all_reduce)
-    anchor:      f32[r, n] = grass_compile.anchor(wait_tensor, weight, hyper, ...)
+    mm:          f32[m, r]
+    mm_1:        f32[n, r]
+    cat:         f32[(m + n) r] = cat([div(mm, size), div(mm_1, size)])       <- flattened
+    all_reduce:  f32[(m + n) r] = _c10d_functional.all_reduce(cat, "sum", group)
+    wait_tensor: f32[(m + n) r] = _c10d_functional.wait_tensor(all_reduce)
+    anchor:      f32[m, r] = grass_compile.anchor(<its part>, weight, hyper, ...)
+    anchor_1:    f32[n, r] = grass_compile.anchor(<its part>, weight_1, hyper, ...)
 
 A weight of which each rank owns a part (FSDP2) gets its part of the mean: a ``reduce_scatter_tensor`` takes the place of
-``all_reduce``, around it what makes the parts equal in length and contiguous. With replicas of each part (HSDP) an ``all_reduce``
-over these follows. Where new rows are chosen by the whole gradient, that is averaged on all ranks, and `lower_anchors` cuts the
-part out of what was chosen (`own_part`).
+``all_reduce``, of a matrix with a row for each rank, in which parts are padded to equal lengths. With replicas of each part (HSDP)
+an ``all_reduce`` over these follows. Where new rows are chosen by the whole gradient, that is averaged on all ranks, and
+`lower_anchors` cuts the part out of what was chosen (`own_part`).
 
 Contract: what a refresh chooses by is averaged even where gradients are not (``no_sync()``), since all ranks have to choose the
-same. Nothing that the forward saves changes, since the halves are apart already.
+same. The order of collectives follows from the graph, which is the same on all ranks. Nothing that the forward saves changes, since
+the halves are apart already.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,6 +45,41 @@ aten = torch.ops.aten
 prims = torch.ops.prims
 c10d = torch.ops._c10d_functional
 
+BUCKET_BYTES = 25 * 2**20
+"""How much travels together, as in ``DistributedDataParallel``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """One gradient to be averaged.
+
+    Attributes:
+        name: of its weight.
+        anchor: the anchor that takes it.
+        gradient: this rank's.
+        layout: how its weight is spread.
+        scatters: whether each rank gets only its part of the mean.
+        checked: whether a step is skipped if the gradient is not finite.
+    """
+
+    name: str
+    anchor: fx.Node
+    gradient: fx.Node
+    layout: Layout
+    scatters: bool
+    checked: bool
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the gradient."""
+        return int(self.gradient.meta["val"].nbytes)
+
+    @property
+    def kind(self) -> Any:
+        """Equal for those that may travel together."""
+        value = self.gradient.meta["val"]
+        return self.layout.mesh, self.layout.reduce_dtype, value.dtype, value.device, self.scatters, self.checked
+
 
 def reduce(gm: fx.GraphModule, context: PassContext) -> int:
     """Average gradients, in place.
@@ -49,29 +91,20 @@ def reduce(gm: fx.GraphModule, context: PassContext) -> int:
     Returns:
         How many gradients are averaged.
     """
-    plan, count = context.planned, 0
+    plan, shares = context.planned, []
     for node in anchors(gm):
         arguments: Any = node.args
         gradient, number = arguments[0], arguments[-1]
         projection, action = plan.projections[number], context.actions[number]
-        layout, full = projection.config.layout, projection.position in context.full
-        if layout is None or not _is_reduced(layout, action, full, context.syncs):
-            continue
-        with provenance(gm, "reduce", projection.name, node), gm.graph.inserting_before(node):
-            share = gradient
-            if layout.reduce_dtype is not None and gradient.meta["val"].dtype != layout.reduce_dtype:
-                share = call(gm.graph, prims.convert_element_type.default, gradient, layout.reduce_dtype)
-            share = call(gm.graph, aten.div.Tensor, share, layout.size)
-            scatters = not full and layout.shard is not None
-            mean = _scattered(gm.graph, share, layout) if scatters else share
-            for dim in layout.mesh:
-                if not (scatters and dim.shards is not None):
-                    mean = _summed(gm.graph, mean, dim)
-            if scatters and projection.config.checked:
-                mean = _not_finite_anywhere(gm.graph, mean, layout)
-            node.update_arg(0, mean)
-        count += 1
-    return count
+        config, full = projection.config, projection.position in context.full
+        if config.layout is not None and _is_reduced(config.layout, action, full, context.syncs):
+            scatters = not full and config.layout.shard is not None
+            shares.append(Share(projection.name, node, gradient, config.layout, scatters, config.checked))
+    order = {node: number for number, node in enumerate(gm.graph.nodes)}
+    for bucket in _buckets(sorted(shares, key=lambda share: order[share.gradient])):
+        last = max((share.gradient for share in bucket), key=order.__getitem__)
+        _reduce(gm, bucket, last)
+    return len(shares)
 
 
 def _is_reduced(layout: Layout, action: str, full: bool, syncs: bool) -> bool:
@@ -80,34 +113,94 @@ def _is_reduced(layout: Layout, action: str, full: bool, syncs: bool) -> bool:
     return averages(action, full, syncs)
 
 
-def _summed(graph: fx.Graph, value: fx.Node, dim: MeshDim) -> fx.Node:
-    return call(graph, c10d.wait_tensor.default, call(graph, c10d.all_reduce.default, value, "sum", dim.group))
+def _buckets(shares: Sequence[Share]) -> list[list[Share]]:
+    """Gradients that travel together, those that are computed first in front."""
+    buckets: list[list[Share]] = []
+    open_: dict[Any, list[Share]] = {}
+    for share in shares:
+        bucket = open_.get(share.kind)
+        if bucket is None or sum(other.bytes for other in bucket) + share.bytes > BUCKET_BYTES:
+            bucket = open_[share.kind] = []
+            buckets.append(bucket)
+        bucket.append(share)
+    return buckets
 
 
-def _scattered(graph: fx.Graph, value: fx.Node, layout: Layout) -> fx.Node:
-    """The sum over the ranks of the part that this rank owns of a compact gradient."""
-    shard = layout.shard
-    assert shard is not None and shard.shards is not None and layout.shape is not None
-    along, length = shard.shards, layout.shape[shard.shards]
-    if along:
+def _reduce(gm: fx.GraphModule, bucket: Sequence[Share], last: fx.Node) -> None:
+    """Average a bucket behind the last of its gradients, and give its anchors their parts."""
+    graph, layout, scatters = gm.graph, bucket[0].layout, bucket[0].scatters
+    behind = last.next
+    while behind.op == "placeholder":
+        behind = behind.next
+    with provenance(gm, "reduce", bucket[0].name, last), graph.inserting_before(behind):
+        mine = [_flat(graph, share) for share in bucket]
+        dim = 1 if scatters else 0
+        joined = mine[0] if len(mine) == 1 else call(graph, aten.cat.default, mine, dim)
+        shard = layout.shard
+        if scatters and shard is not None:
+            sent = call(graph, c10d.reduce_scatter_tensor.default, joined, "sum", shard.size, shard.group)
+            joined = call(graph, aten.reshape.default, call(graph, c10d.wait_tensor.default, sent), [-1])
+        for mesh_dim in layout.mesh:
+            if not (scatters and mesh_dim.shards is not None):
+                joined = _summed(graph, joined, mesh_dim)
+        means, start = [], 0
+        for share, flat in zip(bucket, mine, strict=True):
+            length = shape_of(flat)[dim]
+            part = joined if len(bucket) == 1 else call(graph, aten.slice.Tensor, joined, 0, start, start + length)
+            means.append(_shaped(graph, part, share))
+            start += length
+        if scatters and bucket[0].checked:
+            means = _not_finite_anywhere(graph, means, layout)
+    for share, mean in zip(bucket, means, strict=True):
+        share.anchor.update_arg(0, mean)
+        behind.prepend(share.anchor)
+
+
+def _flat(graph: fx.Graph, share: Share) -> fx.Node:
+    """A gradient as a vector, or as a matrix with a row for each rank; divided by the number of ranks, in the dtype to send."""
+    layout, value = share.layout, share.gradient
+    if layout.reduce_dtype is not None and value.meta["val"].dtype != layout.reduce_dtype:
+        value = call(graph, prims.convert_element_type.default, value, layout.reduce_dtype)
+    value = call(graph, aten.div.Tensor, value, layout.size)
+    if not share.scatters or layout.shard is None:
+        return call(graph, aten.reshape.default, value, [-1])
+    if layout.sharded_dim:
         value = call(graph, aten.permute.default, value, [1, 0])
-    if missing := layout.padded * shard.size - shape_of(value)[0]:
+    if missing := layout.padded * layout.shard.size - shape_of(value)[0]:
         value = call(graph, aten.constant_pad_nd.default, value, [0, 0, 0, missing])
-    elif not value.meta["val"].is_contiguous():
-        value = call(graph, aten.clone.default, value, memory_format=torch.contiguous_format)
-    sent = call(graph, c10d.reduce_scatter_tensor.default, value, "sum", shard.size, shard.group)
-    part = call(graph, c10d.wait_tensor.default, sent)
+    value = call(graph, aten.reshape.default, value, [layout.shard.size, -1])
+    return call(graph, aten.clone.default, value, memory_format=torch.contiguous_format)
+
+
+def _shaped(graph: fx.Graph, flat: fx.Node, share: Share) -> fx.Node:
+    """The mean, or this rank's part of it, as its anchor takes it."""
+    layout, shape = share.layout, list(shape_of(share.gradient))
+    if not share.scatters or layout.shape is None or layout.sharded_dim is None:
+        return call(graph, aten.reshape.default, flat, shape)
+    along, length = layout.sharded_dim, layout.shape[layout.sharded_dim]
+    part = call(graph, aten.reshape.default, flat, [layout.padded, shape[1 - along]])
     if length != layout.padded:
         part = call(graph, aten.slice.Tensor, part, 0, 0, length)
     return call(graph, aten.permute.default, part, [1, 0]) if along else part
 
 
-def _not_finite_anywhere(graph: fx.Graph, part: fx.Node, layout: Layout) -> fx.Node:
-    """Not finite if the part of any rank is not, so that all of them skip the same steps."""
+def _summed(graph: fx.Graph, value: fx.Node, dim: MeshDim) -> fx.Node:
+    return call(graph, c10d.wait_tensor.default, call(graph, c10d.all_reduce.default, value, "sum", dim.group))
+
+
+def _not_finite_anywhere(graph: fx.Graph, parts: Sequence[fx.Node], layout: Layout) -> list[fx.Node]:
+    """Each not finite if the part of any rank is not, so that all of them skip the same steps."""
     assert layout.shard is not None
-    squares = call(graph, aten.mul.Tensor, part, part)
-    flag = call(graph, aten.mul.Tensor, call(graph, aten.sum.default, squares), 0.0)
-    return call(graph, aten.add.Tensor, part, _summed(graph, flag, layout.shard))
+    squares = []
+    for part in parts:
+        dtype = part.meta["val"].dtype
+        wide = call(graph, prims.convert_element_type.default, part, torch.promote_types(dtype, torch.float32))
+        squares.append(call(graph, aten.sum.default, call(graph, aten.mul.Tensor, wide, wide)))
+    flags = call(graph, aten.mul.Tensor, call(graph, aten.stack.default, squares), 0.0)
+    flags = _summed(graph, flags, layout.shard)
+    return [
+        call(graph, aten.add.Tensor, part, call(graph, aten.select.int, flags, 0, number)) for number, part in enumerate(parts)
+    ]
 
 
 def own_part(graph: fx.Graph, compact: fx.Node, layout: Layout | None) -> fx.Node:
