@@ -18,13 +18,13 @@ After::
     anchor_1:    f32[n, r] = grass_compile.anchor(<its part>, weight_1, hyper, ...)
 
 A weight of which each rank owns a part (FSDP2) gets its part of the mean: a ``reduce_scatter_tensor`` takes the place of
-``all_reduce``, of a matrix with a row for each rank, in which parts are padded to equal lengths. With replicas of each part (HSDP)
-an ``all_reduce`` over these follows. Where new rows are chosen by the whole gradient, that is averaged on all ranks, and
+``all_reduce``, of a matrix with a row for each rank, in which parts are padded to equal lengths. With replicas of each part
+(HSDP) an ``all_reduce`` over these follows. Where new rows are chosen by the whole gradient, that is averaged on all ranks, and
 `lower_anchors` cuts the part out of what was chosen (`own_part`).
 
 Contract: what a refresh chooses by is averaged even where gradients are not (``no_sync()``), since all ranks have to choose the
-same. The order of collectives follows from the graph, which is the same on all ranks. Nothing that the forward saves changes, since
-the halves are apart already.
+same. The order of collectives follows from the graph, which is the same on all ranks. Nothing that the forward saves changes,
+since the halves are apart already.
 """
 
 from __future__ import annotations
