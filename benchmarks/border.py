@@ -20,6 +20,7 @@ import grass_compile
 from benchmarks import measure, record
 from benchmarks.model import Settings, build
 from grass_compile import _autograd
+from grass_compile.optim import base
 from grass_compile.runtime import delivery
 from grass_compile.runtime.call import Call
 from grass_compile.runtime.manager import ProjectionManager
@@ -29,7 +30,7 @@ TIMED: tuple[tuple[Any, str], ...] = (
     (Call, "before_backward"),
     (Call, "after_backward"),
     (ProjectedParameter, "refusal"),
-    (ProjectionManager, "check"),
+    (base, "check_step"),
     (ProjectionManager, "stand_ins"),
     (ProjectionManager, "leave_off"),
     (ProjectionManager, "warn_of_nothing"),

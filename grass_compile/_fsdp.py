@@ -22,7 +22,7 @@ class Gathered:
         replica_group: the name of the group that has the same part (HSDP), or None.
         replica_size: how many ranks that has.
         reduce_dtype: the dtype in which gradients are exchanged; None for their own.
-        unusual: what we cannot follow of what was asked of FSDP2, in words, or "".
+        source: where that stands.
     """
 
     parameter: Tensor
@@ -32,7 +32,7 @@ class Gathered:
     replica_group: str | None
     replica_size: int
     reduce_dtype: torch.dtype | None
-    unusual: str
+    source: Any
 
 
 def gathered(parameter: Tensor) -> Gathered | None:
@@ -60,23 +60,23 @@ def _all() -> Iterator[tuple[Any, Any]]:
                     yield group, sharded
 
 
+def unusual(found: Gathered) -> str:
+    """What was asked of FSDP2 by now that we cannot follow, in words, or "". It may be asked at any time."""
+    group, sharded = found.source
+    asked = (
+        ("a mesh without a dimension to shard over", getattr(sharded.mesh_info, "shard_mesh_dim", None) is None),
+        ("parameters that were DTensors before (tensor parallelism)", sharded.is_dtensor),
+        ("CPUOffloadPolicy", sharded.offload_to_cpu),
+        ("set_gradient_divide_factor()", getattr(group, "gradient_divide_factor", None) is not None),
+        ("set_all_reduce_hook()", getattr(group, "_all_reduce_hook", None) is not None),
+        ("set_reduce_scatter_unused_params()", getattr(group, "reduce_scatter_unused_params", False)),
+    )
+    return next((what for what, used in asked if used), "")
+
+
 def _described(group: Any, sharded: Any) -> Gathered:
     info, mesh = sharded.mesh_info, sharded.mesh_info.mesh
     at, copies = getattr(info, "shard_mesh_dim", None), getattr(info, "replicate_mesh_dim", None)
-    unusual = next(
-        (
-            what
-            for what, used in (
-                ("a mesh without a dimension to shard over", at is None),
-                ("parameters that were DTensors before (tensor parallelism)", sharded.is_dtensor),
-                ("CPUOffloadPolicy", sharded.offload_to_cpu),
-                ("set_gradient_divide_factor()", getattr(group, "gradient_divide_factor", None) is not None),
-                ("an all-reduce hook", getattr(group, "_all_reduce_hook", None) is not None),
-            )
-            if used
-        ),
-        "",
-    )
     return Gathered(
         parameter=sharded.sharded_param,
         shard_dim=sharded.fsdp_placement.dim,
@@ -85,5 +85,5 @@ def _described(group: Any, sharded: Any) -> Gathered:
         replica_group=None if copies is None else mesh.get_group(copies).group_name,
         replica_size=1 if copies is None else mesh.size(copies),
         reduce_dtype=group.mp_policy.reduce_dtype,
-        unusual=unusual,
+        source=(group, sharded),
     )

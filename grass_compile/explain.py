@@ -137,7 +137,8 @@ def _row(name: str, parameter: Tensor, findings: Findings) -> Row:
     row = Row(*where, projection.tokens, _state_bytes(parameter, projection), kind)
     if layout is None:
         return row
-    sent = row.compact_elements * (layout.reduce_dtype or dtype).itemsize
+    travels = layout.reduce_dtype or (record.gathered.dtype if record is not None else dtype)
+    sent = row.compact_elements * travels.itemsize
     return dataclasses.replace(row, reason=f"{reason}; {layout}", spread=str(layout), sent_bytes=sent)
 
 

@@ -160,7 +160,11 @@ class Region:
                     f"{name}: the compiled region reads a DTensor, as under tensor parallelism, which is not supported yet. Use "
                     "fully_shard alone, or another backend."
                 )
-            record = registry.lookup(parameter) or self._behind(name, parameter)
+            record = registry.lookup(parameter)
+            if record is None or (record.sharded and registry.lookup(record.parameter) is not record):  # it has a new optimizer
+                record = self._behind(name, parameter)
+            elif record.found is not None:
+                fsdp.check(record.name or name, record.found)
             held = held or record is not None
             if parameter.dim() == 2 and parameter.requires_grad:
                 if record is None:
@@ -198,7 +202,7 @@ class Region:
             )
         if found is None or record is None:
             return None
-        registry.register_gathered(record, parameter)
+        registry.register_gathered(record, parameter, found)
         if parameter.dim() == 2 and record.options.rank is not None:
             record.spread(fsdp.layout_of(record.name or name, found, parameter))
         return record

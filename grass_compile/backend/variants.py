@@ -163,18 +163,21 @@ class Variants:
             return plan
 
         transform = functools.partial(pipeline.transform, asked=asked, decide=decided)
-        return Variant(self._compile(gm, inputs, transform, pair), pair)
+        spread = any(weight.config.layout is not None for weight in asked.weights)
+        return Variant(self._compile(gm, inputs, transform, pair, spread), pair)
 
     def _compile(
-        self, gm: fx.GraphModule, inputs: Sequence[Any], partition: Any, pair: CompiledPair | None = None
+        self, gm: fx.GraphModule, inputs: Sequence[Any], partition: Any, pair: CompiledPair | None = None, spread: bool = False
     ) -> Callable[..., Any]:
+        # Every rank has to send in the same order; this one goes by the sizes of buffers, which may differ from rank to rank.
+        patches = {"reorder_for_peak_memory": False} if spread else {}
         return _aot.compile_graph(
             self.captured,
             gm,
             inputs,
             compiler=self.options.compiler,
             mode=self.options.mode,
-            patches=dict(self.options.inductor),
+            patches={**patches, **dict(self.options.inductor)},
             partition=partition,
             key=kernels.source_hash() + self.options.passes_key,
             pair=pair,

@@ -37,8 +37,7 @@ def layout_of(label: str, found: _fsdp.Gathered, whole: Tensor) -> Layout:
     Raises:
         ConfigError: FSDP2 was asked for something that is not supported.
     """
-    if found.unusual:
-        raise ConfigError(f"{label}: fully_shard with {found.unusual} is not supported. Leave that out, or use another backend.")
+    check(label, found)
     part = local_part(found.parameter)
     mesh = [MeshDim(found.shard_group, found.shard_size, found.shard_dim)]
     if found.replica_group is not None:
@@ -46,6 +45,16 @@ def layout_of(label: str, found: _fsdp.Gathered, whole: Tensor) -> Layout:
     padded = -(-whole.shape[found.shard_dim] // found.shard_size)
     start = min(_rank(found.shard_group) * padded, whole.shape[found.shard_dim])
     return Layout(tuple(mesh), tuple(part.shape), part.dtype, start, padded, found.reduce_dtype)
+
+
+def check(label: str, found: _fsdp.Gathered) -> None:
+    """Refuse what was asked of FSDP2 since.
+
+    Raises:
+        ConfigError: naming the weight, and what it is.
+    """
+    if what := _fsdp.unusual(found):
+        raise ConfigError(f"{label}: fully_shard with {what} is not supported. Leave that out, or use another backend.")
 
 
 def _rank(group: str) -> int:

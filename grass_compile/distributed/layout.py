@@ -92,6 +92,36 @@ class Layout:
         return torch.ops._c10d_functional.wait_tensor(reduced).sqrt()  # type: ignore[no-any-return]
 
 
+def spread_not_finite(dim: MeshDim, parts: Sequence[Tensor]) -> None:
+    """Make each tensor NaN of which another rank has a part that is not finite; all ranks of a group have to call this."""
+    wide = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts]
+    flags = torch.stack([(part * part).sum() for part in wide]) * 0.0
+    reduced = torch.ops._c10d_functional.all_reduce_(flags, "sum", dim.group)
+    for part, flag in zip(parts, torch.ops._c10d_functional.wait_tensor(reduced).unbind(), strict=True):
+        part.add_(flag)
+
+
+def anywhere(flags: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """For each parameter whether its flag is raised on any rank that owns a part of it; one that every rank has keeps its flag.
+
+    Args:
+        flags: ``bool``, one for each.
+        parameters: those that the flags are about; all ranks have to give the same.
+    """
+    meshes: dict[Any, list[int]] = {}
+    for number, parameter in enumerate(parameters):
+        if is_sharded(parameter):
+            meshes.setdefault(parameter.device_mesh, []).append(number)  # type: ignore[attr-defined]
+    flags = flags.clone() if meshes else flags
+    for mesh, numbers in meshes.items():
+        counts = flags[numbers].to(torch.int32)
+        for dim in range(mesh.ndim):
+            sent = torch.ops._c10d_functional.all_reduce_(counts, "sum", mesh.get_group(dim).group_name)
+            torch.ops._c10d_functional.wait_tensor(sent)
+        flags[numbers] = counts > 0
+    return flags
+
+
 def averages(action: str, full: bool, syncs: bool) -> bool:
     """Whether a backward averages one gradient inside its graph, of a weight that is the same on all ranks.
 

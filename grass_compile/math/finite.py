@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..distributed.layout import is_sharded
+
 
 def is_finite(gradient: Tensor) -> Tensor:
     """Whether the norm of a gradient (or of the norms of its rows) is finite; ``bool``, 0-d, on its device."""
@@ -48,4 +50,5 @@ def _norms(gradients: Sequence[Tensor], norm_type: float) -> Tensor:
     """The norm of each, in at least fp32, on the device of the first."""
     dtypes = [torch.promote_types(gradient.dtype, torch.float32) for gradient in gradients]
     norms = [torch.linalg.vector_norm(g, norm_type, dtype=dtype) for g, dtype in zip(gradients, dtypes, strict=True)]
+    norms = [norm.full_tensor() if is_sharded(norm) else norm for norm in norms]
     return torch.stack([norm.to(norms[0].device) for norm in norms])

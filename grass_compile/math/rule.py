@@ -17,8 +17,8 @@ everything is reset."""
 
 RESERVED = frozenset(
     (
-        "axis", "basis", "dim", "due", "hyper", "index", "key", "leaf", "noise", "nonfinite", "proposed", "row_scale",
-        "square_sum", "step", "updates", "weight",
+        "axis", "basis", "dim", "due", "hyper", "index", "key", "leaf", "noise", "nonfinite", "proposed", "read", "row_scale",
+        "shard", "square_sum", "step", "updates", "weight",
     )
 )  # fmt: skip
 """Names that a state tensor of a rule cannot have: they stand for something else in a weight's state or in a compiled region."""
@@ -103,11 +103,21 @@ class Rule(abc.ABC):
         layout = self.layout(name)
         return tensor if layout == "full" else tensor.reshape(shapes[layout])
 
-    @property
-    def updates_by_parts(self) -> bool:
-        """`by_parts`, of the class that `update` comes from."""
+    def over_parts(self, group: str, length: int) -> Rule | None:
+        """The rule for a weight of which each rank of a process group owns a part; None if there is none.
+
+        Args:
+            group: its name, as functional collectives know it.
+            length: of the whole weight, along the dimension that is sharded, which is not the one along which rows are selected.
+        """
         source = next(kind for kind in type(self).__mro__ if "update" in vars(kind))
-        return bool(vars(source).get("by_parts", False))
+        return self if vars(source).get("by_parts", False) else None
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether `update` calls collectives. Such a step waits for ``opt.step()``, where it comes in the same order on all
+        ranks."""
+        return False
 
     @property
     def elementwise(self) -> bool:

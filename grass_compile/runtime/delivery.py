@@ -78,6 +78,7 @@ def _deliver(record: ProjectedParameter, values: Tensor) -> None:
     mixed = present is not None and not isinstance(present, (CompactGrad, MovedGrad))
     if mixed and present is not None:
         made.compact.add_(made.part_of(present.to_dense() if present.layout is not torch.strided else present))
+        made.mixed = True
     _put(record, made)
     if record.averaging is not None:
         record.averaging.arrived(made.compact, is_new=True, mixed=mixed)
@@ -94,6 +95,7 @@ def reduced(record: ProjectedParameter, full: Tensor) -> CompactGrad:
     Rows that a gradient of the same step was computed for stay; otherwise, on a refresh, the full gradient chooses.
     """
     assert record.assigned is not None
+    record.check_known()
     full = full.to_dense() if full.layout is not torch.strided else full
     if record.averaging is not None:
         full = record.averaging.layout.mean_(full.clone())
@@ -118,6 +120,7 @@ def reduce(record: ProjectedParameter) -> CompactGrad:
     assert full is not None
     with torch.no_grad():
         made = reduced(record, full)
+    made.mixed = True
     _put(record, made)
     return made
 

@@ -36,6 +36,7 @@ class CompactGrad(Tensor):
         next_rows: what its backward proposes for the next step, or None.
         zeroed: whether ``zero_grad(set_to_none=False)`` has emptied it, so that nothing waits in it.
         task: the number of the backward that delivered it, or -1.
+        mixed: whether it holds anything that came as a full gradient.
         applied: whether `opt.step()` has moved the weight by it and not come to its end yet.
         outside: makes the error for a full gradient that is added to it; None where it is welcome.
         on_touch: told what a script does to it that a gradient which was already applied would have to refuse.
@@ -51,6 +52,7 @@ class CompactGrad(Tensor):
     zeroed: bool
     task: int
     applied: bool
+    mixed: bool
     on_touch: Callable[[str], None] | None
     outside: Callable[[], Exception] | None
 
@@ -72,7 +74,7 @@ class CompactGrad(Tensor):
     ) -> None:
         self.compact, self.rows, self.along, self.name_, self.fresh = values, index, dim, name, fresh
         self.next_rows, self.projection = next_rows, projection
-        self.zeroed = self.applied = False
+        self.zeroed = self.applied = self.mixed = False
         self.task, self.on_touch, self.outside = _autograd.graph_task(), None, None
 
     def tolist(self) -> Any:
@@ -142,7 +144,7 @@ class CompactGrad(Tensor):
             if args[0].outside is not None and isinstance(other, Tensor) and not isinstance(other, CompactGrad) and other.dim():
                 raise args[0].outside()
             func(args[0].compact, args[0].part_of(other) if isinstance(other, Tensor) and other.dim() else other, **kwargs)
-            args[0].zeroed = False
+            args[0].zeroed, args[0].mixed = False, True
             return args[0]
         if func is aten.clamp_.default:
             _clamp_(_inner(args[0]), *args[1:], **{{"min": "low", "max": "high"}[key]: value for key, value in kwargs.items()})

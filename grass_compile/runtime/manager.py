@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import _autograd, _dynamo
 from ..config import GroupOptions
 from ..distributed.agreement import check_settings, check_tensors
-from ..distributed.layout import Layout, MeshDim, is_sharded
+from ..distributed.layout import Layout, MeshDim, is_sharded, local_part, spread_not_finite
 from ..errors import GrassWarning
 from ..math.finite import clip_
 from ..math.rule import Rule
@@ -100,9 +100,7 @@ class ProjectionManager:
             facts |= {f"{record.label}: {name}": value for name, value in _settings(record).items()}
             facts[f"why {record.label} stays dense"] = record.refusal(record.name, hooked[number])
         seeds = tuple(record.options.seed for record in self.records.values())
-        common = seeds
-        for dim in layout.mesh:
-            common = check_settings(dim, facts, common, self.seed_drawn)
+        common = check_settings(layout.mesh, facts, seeds, self.seed_drawn)
         self._met = tuple(dict.fromkeys((*self._met, *layout.mesh)))  # in an order that all ranks share
         if seeds != common:
             for record, seed in zip(self.records.values(), common, strict=True):
@@ -115,15 +113,15 @@ class ProjectionManager:
         Raises:
             StateError: on all ranks, with what differs.
         """
-        tensors = {}
+        same: dict[str, Tensor] = {}
+        parts: dict[str, Tensor] = {}
         for record in self.records.values():
-            if not record.sharded:
-                tensors[record.label] = record.parameter
+            (parts if record.sharded else same)[record.label] = record.weight
             for name, value in record.optimizer_state().items():
-                if isinstance(value, Tensor) and not is_sharded(value) and not record.owns_part_of(name):
-                    tensors[f"{record.label}: {name}"] = value
-        for dim in self._met:
-            check_tensors(dim, tensors)
+                if isinstance(value, Tensor):
+                    of_part = record.owns_part_of(name) or is_sharded(value)
+                    (parts if of_part else same)[f"{record.label}: {name}"] = local_part(value)
+        check_tensors({dim: same if dim.shards is not None else {**same, **parts} for dim in self._met})
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -293,10 +291,19 @@ class ProjectionManager:
 
     @torch.no_grad()
     def average(self) -> None:
-        """Average what waits over the ranks, as far as no backward has."""
+        """Average what waits over the ranks, as far as no backward has. What came in full to parts of weights is the mean
+        already; if any part of it is not finite, no part is."""
+        mixed: dict[MeshDim, list[Tensor]] = {}
         for record in self.records.values():
-            if record.averaging is not None and (gradient := record.pending) is not None:
+            gradient = record.pending
+            if gradient is None:
+                continue
+            if record.averaging is not None:
                 record.averaging.finish(gradient.compact)
+            elif record.layout is not None and record.layout.shard is not None and gradient.mixed and record.options.checked:
+                mixed.setdefault(record.layout.shard, []).append(gradient.compact)
+        for dim, parts in mixed.items():
+            spread_not_finite(dim, parts)
 
     @torch.no_grad()
     def apply(self, gradients: Mapping[Tensor, CompactGrad]) -> None:
@@ -312,6 +319,7 @@ class ProjectionManager:
 
     def _apply(self, record: ProjectedParameter, gradient: CompactGrad) -> None:
         assert record.assigned is not None
+        record.check_known()
         if fresh := gradient.fresh:
             record.settle(gradient)
             gradient.fresh = False

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..distributed.layout import anywhere
 from ..errors import NonFiniteError
 from ..math.finite import not_finite
 from ..math.transfer import to_host
@@ -141,20 +142,20 @@ class NonFinite:
         given = {p: g for p, g in present.items() if g is not None and not isinstance(g, (CompactGrad, MovedGrad))}
         dense = {parameter: gradient for parameter, gradient in given.items() if gradient.layout is torch.strided}
         near = {parameter: gradient for parameter, gradient in dense.items() if _is_at_hand(gradient)}
-        self._count({records[parameter]: gradient for parameter, gradient in dense.items() if parameter not in near})
-        bad = not_finite(list(near.values())).tolist()
+        self._count({parameter: gradient for parameter, gradient in dense.items() if parameter not in near}, records)
+        bad = anywhere(not_finite(list(near.values())), list(near)).tolist()
         found = {parameter: gradient for (parameter, gradient), is_bad in zip(near.items(), bad, strict=True) if is_bad}
         self._withheld = [records[parameter] for parameter in found]
         return found
 
-    def _count(self, gradients: Mapping[ProjectedParameter, Tensor]) -> None:
+    def _count(self, gradients: Mapping[Tensor, Tensor], records: Mapping[Tensor, ProjectedParameter]) -> None:
         """Count, without waiting for the device, which gradients are not finite."""
         if not gradients:
             return
-        bad = not_finite(list(gradients.values())).to(torch.int32)
-        zero = torch.zeros_like(bad[:1])
-        counts = torch._foreach_add([self._taken.get(record, zero) for record in gradients], list(bad.split(1)))
-        self._taken.update(zip(gradients, counts, strict=True))
+        bad = anywhere(not_finite(list(gradients.values())), list(gradients)).to(torch.int32)
+        zero, counted = torch.zeros_like(bad[:1]), [records[parameter] for parameter in gradients]
+        counts = torch._foreach_add([self._taken.get(record, zero) for record in counted], list(bad.split(1)))
+        self._taken.update(zip(counted, counts, strict=True))
 
     def close(self, records: Iterable[ProjectedParameter]) -> None:
         """At the end of a step, report what has become known.

@@ -102,17 +102,17 @@ class ProjectedParameter(WeightRows):
                 "differ. Use scores='exact', or selection='uniform'."
             )
         if layout.shard is not None:
-            self._check_by_parts()
+            self._check_by_parts(layout)
         self.layout = layout
         self.averaging = Averaging(layout) if layout.shard is None else None
         self._configs.clear()
 
-    def _check_by_parts(self) -> None:
+    def _check_by_parts(self, layout: Layout) -> None:
         """Refuse keywords that do not go with a weight of which each rank owns a part."""
-        if not self.rule.updates_by_parts:
+        if self.rule_over_parts(layout) is None:
             raise ConfigError(
                 f"{self.label}: {type(self.rule).__name__} looks at whole rows and columns of a weight, of which each rank has a "
-                "part (fully_shard). Use AdamW, Adam, SGD or Lion, or DistributedDataParallel."
+                "part (fully_shard). Use AdamW, Adam, SGD, Lion or Muon, or DistributedDataParallel."
             )
         if self.options.projection != "grass":
             raise ConfigError(
@@ -177,6 +177,18 @@ class ProjectedParameter(WeightRows):
         state["step"] = state["step"].to(self.weight.device if self.config().counted else "cpu")
         self.owner.optimizer.state[self.parameter] = state
         self.refreshed, self.skipped = False, int(state["nonfinite"])
+
+    def check_known(self) -> None:
+        """Refuse a step of a sharded weight as long as nothing is known of the ranks that own its other parts.
+
+        Raises:
+            StateError: naming it, and what to do.
+        """
+        if self.sharded and self.layout is None:
+            raise StateError(
+                f"{self.label}: it is sharded, and no compiled region has read it in this process yet, so nothing is known of "
+                "the ranks that own its other parts. Run the compiled model forward before the first opt.step()."
+            )
 
     def owns_part_of(self, name: str) -> bool:
         """Whether a state tensor of a sharded weight belongs to the part that this rank owns, rather than to all."""

@@ -8,6 +8,7 @@ known of its parameters.
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 from torch import Tensor
 
@@ -21,9 +22,15 @@ def register(record: ProjectedParameter) -> None:
     _know(record.parameter, record)
 
 
-def register_gathered(record: ProjectedParameter, whole: Tensor) -> None:
-    """Find ``record`` by the whole that FSDP2 gathers of its parameter too."""
-    record.gathered = whole
+def register_gathered(record: ProjectedParameter, whole: Tensor, found: Any) -> None:
+    """Find ``record`` by the whole that FSDP2 gathers of its parameter too.
+
+    Args:
+        record: of the sharded parameter.
+        whole: the gathered one.
+        found: what FSDP2 knows of it.
+    """
+    record.gathered, record.found = whole, found
     _know(whole, record)
 
 

@@ -58,6 +58,7 @@ class WeightRows:
         rule: the update rule.
         assigned: how it is projected, or None as long as it is not.
         gathered: what compiled regions read: the parameter, or the whole of it that FSDP2 gathers from all ranks.
+        found: what FSDP2 knows of it, or None.
         layout: how it is spread over processes; None on one.
         averaging: what is known of the average of its gradient, where every rank has the whole of it.
         sharded: whether the parameter is a ``DTensor``, of which each rank owns a part.
@@ -65,7 +66,8 @@ class WeightRows:
 
     __slots__ = (
         "__weakref__", "_configs", "_lead", "_noise", "_owner", "_proposed", "_scratch",
-        "assigned", "averaging", "gathered", "group", "layout", "name", "number", "options", "parameter", "rule", "sharded",
+        "assigned", "averaging", "found", "gathered", "group", "layout", "name", "number", "options", "parameter", "rule",
+        "sharded",
     )  # fmt: skip
 
     def __init__(
@@ -77,6 +79,7 @@ class WeightRows:
         self.number = len(owner.records)
         self.assigned: Assigned | None = None
         self.gathered = parameter
+        self.found: Any = None
         self.layout: Layout | None = None
         self.averaging: Averaging | None = None
         self.sharded = is_sharded(parameter)
@@ -128,8 +131,16 @@ class WeightRows:
         axis = self.assigned.axis if self.assigned else self.options.axis
         key = (decays, axis)
         if key not in self._configs:
-            self._configs[key] = dataclasses.replace(self.options.site(axis, decays, self.rule), layout=self.layout)
+            rule = self.rule if self.layout is None else self.rule_over_parts(self.layout)
+            self._configs[key] = dataclasses.replace(self.options.site(axis, decays, rule or self.rule), layout=self.layout)
         return self._configs[key]
+
+    def rule_over_parts(self, layout: Layout) -> Rule | None:
+        """The rule as it is for the part of the weight that a rank owns, or the rule itself where each has the whole; None if it
+        works on whole weights alone."""
+        if layout.shard is None or layout.shard.shards is None:
+            return self.rule
+        return self.rule.over_parts(layout.shard.group, self.gathered.shape[layout.shard.shards])
 
     # ------------------------------------------------------------------------------------------------ when new rows are due
 

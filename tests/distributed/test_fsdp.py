@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,6 +97,9 @@ FEATURES = [
     sharded(micro=2, clip=0.05, place="around"),
     sharded(optimizer="Lion"),
     sharded(optimizer="SGD"),
+    sharded(optimizer="Muon", hidden=25),
+    sharded(how(axis="rows", step_in_backward=True, rank=12), optimizer="Muon", fsdp=how(dim=1)),
+    sharded(how(max_grad_norm=0.05, selection="top"), optimizer="Muon", micro=2),
 ]
 
 
@@ -231,17 +235,18 @@ def test_checkpoint_goes_to_another_layout(ranks: Ranks, four: Ranks, tmp_path: 
 # ----------------------------------------------------------------------------------------------------- what is refused
 
 
+def spoil(gradient: torch.Tensor) -> torch.Tensor:
+    """Infinite in its first feature."""
+    gradient = gradient.clone()
+    gradient[..., 0] = float("inf")
+    return gradient
+
+
 def overflow_in_one_part(training: Training) -> tuple[str, bool]:
     """On one rank a gradient is infinite, in one row that rank 0 owns; what is said, and whether that weight has stayed."""
     run = Trained(training)
     step_of(run, batches(1)[0])
     before = run.weights()
-
-    def spoil(gradient: torch.Tensor) -> torch.Tensor:
-        gradient = gradient.clone()
-        gradient[..., 0] = float("inf")
-        return gradient
-
     if dist.get_rank() == 1:
         run.model.lm_head.register_forward_pre_hook(lambda module, args: args[0].register_hook(spoil) and None)
     try:
@@ -257,6 +262,84 @@ def overflow_in_one_part(training: Training) -> tuple[str, bool]:
 def test_all_ranks_skip_the_same_steps(ranks: Ranks, mode: bool) -> None:
     for said, stayed in result_of(ranks(overflow_in_one_part, sharded(how(step_in_backward=mode, nonfinite="raise")))):
         assert "not finite" in said and stayed
+
+
+def overflow_while_adding(training: Training) -> tuple[str, bool]:
+    """The same in the second micro-batch of a step that chooses rows by whole gradients: it only adds to the rows of the first."""
+    run = Trained(training)
+    before = run.weights()
+    first, second = (part.chunk(2)[dist.get_rank()] for part in batches(1)[0].chunk(2))
+    for part in (first, second):
+        if part is second and dist.get_rank() == 1:
+            run.model.lm_head.register_forward_pre_hook(lambda module, args: args[0].register_hook(spoil) and None)
+        with run.optimizer.accumulate() if part is first else contextlib.nullcontext():
+            F.cross_entropy(run.run(part[:, :-1]).flatten(0, 1), part[:, 1:].flatten()).backward()
+    try:
+        run.optimizer.step()
+        said = ""
+    except NonFiniteError as error:
+        said = str(error)
+    run.optimizer.zero_grad()
+    run.optimizer.check_agreement()
+    return said, torch.equal(before["layers.1.down.weight"], run.weights()["layers.1.down.weight"])
+
+
+@pytest.mark.parametrize("selection", ["top", "uniform"])
+def test_all_ranks_skip_what_adds_up(ranks: Ranks, selection: str) -> None:
+    for said, stayed in result_of(ranks(overflow_while_adding, sharded(how(nonfinite="raise", selection=selection)))):
+        assert "not finite" in said and stayed
+
+
+def overflow_in_the_rest(training: Training) -> tuple[str, list[int]]:
+    """A gradient of the head that is infinite in one part; what is said, and how many steps each parameter has taken."""
+    run = Trained(training)
+    step_of(run, batches(1)[0])
+    run.model.lm_head.register_full_backward_hook(lambda module, inputs, outputs: None)
+    loss = run.run(batches(1)[0].chunk(2)[dist.get_rank()][:, :-1])
+    loss.register_hook(lambda gradient: torch.cat([gradient[..., :1] * float("inf"), gradient[..., 1:]], -1))
+    loss.square().sum().backward()
+    try:
+        run.optimizer.step()
+        said = ""
+    except NonFiniteError as error:
+        said = str(error)
+    return said, [int(run.optimizer.state[p]["step"].max()) for p in run.model.lm_head.parameters()]
+
+
+def test_all_ranks_skip_a_dense_parameter(ranks: Ranks) -> None:
+    (first, steps), (second, others) = result_of(ranks(overflow_in_the_rest, sharded(how(nonfinite="raise"))))
+    assert "lm_head.weight" in first and first == second and steps == others == [1]
+
+
+def asked_later(training: Training) -> str:
+    """A factor that is given to FSDP2 after a first step."""
+    run = Trained(training)
+    step_of(run, batches(1)[0])
+    for layer in run.model.layers:
+        layer.set_gradient_divide_factor(3.0)
+    try:
+        step_of(run, batches(1)[0])
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_what_is_asked_of_fsdp_later_is_refused(ranks: Ranks) -> None:
+    assert all("set_gradient_divide_factor" in said for said in result_of(ranks(asked_later, sharded())))
+
+
+def another_optimizer(training: Training) -> bool:
+    """A second optimizer takes over while the first lives."""
+    run = Trained(training)
+    step_of(run, batches(1)[0])
+    first, run.optimizer = run.optimizer, grass_compile.AdamW(run.model.named_parameters(), rank=RANK, seed=1)
+    for tokens in batches(4):
+        step_of(run, tokens)
+    return first is not run.optimizer and "index" in run.optimizer.state[run.model.layers[0].up.weight]
+
+
+def test_another_optimizer_takes_over(ranks: Ranks) -> None:
+    assert all(result_of(ranks(another_optimizer, sharded())))
 
 
 def offloaded() -> None:
@@ -295,7 +378,7 @@ def test_what_is_not_supported_is_refused_by_name(ranks: Ranks, kind: str, said:
 @pytest.mark.parametrize(
     ("training", "said"),
     [
-        (sharded(optimizer="Muon"), "layers.0.value.weight: MuonRule looks at whole rows"),
+        (sharded(optimizer="AdamW8bit"), "layers.0.value.weight: AdamW8bitRule looks at whole rows"),
         (sharded(how(projection="galore")), "layers.0.value.weight: projection='galore' is not supported"),
         (sharded(how(axis="rows")), "layers.0.query.weight: each rank owns a part of it along dimension 0, so axis='rows'"),
         (sharded(how(scores="estimate", selection="top")), "scores='estimate' is not supported"),

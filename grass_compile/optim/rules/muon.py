@@ -28,6 +28,8 @@ class MuonRule(Rule):
         coefficients: of the Newton-Schulz polynomial.
         eps: the least norm that the momentum is divided by.
         dtype: of the iterations; None stands for `iteration_dtype`.
+        parts: where each rank owns a part of the rows' numbers, the name of the process group and how many numbers a row has in
+            all; None where they are all here.
     """
 
     nesterov: bool = True
@@ -35,6 +37,7 @@ class MuonRule(Rule):
     coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315)
     eps: float = 1e-7
     dtype: torch.dtype | None = None
+    parts: tuple[str, int] | None = None
 
     state_names: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
     hyper_names: ClassVar[tuple[str, ...]] = ("lr", "momentum", "one_minus_momentum")
@@ -44,6 +47,15 @@ class MuonRule(Rule):
     def elementwise(self) -> bool:
         """All numbers have to do with each other, although the state's layout does not show it."""
         return False
+
+    def over_parts(self, group: str, length: int) -> MuonRule:
+        """The same, by `orthogonalize_parts`."""
+        return dataclasses.replace(self, parts=(group, length))
+
+    @property
+    def exchanges(self) -> bool:
+        """Of a weight of which each rank owns a part, the products of its rows are added up over the ranks."""
+        return self.parts is not None
 
     def hyper(self, group: Mapping[str, Any]) -> tuple[float, ...]:
         """``1 - momentum`` comes from the host, where it does not lose digits."""
@@ -57,9 +69,13 @@ class MuonRule(Rule):
         momentum, rest = hyper["momentum"], hyper["one_minus_momentum"]
         buffer = momentum * state["momentum_buffer"] + rest * compact_grad
         ahead = momentum * buffer + rest * compact_grad if self.nesterov else buffer
-        dtype = self.dtype or iteration_dtype(compact_grad.device)
-        update = orthogonalize(ahead.to(dtype), self.ns_steps, self.coefficients, self.eps).to(compact_grad.dtype)
-        return 0.2 * math.sqrt(max(compact_grad.shape)) * hyper["lr"] * update, {"momentum_buffer": buffer}
+        how = self.ns_steps, self.coefficients, self.eps
+        if self.parts is not None:
+            update, length = orthogonalize_parts(ahead, self.parts[0], *how), self.parts[1]
+        else:
+            dtype = self.dtype or iteration_dtype(compact_grad.device)
+            update, length = orthogonalize(ahead.to(dtype), *how).to(compact_grad.dtype), compact_grad.shape[1]
+        return 0.2 * math.sqrt(max(compact_grad.shape[0], length)) * hyper["lr"] * update, {"momentum_buffer": buffer}
 
 
 def iteration_dtype(device: torch.device) -> torch.dtype:
@@ -85,3 +101,35 @@ def orthogonalize(
         gram = wide @ wide.t()
         wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
     return wide if matrix.shape[0] <= matrix.shape[1] else wide.t()
+
+
+def orthogonalize_parts(
+    part: Tensor,
+    group: str,
+    steps: int,
+    coefficients: tuple[float, float, float] = MuonRule.coefficients,
+    eps: float = MuonRule.eps,
+) -> Tensor:
+    """The part of `orthogonalize` that belongs to a part of the columns of a matrix, of which each rank has one.
+
+    The iteration multiplies the matrix ``X`` by polynomials of ``X X^T`` alone. That is a sum over the parts, ``r x r``: it is
+    added up over the ranks once, and all of them iterate the product of the polynomials, in the dtype of the matrix.
+
+    Args:
+        part: ``[r, n / ranks]``.
+        group: the name of the process group.
+        steps: as there.
+        coefficients: as there.
+        eps: as there.
+    """
+    collectives = torch.ops._c10d_functional
+    gram = collectives.wait_tensor(collectives.all_reduce(part @ part.t(), "sum", group))
+    norm = gram.diagonal().sum().sqrt().clamp(min=eps)
+    gram = gram / (norm * norm)
+    a, b, c = coefficients
+    one = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    factor = one / norm
+    for _ in range(steps):
+        polynomial = torch.addmm(a * one + b * gram, gram, gram, alpha=c)
+        factor, gram = polynomial @ factor, polynomial @ gram @ polynomial
+    return factor @ part  # type: ignore[no-any-return]

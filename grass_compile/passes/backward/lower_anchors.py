@@ -30,7 +30,7 @@ from ... import ops
 from ...errors import GraphError
 from ...math.layout import Action, graph_state, layout_of, step_state
 from ...math.projection import SELECTORS
-from ...math.update import clip_scales, kept, scaled, selected
+from ...math.update import clip_scales, kept, scaled, selected, unless_finite
 from ...ops import scores
 from ..context import PassContext
 from ..fx_utils import call, inline, outputs, provenance, set_outputs, specs_of, trace
@@ -117,6 +117,8 @@ def _compact(gm: fx.GraphModule, node: fx.Node, projection: Projection, refresh:
         return gradient  # type: ignore[no-any-return]
     if action == "keep":
         (compact,) = _trace(gm, selected, (config.projection, projection.dim, projection.rank), [gradient, index])
+        if config.checked and config.layout is not None and config.layout.shard is not None:
+            (compact,) = _trace(gm, unless_finite, (), [compact, gradient])  # a part of it would not tell
         return own_part(gm.graph, compact, config.layout)
     # Where the weight does not move, its state follows when it does.
     if action != "step":

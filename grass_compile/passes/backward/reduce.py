@@ -195,8 +195,9 @@ def _not_finite_anywhere(graph: fx.Graph, parts: Sequence[fx.Node], layout: Layo
     for part in parts:
         dtype = part.meta["val"].dtype
         wide = call(graph, prims.convert_element_type.default, part, torch.promote_types(dtype, torch.float32))
-        squares.append(call(graph, aten.sum.default, call(graph, aten.mul.Tensor, wide, wide)))
-    flags = call(graph, aten.mul.Tensor, call(graph, aten.stack.default, squares), 0.0)
+        total = call(graph, aten.sum.default, call(graph, aten.mul.Tensor, wide, wide))
+        squares.append(call(graph, aten.reshape.default, total, [1]))
+    flags = call(graph, aten.mul.Tensor, call(graph, aten.cat.default, squares), 0.0)
     flags = _summed(graph, flags, layout.shard)
     return [
         call(graph, aten.add.Tensor, part, call(graph, aten.select.int, flags, 0, number)) for number, part in enumerate(parts)
