@@ -34,11 +34,13 @@ LRS = {
 }
 """The rates tried of each method, whatever its rank."""
 STEPS = 300
+VALIDATIONS = 20
 
 
 def main() -> None:
     options = parse()
     grass = TrainConfig(
+        validations=VALIDATIONS,
         lr=0.0,
         steps=options.steps,
         axis=options.axis,
@@ -48,7 +50,7 @@ def main() -> None:
         update_proj_gap=options.update_proj_gap,
         device=options.device,
     )
-    dense = TrainConfig(lr=0.0, steps=options.steps, query_lr_factor=1.0, device=options.device)
+    dense = TrainConfig(lr=0.0, steps=options.steps, validations=VALIDATIONS, query_lr_factor=1.0, device=options.device)
     methods = {"dense": dense, "dense-Muon": replace(dense, optimizer="Muon")}
     for optimizer in ("AdamW", "Muon"):
         for rank in (dense.hidden_size // 8, dense.hidden_size // 4, dense.hidden_size // 2):

@@ -90,7 +90,7 @@ def test_rates_are_the_best_of_the_longest_runs_alike(tmp_path: pathlib.Path) ->
 def test_sweep_knows_what_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     """No dense run of the recorded sweep is run again."""
     monkeypatch.setattr(sweep, "run", lambda *_: pytest.fail("a recorded run was run again"))
-    dense = TrainConfig(lr=0.0, steps=sweep.STEPS, query_lr_factor=1.0)
+    dense = TrainConfig(lr=0.0, steps=sweep.STEPS, validations=sweep.VALIDATIONS, query_lr_factor=1.0)
     configs = list(sweep.configurations(dense, sweep.LRS["dense"], None, RECORDED_SWEEP))
     assert len(configs) == 3
     for config in configs:

@@ -292,19 +292,6 @@ def test_dynamic_batch_compiles_once_more(axis: str) -> None:
     assert run.difference() < 1e-12
 
 
-def test_fully_shard_is_refused(tmp_path: Any) -> None:
-    from torch.distributed.fsdp import fully_shard
-
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        mesh = torch.distributed.init_device_mesh("cpu", (1,))
-        model = fully_shard(forms.LinearBias(), mesh=mesh)
-        with pytest.raises(ConfigError, match=r"layer\.weight: it is sharded by fully_shard"):
-            paper.AdamW(model.named_parameters(), rank=4)
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 def test_fsdp1_is_refused(tmp_path: Any) -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel
 

@@ -109,7 +109,7 @@ def test_features(ranks: Ranks, training: Training) -> None:
     [
         ("uniform", "aot_eager"),
         ("top", "aot_eager"),
-        pytest.param("top", "inductor", marks=pytest.mark.inductor),
+        pytest.param("top", "inductor", marks=[pytest.mark.inductor, pytest.mark.exhaustive]),
         pytest.param("uniform", "inductor", marks=[pytest.mark.inductor, pytest.mark.exhaustive]),
     ],
 )

@@ -265,7 +265,7 @@ def test_all_ranks_skip_the_same_steps(ranks: Ranks, mode: bool) -> None:
 
 
 def overflow_while_adding(training: Training) -> tuple[str, bool]:
-    """The same in the second micro-batch of a step that chooses rows by whole gradients: it only adds to the rows of the first."""
+    """The same in the second of two micro-batches, which only adds to the rows that the first has chosen."""
     run = Trained(training)
     before = run.weights()
     first, second = (part.chunk(2)[dist.get_rank()] for part in batches(1)[0].chunk(2))

@@ -141,7 +141,7 @@ def test_selected_rows_equal_the_formula(axis: str, on_refresh: str, deferred: b
 
 
 @pytest.mark.inductor
-@pytest.mark.parametrize(("axis", "block"), [("rows", 12), ("columns", 10)])
+@pytest.mark.parametrize(("axis", "block"), [pytest.param("rows", 12, marks=pytest.mark.exhaustive), ("columns", 10)])
 def test_selected_rows_equal_the_formula_under_inductor(axis: str, block: int) -> None:
     """Blocks of 10 do not fill 24 features, of 12 do."""
     rule, formula = AdamW8bitRule(block), adamw8bit(1e-2, block)

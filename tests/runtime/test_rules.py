@@ -19,7 +19,7 @@ from grass_compile.optim.rules import AdafactorRule, StateLayout, sonew
 from tests.compact import Net
 
 from .. import paper
-from ..pairs import every_pair
+from ..pairs import every_pair, every_value
 
 AXES = ("rows", "columns")
 
@@ -94,8 +94,7 @@ def test_full_rank_equals_the_reference(name: str, axis: str, deferred: bool) ->
 
 
 @pytest.mark.inductor
-@pytest.mark.parametrize("axis", AXES)
-@pytest.mark.parametrize("name", ["SGD momentum", "Adafactor", "Lion"])
+@every_value(name=["SGD momentum", "Adafactor", "Lion"], axis=AXES)
 def test_full_rank_under_inductor(name: str, axis: str) -> None:
     ours, theirs, keywords = PAIRS[name]
     torch.manual_seed(0)
