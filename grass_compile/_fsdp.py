@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import weakref
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ class Gathered:
         replica_group: the name of the group that has the same part (HSDP), or None.
         replica_size: how many ranks that has.
         reduce_dtype: the dtype in which gradients are exchanged; None for their own.
-        source: where that stands.
+        source: weak references to its group and to what FSDP2 keeps of it, where that stands.
     """
 
     parameter: Tensor
@@ -35,21 +35,14 @@ class Gathered:
     source: Any
 
 
-def gathered(parameter: Tensor) -> Gathered | None:
-    """What FSDP2 knows of a parameter that a module sees while it runs forward; None if it is not one of FSDP2's."""
-    for group, sharded in _all():
-        if getattr(sharded, "_unsharded_param", None) is parameter:
-            return _described(group, sharded)
-    return None
-
-
-def _all() -> Iterator[tuple[Any, Any]]:
-    """Every parameter that is sharded in this process, with its group."""
+def gathered() -> dict[int, tuple[Any, Any]]:
+    """Every parameter of this process that FSDP2 has gathered, with its group, by the ``id`` of what modules see."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
+        return {}
     from torch.distributed._composable_state import _module_state_mapping
     from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 
+    found = {}
     for reference in list(_module_state_mapping.values()):
         state: Any = reference()
         if isinstance(state, FSDPState):
@@ -57,12 +50,16 @@ def _all() -> Iterator[tuple[Any, Any]]:
             groups = own._fsdp_param_groups if hasattr(own, "_fsdp_param_groups") else [own._fsdp_param_group]
             for group in groups:
                 for sharded in group.fsdp_params if group is not None else ():
-                    yield group, sharded
+                    if (whole := getattr(sharded, "_unsharded_param", None)) is not None:
+                        found[id(whole)] = group, sharded
+    return found
 
 
 def unusual(found: Gathered) -> str:
     """What was asked of FSDP2 by now that we cannot follow, in words, or "". It may be asked at any time."""
-    group, sharded = found.source
+    group, sharded = (reference() for reference in found.source)
+    if group is None or sharded is None:  # the model is gone
+        return ""
     asked = (
         ("a mesh without a dimension to shard over", getattr(sharded.mesh_info, "shard_mesh_dim", None) is None),
         ("parameters that were DTensors before (tensor parallelism)", sharded.is_dtensor),
@@ -74,7 +71,8 @@ def unusual(found: Gathered) -> str:
     return next((what for what, used in asked if used), "")
 
 
-def _described(group: Any, sharded: Any) -> Gathered:
+def described(group: Any, sharded: Any) -> Gathered:
+    """What FSDP2 knows of one parameter; see `gathered`."""
     info, mesh = sharded.mesh_info, sharded.mesh_info.mesh
     at, copies = getattr(info, "shard_mesh_dim", None), getattr(info, "replicate_mesh_dim", None)
     return Gathered(
@@ -85,5 +83,5 @@ def _described(group: Any, sharded: Any) -> Gathered:
         replica_group=None if copies is None else mesh.get_group(copies).group_name,
         replica_size=1 if copies is None else mesh.size(copies),
         reduce_dtype=group.mp_policy.reduce_dtype,
-        source=(group, sharded),
+        source=(weakref.ref(group), weakref.ref(sharded)),
     )

@@ -237,6 +237,9 @@ PROJECT: Mapping[str, Keyword] = {keyword.name: keyword for keyword in KEYWORDS}
 STORED = tuple(keyword for keyword in KEYWORDS if keyword.name != "preset")
 """Those that a parameter group holds; a preset is spelled out when the group is made."""
 
+COMMON = tuple(keyword.name for keyword in KEYWORDS if keyword.whole)
+"""Those that belong to an optimizer as a whole."""
+
 
 def completed(*given: Mapping[str, Any]) -> dict[str, Any]:
     """All keywords of one parameter group.

@@ -152,7 +152,7 @@ class Region:
             ConfigError: the model runs inside a wrapper that would be silently wrong, or the ranks differ.
         """
         weights, records, held = [], {}, False
-        module = ddp.active()
+        module, gatherings = ddp.active(), fsdp.Gatherings()
         asked, free = [], []
         for (position, name), parameter in zip(self.captured.parameters, parameters, strict=True):
             if is_sharded(parameter):
@@ -162,7 +162,7 @@ class Region:
                 )
             record = registry.lookup(parameter)
             if record is None or (record.sharded and registry.lookup(record.parameter) is not record):  # it has a new optimizer
-                record = self._behind(name, parameter)
+                record = self._behind(name, parameter, gatherings)
             elif record.found is not None:
                 fsdp.check(record.name or name, record.found)
             held = held or record is not None
@@ -187,13 +187,13 @@ class Region:
             self._warn_unheld()
         return tuple(weights), records
 
-    def _behind(self, name: str, parameter: Tensor) -> ProjectedParameter | None:
+    def _behind(self, name: str, parameter: Tensor, gatherings: fsdp.Gatherings) -> ProjectedParameter | None:
         """The record of the sharded parameter of which this one is the whole, if FSDP2 has gathered it.
 
         Raises:
             ConfigError: it is sharded in a way that is not supported, or by a script that is to be projected unmodified.
         """
-        found = fsdp.sharded_behind(parameter)
+        found = gatherings.behind(parameter)
         record = registry.lookup(found.parameter) if found is not None else None
         if found is not None and record is None and self.options.project is not None:
             raise ConfigError(

@@ -21,9 +21,18 @@ from ..errors import ConfigError
 from .layout import Layout, MeshDim, local_part
 
 
-def sharded_behind(parameter: Tensor) -> _fsdp.Gathered | None:
-    """The sharded parameter of which ``parameter`` is the gathered whole, and what FSDP2 knows of it; None if it is none."""
-    return _fsdp.gathered(parameter)
+class Gatherings:
+    """What FSDP2 has gathered; looked up once, when it is first asked for."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, Any] | None = None
+
+    def behind(self, parameter: Tensor) -> _fsdp.Gathered | None:
+        """What FSDP2 knows of the sharded parameter of which ``parameter`` is the gathered whole; None if it is none."""
+        if self._found is None:
+            self._found = _fsdp.gathered()
+        found = self._found.get(id(parameter))
+        return None if found is None else _fsdp.described(*found)
 
 
 def layout_of(label: str, found: _fsdp.Gathered, whole: Tensor) -> Layout:

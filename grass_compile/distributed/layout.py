@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -162,6 +163,7 @@ def placed_along(parameter: Tensor, part: Tensor, dim: int, length: int) -> Tens
     return _dtensor().from_local(part, spread.device_mesh, spread.placements, **whole)  # type: ignore[no-any-return]
 
 
+@functools.cache
 def _dtensor() -> Any:
     """The class, or None where torch was built without it."""
     if not torch.distributed.is_available():

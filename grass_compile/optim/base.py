@@ -14,7 +14,7 @@ from .. import _dynamo
 from ..config import parse_group
 from ..distributed.layout import sharded_by
 from ..errors import ConfigError, GrassWarning, StateError
-from ..keywords import KEYWORDS, PROJECT, STORED, check_names, completed
+from ..keywords import COMMON, PROJECT, check_names, completed
 from ..math.rule import Rule
 from ..runtime.checkpoint import check_dense, fitting, local, placed, unprotect
 from ..runtime.compact import is_compact
@@ -22,9 +22,7 @@ from ..runtime.manager import ProjectionManager
 from ..runtime.step_checks import check_idle, check_rows, check_step
 from ..runtime.watch import Fusion
 from .live import ParamGroup, check_flags
-
-COMMON = tuple(keyword.name for keyword in KEYWORDS if keyword.whole)
-"""Keywords that belong to an optimizer as a whole."""
+from .saved_groups import matching_groups
 
 
 class GrassOptimizer(torch.optim.Optimizer):
@@ -340,7 +338,7 @@ class GrassOptimizer(torch.optim.Optimizer):
                 another state has to be there at `step`. Names the parameter. Nothing was changed.
         """
         check_idle(self._manager)
-        groups = self._matching_groups(state_dict)
+        groups = matching_groups(self.param_groups, state_dict)
         order = [parameter for group in self.param_groups for parameter in group["params"]]
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         loaded = {}
@@ -364,36 +362,6 @@ class GrassOptimizer(torch.optim.Optimizer):
                     record.resume(*loaded[parameter])
         self._manager.forget_numbers()
         self._settle()
-
-    def _matching_groups(self, state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The saved groups, completed, after a check that they are groups of this optimizer."""
-        groups = []
-        if not {"state", "param_groups"} <= set(state_dict):
-            raise StateError("load_state_dict takes what state_dict() gave: 'state' and 'param_groups'. Nothing was changed.")
-        mine, saved = self.param_groups, state_dict["param_groups"]
-        if [len(group["params"]) for group in mine] != [len(group["params"]) for group in saved]:
-            raise StateError(
-                f"the loaded state has groups of {[len(group['params']) for group in saved]} parameters, this optimizer of "
-                f"{[len(group['params']) for group in mine]}: it belongs to another model. Nothing was changed."
-            )
-        for group, other in zip(mine, saved, strict=True):
-            merged = {**{keyword.name: group[keyword.name] for keyword in STORED}, **other}
-            for name, parameter in zip(group.get("param_names") or [], group["params"], strict=False):
-                for key in ("rank", "axis", "projection"):
-                    if merged[key] != group[key]:
-                        raise StateError(
-                            f"{name}: the loaded state was made with {key}={merged[key]!r}, this optimizer with "
-                            f"{key}={group[key]!r} (weight of shape {tuple(parameter.shape)}). Nothing was changed."
-                        )
-            try:
-                parse_group(merged)
-            except ConfigError as error:
-                raise StateError(f"the loaded parameter groups are not usable: {error} Nothing was changed.") from error
-            groups.append(merged)
-        for key in COMMON:
-            if len({group[key] for group in groups}) > 1:
-                raise StateError(f"{key} differs between the loaded parameter groups. Nothing was changed.")
-        return groups
 
 
 def _with_seed(given: Mapping[str, Any]) -> dict[str, Any]:

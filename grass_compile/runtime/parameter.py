@@ -16,9 +16,8 @@ from torch import Tensor
 from .. import _autograd
 from ..checks import matching
 from ..config import GroupOptions
-from ..distributed.averaging import Averaging
-from ..distributed.layout import Layout, local_part, placed_like
-from ..errors import ConfigError, StateError
+from ..distributed.layout import local_part, placed_like
+from ..errors import StateError
 from ..math import selection
 from ..math.layout import step_state
 from ..math.rule import Rule
@@ -86,40 +85,6 @@ class ProjectedParameter(WeightRows):
 
     # ----------------------------------------------------------------------------------------------- how it is projected
 
-    def spread(self, layout: Layout) -> None:
-        """Note that the weight is spread over processes; that cannot change any more.
-
-        Raises:
-            ConfigError: it is spread in another way already, or one of its keywords does not go with it yet.
-        """
-        if self.layout == layout:
-            return
-        if self.layout is not None:
-            raise ConfigError(f"{self.label}: it is trained by two groups of processes, {self.layout} and {layout}.")
-        if self.options.scores != "exact":
-            raise ConfigError(
-                f"{self.label}: scores={self.options.scores!r} is not supported with several processes, whose sketches would "
-                "differ. Use scores='exact', or selection='uniform'."
-            )
-        if layout.shard is not None:
-            self._check_by_parts(layout)
-        self.layout = layout
-        self.averaging = Averaging(layout) if layout.shard is None else None
-        self._configs.clear()
-
-    def _check_by_parts(self, layout: Layout) -> None:
-        """Refuse keywords that do not go with a weight of which each rank owns a part."""
-        if self.rule_over_parts(layout) is None:
-            raise ConfigError(
-                f"{self.label}: {type(self.rule).__name__} looks at whole rows and columns of a weight, of which each rank has a "
-                "part (fully_shard). Use AdamW, Adam, SGD, Lion or Muon, or DistributedDataParallel."
-            )
-        if self.options.projection != "grass":
-            raise ConfigError(
-                f"{self.label}: projection={self.options.projection!r} is not supported for a weight of which each rank has a "
-                "part (fully_shard). Use projection='grass', or DistributedDataParallel."
-            )
-
     def refusal(self, name: str, hooked: bool) -> str | None:
         """Why this weight stays dense whatever the graph looks like, or None.
 
@@ -177,22 +142,6 @@ class ProjectedParameter(WeightRows):
         state["step"] = state["step"].to(self.weight.device if self.config().counted else "cpu")
         self.owner.optimizer.state[self.parameter] = state
         self.refreshed, self.skipped = False, int(state["nonfinite"])
-
-    def check_known(self) -> None:
-        """Refuse a step of a sharded weight as long as nothing is known of the ranks that own its other parts.
-
-        Raises:
-            StateError: naming it, and what to do.
-        """
-        if self.sharded and self.layout is None:
-            raise StateError(
-                f"{self.label}: it is sharded, and no compiled region has read it in this process yet, so nothing is known of "
-                "the ranks that own its other parts. Run the compiled model forward before the first opt.step()."
-            )
-
-    def owns_part_of(self, name: str) -> bool:
-        """Whether a state tensor of a sharded weight belongs to the part that this rank owns, rather than to all."""
-        return self.sharded and name in self.rule.state_names and self.rule.layout(name) == "full"
 
     # ---------------------------------------------------------------------------------------------------- its gradients
 

@@ -14,6 +14,7 @@ from .. import _autograd
 from ..config import GroupOptions, SiteConfig
 from ..distributed.averaging import Averaging
 from ..distributed.layout import Layout, is_sharded, local_part
+from ..errors import ConfigError, StateError
 from ..math import selection
 from ..math.finite import is_finite
 from ..math.layout import layout_of, settled_state
@@ -135,12 +136,64 @@ class WeightRows:
             self._configs[key] = dataclasses.replace(self.options.site(axis, decays, rule or self.rule), layout=self.layout)
         return self._configs[key]
 
+    # ---------------------------------------------------------------------------------------- how it is spread over ranks
+
     def rule_over_parts(self, layout: Layout) -> Rule | None:
         """The rule as it is for the part of the weight that a rank owns, or the rule itself where each has the whole; None if it
         works on whole weights alone."""
         if layout.shard is None or layout.shard.shards is None:
             return self.rule
         return self.rule.over_parts(layout.shard.group, self.gathered.shape[layout.shard.shards])
+
+    def spread(self, layout: Layout) -> None:
+        """Note that the weight is spread over processes; that cannot change any more.
+
+        Raises:
+            ConfigError: it is spread in another way already, or one of its keywords does not go with it yet.
+        """
+        if self.layout == layout:
+            return
+        if self.layout is not None:
+            raise ConfigError(f"{self.label}: it is trained by two groups of processes, {self.layout} and {layout}.")
+        if self.options.scores != "exact":
+            raise ConfigError(
+                f"{self.label}: scores={self.options.scores!r} is not supported with several processes, whose sketches would "
+                "differ. Use scores='exact', or selection='uniform'."
+            )
+        if layout.shard is not None:
+            self._check_by_parts(layout)
+        self.layout = layout
+        self.averaging = Averaging(layout) if layout.shard is None else None
+        self._configs.clear()
+
+    def _check_by_parts(self, layout: Layout) -> None:
+        """Refuse keywords that do not go with a weight of which each rank owns a part."""
+        if self.rule_over_parts(layout) is None:
+            raise ConfigError(
+                f"{self.label}: {type(self.rule).__name__} looks at whole rows and columns of a weight, of which each rank has a "
+                "part (fully_shard). Use AdamW, Adam, SGD, Lion or Muon, or DistributedDataParallel."
+            )
+        if self.options.projection != "grass":
+            raise ConfigError(
+                f"{self.label}: projection={self.options.projection!r} is not supported for a weight of which each rank has a "
+                "part (fully_shard). Use projection='grass', or DistributedDataParallel."
+            )
+
+    def check_known(self) -> None:
+        """Refuse a step of a sharded weight as long as nothing is known of the ranks that own its other parts.
+
+        Raises:
+            StateError: naming it, and what to do.
+        """
+        if self.sharded and self.layout is None:
+            raise StateError(
+                f"{self.label}: it is sharded, and no compiled region has read it in this process yet, so nothing is known of "
+                "the ranks that own its other parts. Run the compiled model forward before the first opt.step()."
+            )
+
+    def owns_part_of(self, name: str) -> bool:
+        """Whether a state tensor of a sharded weight belongs to the part that this rank owns, rather than to all."""
+        return self.sharded and name in self.rule.state_names and self.rule.layout(name) == "full"
 
     # ------------------------------------------------------------------------------------------------ when new rows are due
 

@@ -176,6 +176,21 @@ def partly_eager(training: Training, distributed: bool = True) -> dict[str, torc
     return run.weights()
 
 
+def one_reads(training: Training, distributed: bool = True) -> dict[str, torch.Tensor]:
+    """The first rank looks at its part of a gradient in each step, so that its steps wait; and all evaluate in between."""
+    run = Trained(training, distributed)
+    for tokens in batches(6):
+        with torch.no_grad():
+            run.run(tokens[:, :-1])
+        part = tokens.chunk(2)[dist.get_rank()] if distributed else tokens
+        F.cross_entropy(run.run(part[:, :-1]).flatten(0, 1), part[:, 1:].flatten()).backward()
+        if distributed and dist.get_rank() == 0:
+            run.model.layers[0].up.weight.grad.to_local().abs().max().item()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+    return run.weights()
+
+
 @pytest.mark.parametrize("function", [with_a_penalty, partly_eager])
 @pytest.mark.parametrize("selection", ["uniform", "top"])
 @pytest.mark.parametrize("mode", [True, False])
@@ -183,6 +198,15 @@ def test_gradients_from_outside(ranks: Ranks, function: Any, selection: str, mod
     training = sharded(how(step_in_backward=mode, selection=selection, update_proj_gap=4), hidden=25)
     expected = function(training, distributed=False)
     for found in result_of(ranks(function, training)):
+        for name, weight in expected.items():
+            torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.parametrize("selection", ["uniform", "top"])
+def test_a_rank_that_logs(ranks: Ranks, selection: str) -> None:
+    training = sharded(how(step_in_backward="auto", selection=selection), hidden=25)
+    expected = one_reads(training, distributed=False)
+    for found in result_of(ranks(one_reads, training)):
         for name, weight in expected.items():
             torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
 

@@ -12,21 +12,8 @@ from .sgd import SGDRule
 from .sonew import SONewRule
 
 __all__ = [
-    "RESERVED",
-    "AdafactorRule",
-    "AdamRule",
-    "AdamW8bitRule",
-    "AdamWRule",
-    "ApolloRule",
-    "LionRule",
-    "MuonRule",
-    "Rule",
-    "SGDRule",
-    "SONewRule",
-    "SketchyRule",
-    "StateLayout",
-    "register_rule",
-    "registered_rules",
+    "RESERVED", "AdafactorRule", "AdamRule", "AdamW8bitRule", "AdamWRule", "ApolloRule", "LionRule", "MuonRule", "Rule",
+    "SGDRule", "SONewRule", "SketchyRule", "StateLayout", "register_rule", "registered_rules",
 ]  # fmt: skip
 
 register_rule("adamw", AdamWRule())
