@@ -66,8 +66,8 @@ def compare(ranks: Ranks, training: Training, tolerance: float = 1e-5) -> Outcom
 
 SHAPES = 2 * [(WIDTH, WIDTH), (WIDTH, WIDTH), (HIDDEN, WIDTH), (WIDTH, HIDDEN)]
 COMPACT = {"columns": sum(m * RANK for m, _ in SHAPES), "rows": sum(n * RANK for _, n in SHAPES)}
-FLAGS = len(SHAPES)
-"""Numbers sent beside: whether each gradient is finite on all ranks."""
+DENSE = len(list(Decoder().parameters())) - len(SHAPES)
+"""Numbers sent beside: whether the gradient of each dense parameter is finite on all ranks. Compact ones have a flag each too."""
 
 
 @every_pair(axis=["columns", "rows"], selection=["uniform", "top", "norm"], mode=[True, "auto", False])
@@ -76,9 +76,9 @@ def test_two_ranks_are_one_process(ranks: Ranks, axis: str, selection: str, mode
     keywords = how(axis=axis, selection=selection, step_in_backward=mode)
     found = compare(ranks, sharded(keywords, fsdp=how(dim=int(axis == "rows"))))
     assert found.fused == (mode is not False)
-    assert found.regular["_c10d_functional"] == COMPACT[axis] + FLAGS
-    full = sum(m * n for m, n in SHAPES)
-    assert found.refresh["_c10d_functional"] == (COMPACT[axis] + FLAGS if selection == "uniform" else full)
+    regular, full = COMPACT[axis] + len(SHAPES) + DENSE, sum(m * n for m, n in SHAPES) + DENSE
+    assert found.regular["_c10d_functional"] == regular
+    assert found.refresh["_c10d_functional"] == (regular if selection == "uniform" else full)
 
 
 FEATURES = [
