@@ -23,7 +23,7 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.decomposition import select_decomp_table
 from torch._logging._internal import trace_structured
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx._lazy_graph_module import _use_lazy_graph_module
+from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only as tree_map_only
@@ -270,6 +270,11 @@ def common_subexpressions(graph: fx.Graph) -> fx.Graph:
     """A copy of ``graph`` in which equal expressions are computed once, as the partitioner makes it."""
     simplified: fx.Graph = fx_graph_cse(graph)
     return simplified
+
+
+def graph_module(root: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """A graph module that writes its Python code when somebody runs or reads it, and not each time a pass is done with it."""
+    return _LazyGraphModule(root, graph)
 
 
 def trace_graph(name: str, gm: fx.GraphModule) -> None:

@@ -24,13 +24,13 @@ from . import forms, paper
 from .resume_script import KEYWORDS, STEPS
 
 ROOT = pathlib.Path(__file__).parent.parent
-KILLS = {"fused": 15, "deferred": 5, "accumulated": 5, "adopted": 5}  # each costs a compilation
+KILLS = {"fused": 8, "deferred": 5, "accumulated": 5, "adopted": 5}  # each costs a compilation
 
 
 # ---------------------------------------------------------------------------------------------------------------- killed
 
 
-@pytest.mark.parametrize("variant", [pytest.param(v, marks=[pytest.mark.slow] * (KILLS[v] == 15)) for v in KEYWORDS])
+@pytest.mark.parametrize("variant", [pytest.param(v, marks=[pytest.mark.slow] * (v == "fused")) for v in KEYWORDS])
 def test_killed_run_goes_on_bit_for_bit(variant: str, tmp_path: pathlib.Path) -> None:
     """``SIGKILL`` again and again while starting, stepping and saving: losses and final state are those of a run left alone."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}

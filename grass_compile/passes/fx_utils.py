@@ -203,4 +203,4 @@ def copy(gm: fx.GraphModule, mapping: dict[fx.Node, fx.Node] | None = None) -> f
     graph = fx.Graph()
     mapping = {} if mapping is None else mapping
     graph.output(graph.graph_copy(gm.graph, mapping)).meta = dict(output_node(gm).meta)
-    return fx.GraphModule(gm, graph)
+    return _aot.graph_module(gm, graph)

@@ -55,7 +55,7 @@ def step_graphs(
         takes the outputs of the first after these inputs.
     """
     traced = trace(apply_all, (config, dim), specs)
-    gm = fx.GraphModule(torch.nn.Module(), fx.Graph())
+    gm = _aot.graph_module(torch.nn.Module(), fx.Graph())
     nodes = []
     with _aot.fresh_fake_mode() as mode:
         for number, (shape, stride, dtype, device) in enumerate(specs):
