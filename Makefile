@@ -1,5 +1,5 @@
 # make demo   trains the demo; DEMO_STEPS=20 make demo for a quick look
-# make test   runs the tests; ARGS=--exhaustive for every combination of settings, not only every pair of them
+# make test   runs the tests; ARGS=--exhaustive for cases that are much like others, too
 # make lint   runs ruff and mypy
 # make bench  times a training step against its peers
 # make sweep  finds the demo's learning rates anew (resumable)

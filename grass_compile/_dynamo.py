@@ -136,6 +136,24 @@ def with_inputs(captured: Captured, names: Sequence[str], static: Sequence[bool]
     return gm
 
 
+def replace_inputs(gm: fx.GraphModule, made_of: Mapping[int, tuple[Callable[..., Any], int]]) -> None:
+    """Let a graph compute what was some of its inputs.
+
+    Args:
+        gm: changed in place.
+        made_of: for each of these, by position, a function and the position of another input: of these two inputs it makes what
+            was the first.
+    """
+    inputs = list(gm.graph.find_nodes(op="placeholder"))
+    for position, (function, other) in made_of.items():
+        given = inputs[position]
+        with gm.graph.inserting_after(inputs[-1]):
+            made = gm.graph.call_function(function, (given, inputs[other]))
+        given.replace_all_uses_with(made, delete_user_cb=lambda user, made=made: user is not made)
+        given.meta["example_value"] = None
+    gm.recompile()
+
+
 def fake_mode(captured: Captured) -> Any:
     """The fake tensor mode in which a graph was traced."""
     return captured.tracing.fake_mode

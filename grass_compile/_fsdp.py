@@ -62,7 +62,6 @@ def unusual(found: Gathered) -> str:
         return ""
     asked = (
         ("a mesh without a dimension to shard over", getattr(sharded.mesh_info, "shard_mesh_dim", None) is None),
-        ("parameters that were DTensors before (tensor parallelism)", sharded.is_dtensor),
         ("CPUOffloadPolicy", sharded.offload_to_cpu),
         ("set_gradient_divide_factor()", getattr(group, "gradient_divide_factor", None) is not None),
         ("set_all_reduce_hook()", getattr(group, "_all_reduce_hook", None) is not None),

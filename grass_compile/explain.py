@@ -138,7 +138,7 @@ def _row(name: str, parameter: Tensor, findings: Findings) -> Row:
     if layout is None:
         return row
     travels = layout.reduce_dtype or (record.gathered.dtype if record is not None else dtype)
-    sent = row.compact_elements * travels.itemsize
+    sent = row.compact_elements * travels.itemsize if layout.averages else 0
     return dataclasses.replace(row, reason=f"{reason}; {layout}", spread=str(layout), sent_bytes=sent)
 
 

@@ -24,7 +24,7 @@ torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--exhaustive", action="store_true", help="run every combination of settings, not only every pair of them")
+    parser.addoption("--exhaustive", action="store_true", help="run cases that are much like others, too")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -168,7 +168,7 @@ def main(variant: str, where: str, kills: str) -> None:
     took = to_the_end(variant, whole)
     chance, torn, seen = random.Random(variant), 0, []
     for number in range(int(kills)):
-        kill_somewhere(variant, killed, chance, ("step", "save", "step", "save", "start")[number % 5], took)
+        kill_somewhere(variant, killed, chance, ("step", "save", "start", "step", "save")[number % 5], took)
         torn += (killed / "unfinished.pt").exists()
         log = killed / "losses"
         seen.append(len(log.read_text().splitlines()) if log.exists() else 0)

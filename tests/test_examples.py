@@ -134,7 +134,7 @@ def text(tmp_path: pathlib.Path) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("optimizer", ["AdamW", "Muon"])
+@pytest.mark.parametrize("optimizer", ["AdamW", pytest.param("Muon", marks=pytest.mark.exhaustive)])
 def test_loop_steps_inside_the_backward(optimizer: str, text: str) -> None:
     """Nothing that the demo's loop does between backward and step keeps weights from moving in the backward."""
     config = TrainConfig(lr=1e-3, rank=16, optimizer=optimizer, steps=COMPILING_STEPS + 2, text=text, **TINY)

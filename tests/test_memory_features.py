@@ -95,7 +95,7 @@ def test_activation_memory_budget() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("whole", [pytest.param(True, marks=pytest.mark.exhaustive), False])
 def test_hugging_face_gradient_checkpointing(whole: bool) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(

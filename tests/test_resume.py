@@ -24,7 +24,7 @@ from . import forms, paper
 from .resume_script import KEYWORDS, STEPS
 
 ROOT = pathlib.Path(__file__).parent.parent
-KILLS = {"fused": 8, "deferred": 5, "accumulated": 5, "adopted": 5}  # each costs a compilation
+KILLS = {"fused": 8, "deferred": 3, "accumulated": 3, "adopted": 3}  # each costs a compilation
 
 
 # ---------------------------------------------------------------------------------------------------------------- killed

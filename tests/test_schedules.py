@@ -34,7 +34,7 @@ class Compilations:
         return self.backwards, counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("deferred", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_a_thousand_steps_compile_nothing_again(deferred: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cosine schedule, refreshes, accumulation every third step, betas and decay that change."""
     model = forms.LinearBias()

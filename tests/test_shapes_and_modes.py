@@ -50,7 +50,7 @@ def regions(monkeypatch: pytest.MonkeyPatch) -> list[backend.Region]:
     return made
 
 
-@pytest.mark.parametrize("axis", ["rows", "columns"])
+@pytest.mark.parametrize("axis", ["rows", pytest.param("columns", marks=pytest.mark.exhaustive)])
 def test_sequence_length_compiles_once_more(axis: str, regions: list[backend.Region]) -> None:
     """One static graph, then one dynamic one for every length and for a smaller last batch's length."""
     torch.manual_seed(0)
@@ -190,12 +190,12 @@ def _read(config: Any, key: str) -> Any:
 @pytest.mark.parametrize(
     "keywords",
     [
-        dict(selection="uniform", stagger=True),
+        pytest.param(dict(selection="uniform", stagger=True), marks=pytest.mark.exhaustive),
         dict(selection="norm", max_grad_norm=1.0),
         dict(scores="estimate"),
         dict(scores="sampled", axis="columns", step_in_backward=False),
         dict(projection="gaussian"),
-        dict(projection="galore"),
+        pytest.param(dict(projection="galore"), marks=pytest.mark.exhaustive),
     ],
     ids=str,
 )

@@ -29,6 +29,7 @@ from grass_compile.runtime.moved import MovedGrad
 
 from . import paper
 from .forms import separated
+from .pairs import every_pair
 
 TOKENS, IN, HIDDEN, OUT, RANK, GAP = 4, 6, 8, 5, 3, 2
 BETAS, EPS = (0.9, 0.999), 1e-3
@@ -71,10 +72,6 @@ class Variant:
     axis: str
     on_refresh: str
     max_grad_norm: float | None
-
-    def __str__(self) -> str:
-        clip = "clipped" if self.max_grad_norm else "unclipped"
-        return "-".join(("fused" if self.fused else "deferred", self.axis, self.on_refresh, clip))
 
     def optimizer(self, model: nn.Module, lr: float, weight_decay: float) -> grass_compile.AdamW:
         return paper.AdamW(
@@ -516,8 +513,9 @@ ONCE_WRONG: dict[str, Callable[[Loop], Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_any_order_of_events(variant: Variant) -> None:
+@every_pair(fused=(True, False), axis=("rows", "columns"), on_refresh=("reset", "carry"), max_grad_norm=(None, 0.5))
+def test_any_order_of_events(fused: bool, axis: str, on_refresh: str, max_grad_norm: float | None) -> None:
+    variant = Variant(fused, axis, on_refresh, max_grad_norm)
     machine: Any = type("Loop", (Loop,), {"variant": variant})
     hypothesis.seed(VARIANTS.index(variant))(machine)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]

@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import _autograd, _dynamo
 from ..checks import rank_along
 from ..config import BackendOptions, SiteConfig
+from ..distributed.layout import is_sharded, local_part
 from ..errors import ConfigError, GraphError
 from ..keywords import Axis
 from ..math.layout import SHARED_HYPER
@@ -122,6 +123,26 @@ def _as_of_linear(config: SiteConfig, shape: tuple[int, int]) -> Assigned:
         axis = "rows"
     dim = 0 if axis == "rows" else 1
     return Assigned(axis, dim, rank_along(config.rank, shape[dim]))
+
+
+def part_read(weight: WeightInput, tensor: Tensor) -> Tensor:
+    """What a compiled region reads of a weight: the part that this rank owns under tensor parallelism, or else itself."""
+    return local_part(tensor).detach().requires_grad_(tensor.requires_grad) if reads_part(weight, tensor) else tensor
+
+
+def meshes_of(plan: Plan, inputs: Sequence[Any]) -> dict[Any, Tensor]:
+    """The meshes of the weights of which regions read parts, and for each a ``DTensor`` on it: an input from which the graph
+    takes the mesh, so that AOTAutograd knows it."""
+    found: dict[Any, Tensor] = {}
+    for weight in plan.weights:
+        if reads_part(weight, tensor := inputs[weight.position]):
+            found.setdefault(tensor.device_mesh, tensor.detach())
+    return found
+
+
+def reads_part(weight: WeightInput, tensor: Tensor) -> bool:
+    """Whether a compiled region reads only the part of a weight that this rank owns."""
+    return weight.config.layout is not None and is_sharded(tensor)
 
 
 def clipped_inside(parameters: Mapping[int, Tensor], records: Mapping[int, ProjectedParameter]) -> tuple[int, ...] | None:
@@ -253,8 +274,9 @@ def _check_sharded(analysis: Analysis) -> None:
     for refusal in analysis.refusals:
         if refusal.reason.startswith(OWNED_BY_PARTS):
             raise ConfigError(
-                f"{refusal.weight.name}: {refusal.reason}. Columns go with the default sharding, rows with "
-                "fully_shard(..., shard_placement_fn=lambda parameter: Shard(1)); axis='auto' takes what goes."
+                f"{refusal.weight.name}: {refusal.reason}. Columns go with a weight that is sharded along dimension 0 "
+                "(fully_shard by default, ColwiseParallel), rows with one along dimension 1 (fully_shard(..., "
+                "shard_placement_fn=lambda parameter: Shard(1)), RowwiseParallel); axis='auto' takes what goes."
             )
 
 

@@ -15,8 +15,7 @@ from torch import Tensor, fx
 
 from .. import _autograd, _dynamo
 from ..config import BackendOptions
-from ..distributed import ddp, fsdp
-from ..distributed.layout import is_sharded
+from ..distributed import ddp, fsdp, tensor_parallel
 from ..errors import ConfigError, GrassError, GrassWarning
 from ..optim import adoption
 from ..optim.rules import AdamWRule
@@ -29,7 +28,7 @@ from ..runtime.delivery import leaf_of, twin_of
 from ..runtime.parameter import ProjectedParameter, refusal
 from . import kernels
 from .lazy import LazyGraph, Run
-from .plan import clipped_inside, norm_leaf, numbers_of, others, parameters_of
+from .plan import clipped_inside, meshes_of, norm_leaf, numbers_of, others, parameters_of, part_read, reads_part
 from .variants import Variants, records_of
 
 log = logging.getLogger(__name__)
@@ -121,7 +120,8 @@ class Region:
         written = (*(given[projection.position] for projection in plan.projections), *state, *hyper)
         since = _autograd.sequence_number()
         with variant.pair.forward.running(in_graph(held, refresh)), _autograd.kept_in_place(written):
-            results = variant.call(*given, *state, *map(leaf_of, held), *hyper, *norm_leaf(plan, held))
+            meshes = meshes_of(plan, args).values()
+            results = variant.call(*given, *state, *map(leaf_of, held), *hyper, *norm_leaf(plan, held), *meshes)
         returned = results if isinstance(results, (list, tuple)) else (results,)
         node = _autograd.backward_node((*returned, *args), since)  # a region may do nothing but write to its inputs
         if node is not None:
@@ -155,11 +155,6 @@ class Region:
         module, gatherings = ddp.active(), fsdp.Gatherings()
         asked, free = [], []
         for (position, name), parameter in zip(self.captured.parameters, parameters, strict=True):
-            if is_sharded(parameter):
-                raise ConfigError(
-                    f"{name}: the compiled region reads a DTensor, as under tensor parallelism, which is not supported yet. Use "
-                    "fully_shard alone, or another backend."
-                )
             record = registry.lookup(parameter)
             if record is None or (record.sharded and registry.lookup(record.parameter) is not record):  # it has a new optimizer
                 record = self._behind(name, parameter, gatherings)
@@ -176,6 +171,8 @@ class Region:
             record.name = record.name or name
             if module is not None:
                 record.spread(ddp.layout_of(module))
+            if record.sharded and record.gathered is record.parameter:
+                record.spread(tensor_parallel.layout_of(record.parameter))
             if record.layout is not None:
                 manager_of(record).meet(record.layout)
             weights.append(WeightInput(record.name, position, record.config(), record.refusal(name, hooked)))
@@ -255,8 +252,13 @@ def _without_gradients(args: Sequence[Any], plan: Plan) -> list[Any]:
     """The inputs of a call, in which projected weights have no place in the autograd graph: their gradients come by their leaves
     (`grass_compile.runtime.delivery`). So do those of dense parameters that are clipped along with them."""
     given = list(args)
-    for projection in plan.projections:
-        given[projection.position] = given[projection.position].detach()
+    projected = {projection.position for projection in plan.projections}
+    for weight in plan.weights:
+        tensor = given[weight.position]
+        if weight.position in projected:
+            given[weight.position] = part_read(weight, tensor).detach()
+        elif reads_part(weight, tensor):
+            given[weight.position] = tensor.to_local()
     for position in plan.clipped or ():
         record = registry.lookup(given[position])
         assert record is not None

@@ -13,6 +13,7 @@ from torch import fx
 
 from .. import _aot, _dynamo
 from ..config import BackendOptions
+from ..distributed.tensor_parallel import whole_of
 from ..errors import GraphError
 from ..passes import pipeline
 from ..passes.pipeline import PlanMismatch
@@ -21,7 +22,7 @@ from ..runtime.call import expected, in_graph
 from ..runtime.parameter import ProjectedParameter
 from . import kernels
 from .lazy import CompiledPair
-from .plan import fake_inputs, guessed, is_static, make_plan, nothing_planned, settled
+from .plan import fake_inputs, guessed, is_static, make_plan, meshes_of, nothing_planned, part_read, reads_part, settled
 
 log = logging.getLogger(__name__)
 
@@ -94,8 +95,7 @@ class Variants:
         self, weights: tuple[WeightInput, ...], records: Mapping[int, ProjectedParameter], clipped: tuple[int, ...] | None
     ) -> None:
         """Analyse the graph for ``weights``, and compile it in the same trace if it is as `guessed`."""
-        examples = self.captured.example_inputs
-        shapes = {weight.position: tuple(examples[weight.position].shape) for weight in weights}
+        shapes = {w.position: tuple(part_read(w, self.captured.example_inputs[w.position]).shape) for w in weights}
         guess = guessed(self.options, weights, records, shapes, clipped)
         plans: list[Plan] = []
 
@@ -152,9 +152,18 @@ class Variants:
             asked: what it is traced for; it gets the inputs of this plan.
             decide: makes of what was found in it what is compiled.
         """
-        names, examples, pair = asked.input_names, self.captured.example_inputs, CompiledPair()
+        examples, pair = [*self.captured.example_inputs], CompiledPair()
+        meshes = meshes_of(asked, examples)
+        names = (*asked.input_names, *(f"grass_mesh_{number}" for number in range(len(meshes))))
         gm = _dynamo.with_inputs(self.captured, names, [is_static(name) for name in names])
-        inputs = (*examples, *fake_inputs(_dynamo.fake_mode(self.captured), examples, asked))
+        first_mesh, made_of = len(examples) + len(asked.input_names), {}
+        for weight in asked.weights:
+            if reads_part(weight, spread := examples[weight.position]):
+                mesh = first_mesh + list(meshes).index(spread.device_mesh)
+                made_of[weight.position] = whole_of(spread), mesh
+                examples[weight.position] = part_read(weight, spread)
+        _dynamo.replace_inputs(gm, made_of)
+        inputs = (*examples, *fake_inputs(_dynamo.fake_mode(self.captured), examples, asked), *meshes.values())
 
         def decided(found: Analysis) -> Plan:
             plan, held = decide(found)

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import _fsdp
 from ..errors import ConfigError
-from .layout import Layout, MeshDim, local_part
+from .layout import Layout, MeshDim, is_sharded, local_part
+from .tensor_parallel import layout_of as layout_of_dtensor
 
 
 class Gatherings:
@@ -35,8 +35,8 @@ class Gatherings:
         return None if found is None else _fsdp.described(*found)
 
 
-def layout_of(label: str, found: _fsdp.Gathered, whole: Tensor) -> Layout:
-    """How FSDP2 spreads a weight.
+def layout_of(label: str, found: _fsdp.Gathered, whole: Tensor) -> Layout | None:
+    """How FSDP2 spreads a weight; None if it was a ``DTensor`` before, with which FSDP2's sharding does not go here.
 
     Args:
         label: the weight's name, for messages.
@@ -47,13 +47,18 @@ def layout_of(label: str, found: _fsdp.Gathered, whole: Tensor) -> Layout:
         ConfigError: FSDP2 was asked for something that is not supported.
     """
     check(label, found)
-    part = local_part(found.parameter)
+    tensor_parallel = layout_of_dtensor(whole) if is_sharded(whole) else Layout(())
+    if tensor_parallel is None or tensor_parallel.sharded_dim not in (None, found.shard_dim):
+        return None
+    part, whole = local_part(found.parameter), local_part(whole)
     mesh = [MeshDim(found.shard_group, found.shard_size, found.shard_dim)]
     if found.replica_group is not None:
         mesh.append(MeshDim(found.replica_group, found.replica_size))
-    padded = -(-whole.shape[found.shard_dim] // found.shard_size)
-    start = min(_rank(found.shard_group) * padded, whole.shape[found.shard_dim])
-    return Layout(tuple(mesh), tuple(part.shape), part.dtype, start, padded, found.reduce_dtype)
+    length = whole.shape[found.shard_dim]
+    padded = -(-length // found.shard_size)
+    empty = tensor_parallel.leaves_out_ranks or (found.shard_size - 1) * padded >= length
+    mesh += tensor_parallel.mesh
+    return Layout(tuple(mesh), tuple(part.shape), part.dtype, padded, empty, found.reduce_dtype)
 
 
 def check(label: str, found: _fsdp.Gathered) -> None:
@@ -64,8 +69,3 @@ def check(label: str, found: _fsdp.Gathered) -> None:
     """
     if what := _fsdp.unusual(found):
         raise ConfigError(f"{label}: fully_shard with {what} is not supported. Leave that out, or use another backend.")
-
-
-def _rank(group: str) -> int:
-    c10d: Any = torch.distributed.distributed_c10d
-    return int(c10d._resolve_process_group(group).rank())

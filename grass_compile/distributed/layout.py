@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,18 +14,20 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class MeshDim:
-    """One dimension of the mesh of ranks that train a weight. Each rank has the gradient of its own batch; the mean moves the
-    weight.
+    """One dimension of the mesh of ranks that train a weight.
 
     Attributes:
         group: the name of the process group, as functional collectives know it.
         size: how many ranks it has.
         shards: the stored dimension of which each rank owns a part; None if all of them have the same.
+        averages: whether each rank has the gradient of a batch of its own, and the mean moves the weight. Under tensor
+            parallelism all have the same batch, and each has the gradient of its part.
     """
 
     group: str
     size: int
     shards: int | None = None
+    averages: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,49 +36,51 @@ class Layout:
 
     Attributes:
         mesh: the dimensions of the mesh.
-        shape: of the part that this rank owns; None if every rank has the whole of it.
-        dtype: of that part, which may be another than that of the whole which regions read; None where they are the same.
-        start: where that part begins in the whole, along the dimension that is sharded.
-        padded: how much of the dimension each rank would own if all had the same, the last ones included.
+        shape: of the part that this rank owns, where compiled regions read the whole; None where they read what the rank owns.
+        dtype: of that part, which may be another than that of the whole; None where they are the same.
+        padded: how much of the sharded dimension each rank would own if all had the same, the last ones included.
+        leaves_out_ranks: whether some ranks own no part of it.
         reduce_dtype: the dtype in which gradients are exchanged; None for their own.
     """
 
     mesh: tuple[MeshDim, ...]
     shape: tuple[int, ...] | None = None
     dtype: torch.dtype | None = None
-    start: int = 0
     padded: int = 0
+    leaves_out_ranks: bool = False
     reduce_dtype: torch.dtype | None = None
 
     def __str__(self) -> str:
-        shard, others = self.shard, [dim.size for dim in self.mesh if dim.shards is None]
-        if shard is None:
+        copies = [dim.size for dim in self.mesh if dim.shards is None]
+        if not self.parts:
             return f"the same on {self.size} ranks"
-        copies = f", {others[0]} replicas of each" if others else ""
-        return f"in {shard.size} parts along dimension {shard.shards}{copies}"
+        count = " x ".join(str(dim.size) for dim in self.parts)
+        return f"in {count} parts along dimension {self.sharded_dim}{f', {copies[0]} replicas of each' if copies else ''}"
 
     @property
-    def shard(self) -> MeshDim | None:
-        """The dimension of the mesh over which the weight is sharded, or None."""
-        return next((dim for dim in self.mesh if dim.shards is not None), None)
+    def parts(self) -> tuple[MeshDim, ...]:
+        """The dimensions of the mesh over which the weight is sharded."""
+        return tuple(dim for dim in self.mesh if dim.shards is not None)
+
+    @property
+    def scatters(self) -> MeshDim | None:
+        """The dimension of the mesh whose ranks each get their part of the mean of a gradient of the whole, or None."""
+        return next((dim for dim in self.parts if dim.averages), None)
 
     @property
     def sharded_dim(self) -> int | None:
         """The stored dimension of the weight that is sharded, or None."""
-        return self.shard.shards if self.shard is not None else None
+        return self.parts[0].shards if self.parts else None
+
+    @property
+    def averages(self) -> bool:
+        """Whether ranks have batches of their own."""
+        return any(dim.averages for dim in self.mesh)
 
     @property
     def size(self) -> int:
-        """How many ranks there are in all."""
-        total = 1
-        for dim in self.mesh:
-            total *= dim.size
-        return total
-
-    def leaves_out_ranks(self, shape: Sequence[int]) -> bool:
-        """Whether some ranks own no part of a weight of this shape."""
-        shard = self.shard
-        return shard is not None and shard.shards is not None and (shard.size - 1) * self.padded >= shape[shard.shards]
+        """How many ranks have batches of their own."""
+        return math.prod(dim.size for dim in self.mesh if dim.averages)
 
     def mean_(self, tensor: Tensor) -> Tensor:
         """Replace a tensor by its mean over all ranks; all of them have to call this."""
@@ -87,10 +92,13 @@ class Layout:
 
     def norms(self, parts: Tensor) -> Tensor:
         """Norms of whole vectors, of which each rank knows those of its part; all ranks have to call this."""
-        if self.shard is None:
+        if not self.parts:
             return parts
-        reduced = torch.ops._c10d_functional.all_reduce(parts.square(), "sum", self.shard.group)
-        return torch.ops._c10d_functional.wait_tensor(reduced).sqrt()  # type: ignore[no-any-return]
+        squares = parts.square()
+        for dim in self.parts:
+            squares = torch.ops._c10d_functional.all_reduce(squares, "sum", dim.group)
+            squares = torch.ops._c10d_functional.wait_tensor(squares)
+        return squares.sqrt()
 
 
 def spread_not_finite(dim: MeshDim, parts: Sequence[Tensor]) -> None:
@@ -140,6 +148,11 @@ def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is spread over ranks by ``torch.distributed.tensor``."""
     kind = _dtensor()
     return kind is not None and isinstance(tensor, kind)
+
+
+def spread_differently(tensors: Sequence[Tensor]) -> bool:
+    """Whether some of them are ``DTensor`` and others are not, or are of other meshes; torch's foreach operators refuse such."""
+    return _dtensor() is not None and len({getattr(tensor, "device_mesh", None) for tensor in tensors}) > 1
 
 
 def local_part(tensor: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ def refresh(
     chosen_by: str,
     layouts: str,
     checked: bool,
+    scores: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Choose new rows.
 
@@ -42,12 +43,13 @@ def refresh(
         chosen_by: the selection, or ``galore``.
         layouts: what each tensor of ``state`` has a number for, see `settled`.
         checked: whether a gradient that is not sound chooses nothing.
+        scores: ``[m]``, of the rows, if the gradient is a part of that which they are chosen by.
 
     Returns:
         The compact gradient, the new index and the state that belongs to it, all new tensors. If nothing is chosen: NaN, the old
         index and the old state.
     """
-    scores = selection.scores(gradient, dim)
+    scores = selection.scores(gradient, dim) if scores is None else scores
     kind = "grass"
     if chosen_by == "galore":
         kind, chosen = "galore", projection.singular_vectors(gradient, dim, rank)

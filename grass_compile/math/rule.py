@@ -103,11 +103,11 @@ class Rule(abc.ABC):
         layout = self.layout(name)
         return tensor if layout == "full" else tensor.reshape(shapes[layout])
 
-    def over_parts(self, group: str, length: int) -> Rule | None:
-        """The rule for a weight of which each rank of a process group owns a part; None if there is none.
+    def over_parts(self, groups: tuple[str, ...], length: int) -> Rule | None:
+        """The rule for a weight of which each rank of some process groups owns a part; None if there is none.
 
         Args:
-            group: its name, as functional collectives know it.
+            groups: their names, as functional collectives know them.
             length: of the whole weight, along the dimension that is sharded, which is not the one along which rows are selected.
         """
         source = next(kind for kind in type(self).__mro__ if "update" in vars(kind))

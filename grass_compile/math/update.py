@@ -20,7 +20,6 @@ from ..errors import GraphError
 from ..ops.once import once
 from ..ops.rank_update import rank_update
 from ..ops.row_update import row_update
-from .finite import is_finite
 from .layout import SHARED_HYPER
 from .noise import rounding_noise
 from .projection import basis_of
@@ -58,11 +57,6 @@ def kept(compact_grad: Tensor) -> tuple[Tensor]:
 def selected(projection: str, dim: int, rank: int, gradient: Tensor, selector: Tensor) -> tuple[Tensor]:
     """The compact gradient from the full one, for rows that have been chosen before."""
     return (select(projection, dim, rank, gradient, selector),)
-
-
-def unless_finite(compact_grad: Tensor, gradient: Tensor) -> tuple[Tensor]:
-    """A compact gradient; NaN throughout if the full one that it comes from is not finite."""
-    return (torch.where(is_finite(gradient), compact_grad, torch.nan),)
 
 
 def apply(

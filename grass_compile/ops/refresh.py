@@ -15,7 +15,7 @@ from .library import library
 
 library.define(
     "refresh_(Tensor gradient, Tensor(a!) index, Tensor? noise, Tensor(b!)[] state, int dim, int rank, str on_refresh, "
-    "str selection, str layouts, bool checked) -> Tensor",
+    "str selection, str layouts, bool checked, Tensor? scores=None) -> Tensor",
     tags=(torch.Tag.cudagraph_unsafe,),  # a decomposition waits for the device, and one step in a gap is not worth recording
 )
 
@@ -43,8 +43,8 @@ library.impl("refresh_", _refresh_, "CompositeExplicitAutograd")
 torch.library.register_fake("grass_compile::refresh_", _fake_refresh_)
 
 refresh_ = torch.ops.grass_compile.refresh_.default
-"""``refresh_(gradient [m, n], index int64[r], noise, state, dim, rank, on_refresh, selection, layouts, checked)`` returns the
-compact gradient of the rows that it has chosen; ``index`` and ``state`` are written. With the selection ``galore``, ``index`` is
-a basis, ``[m, r]``."""
+"""``refresh_(gradient [m, n], index int64[r], noise, state, dim, rank, on_refresh, selection, layouts, checked, scores)``
+returns the compact gradient of the rows that it has chosen; ``index`` and ``state`` are written. With the selection ``galore``,
+``index`` is a basis, ``[m, r]``. Without ``scores`` ``[m]``, they are those of the gradient."""
 
 _inductor.lower_as_write(refresh_)

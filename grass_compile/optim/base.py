@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import _dynamo
 from ..config import parse_group
-from ..distributed.layout import sharded_by
+from ..distributed.layout import sharded_by, spread_differently
 from ..errors import ConfigError, GrassWarning, StateError
 from ..keywords import COMMON, PROJECT, check_names, completed
 from ..math.rule import Rule
@@ -197,8 +197,12 @@ class GrassOptimizer(torch.optim.Optimizer):
     def _dense_step(self) -> None:
         """Move what is not projected, without running the hooks around a step once more."""
         for group in self.param_groups:
-            if isinstance(group["lr"], Tensor) and group.get("foreach"):  # torch takes a tensor only where it may choose
+            if not group.get("foreach"):
+                continue
+            if isinstance(group["lr"], Tensor):  # torch takes a tensor only where it may choose
                 dict.__setitem__(group, "foreach", None)
+            if spread_differently([parameter for parameter in group["params"] if parameter.grad is not None]):
+                dict.__setitem__(group, "foreach", False)
         step = super().step
         if getattr(step, "hooked", False):  # torch hooks the ``step`` of a class when the first plain optimizer of it is made
             step.__func__.__wrapped__(self)  # type: ignore[attr-defined]

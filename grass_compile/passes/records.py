@@ -273,7 +273,7 @@ class Plan:
     def state_names(projection: Projection) -> tuple[str, ...]:
         """The names of the state tensors of a projected weight that are inputs of its graphs."""
         layout = projection.config.layout
-        shard = ("shard",) if layout is not None and layout.shard is not None else ()
+        shard = ("shard",) if layout is not None and layout.shape is not None else ()
         return (*graph_state(projection.config), *shard)
 
 

@@ -131,7 +131,7 @@ class Call:
         if not record.parameter.requires_grad:  # frozen since the forward
             return False
         if _autograd.will_run(record.leaf_node):
-            if record.layout is not None and other:
+            if other and (record.averaging is not None or record.gathered is not record.parameter):
                 raise from_outside(record.label)
             return True
         held = [p for p in self._others if p.requires_grad and registry.lookup(p) is not None]

@@ -293,17 +293,18 @@ class ProjectionManager:
     def average(self) -> None:
         """Average what waits over the ranks, as far as no backward has. What came in full to parts of weights is the mean
         already; if any part of it is not finite, no part is."""
-        mixed: dict[MeshDim, list[Tensor]] = {}
+        mixed: dict[tuple[MeshDim, ...], list[Tensor]] = {}
         for record in self.records.values():
             gradient = record.pending
             if gradient is None:
                 continue
             if record.averaging is not None:
                 record.averaging.finish(gradient.compact)
-            elif record.layout is not None and record.layout.shard is not None and gradient.mixed and record.options.checked:
-                mixed.setdefault(record.layout.shard, []).append(gradient.compact)
-        for dim, parts in mixed.items():
-            spread_not_finite(dim, parts)
+            elif record.layout is not None and gradient.mixed and record.options.checked:
+                mixed.setdefault(record.layout.parts, []).append(gradient.compact)
+        for dims, parts in mixed.items():
+            for dim in dims:
+                spread_not_finite(dim, parts)
 
     @torch.no_grad()
     def apply(self, gradients: Mapping[Tensor, CompactGrad]) -> None:

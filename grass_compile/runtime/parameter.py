@@ -17,6 +17,7 @@ from .. import _autograd
 from ..checks import matching
 from ..config import GroupOptions
 from ..distributed.layout import local_part, placed_like
+from ..distributed.tensor_parallel import why_not
 from ..errors import StateError
 from ..math import selection
 from ..math.layout import step_state
@@ -94,7 +95,9 @@ class ProjectedParameter(WeightRows):
         """
         if reason := refusal(self.name or name, self.parameter, self.options, hooked):
             return reason
-        if self.layout is not None and self.layout.leaves_out_ranks(self.gathered.shape):
+        if self.sharded and self.layout is None:
+            return why_not(self.parameter)
+        if self.layout is not None and self.layout.leaves_out_ranks:
             return "there are so many ranks that some own no part of it"
         if self.assigned is None and self._trained_dense():
             return "the optimizer has already trained it dense and holds its full moments"
@@ -268,7 +271,7 @@ class ProjectedParameter(WeightRows):
 
     def inputs(self, refresh: bool) -> list[Tensor]:
         """The inputs of a compiled region for this weight: its state, and the part of it that this rank owns if it is sharded."""
-        shard = [self.weight] if self.layout is not None and self.layout.shard is not None else []
+        shard = [self.weight] if self.layout is not None and self.layout.shape is not None else []
         return [*self._state_inputs(refresh), *shard]
 
     def _state_inputs(self, refresh: bool) -> list[Tensor]:

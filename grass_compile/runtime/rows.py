@@ -141,17 +141,20 @@ class WeightRows:
     def rule_over_parts(self, layout: Layout) -> Rule | None:
         """The rule as it is for the part of the weight that a rank owns, or the rule itself where each has the whole; None if it
         works on whole weights alone."""
-        if layout.shard is None or layout.shard.shards is None:
+        if not layout.parts:
             return self.rule
-        return self.rule.over_parts(layout.shard.group, self.gathered.shape[layout.shard.shards])
+        return self.rule.over_parts(tuple(dim.group for dim in layout.parts), self.parameter.shape[layout.sharded_dim or 0])
 
-    def spread(self, layout: Layout) -> None:
+    def spread(self, layout: Layout | None) -> None:
         """Note that the weight is spread over processes; that cannot change any more.
+
+        Args:
+            layout: how; None if it can only be trained dense so.
 
         Raises:
             ConfigError: it is spread in another way already, or one of its keywords does not go with it yet.
         """
-        if self.layout == layout:
+        if layout is None or self.layout == layout:
             return
         if self.layout is not None:
             raise ConfigError(f"{self.label}: it is trained by two groups of processes, {self.layout} and {layout}.")
@@ -160,10 +163,10 @@ class WeightRows:
                 f"{self.label}: scores={self.options.scores!r} is not supported with several processes, whose sketches would "
                 "differ. Use scores='exact', or selection='uniform'."
             )
-        if layout.shard is not None:
+        if layout.parts:
             self._check_by_parts(layout)
         self.layout = layout
-        self.averaging = Averaging(layout) if layout.shard is None else None
+        self.averaging = Averaging(layout) if not layout.parts else None
         self._configs.clear()
 
     def _check_by_parts(self, layout: Layout) -> None:
@@ -171,12 +174,12 @@ class WeightRows:
         if self.rule_over_parts(layout) is None:
             raise ConfigError(
                 f"{self.label}: {type(self.rule).__name__} looks at whole rows and columns of a weight, of which each rank has a "
-                "part (fully_shard). Use AdamW, Adam, SGD, Lion or Muon, or DistributedDataParallel."
+                "part (fully_shard, parallelize_module). Use AdamW, Adam, SGD, Lion or Muon, or DistributedDataParallel."
             )
         if self.options.projection != "grass":
             raise ConfigError(
                 f"{self.label}: projection={self.options.projection!r} is not supported for a weight of which each rank has a "
-                "part (fully_shard). Use projection='grass', or DistributedDataParallel."
+                "part (fully_shard, parallelize_module). Use projection='grass', or DistributedDataParallel."
             )
 
     def check_known(self) -> None:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -61,10 +62,10 @@ def batches(steps: int) -> list[Tensor]:
     return [torch.randint(VOCABULARY, (BATCH, LENGTH + 1), generator=generator) for _ in range(steps)]
 
 
-def micro_batches(tokens: Tensor, number: int, distributed: bool, world: int = WORLD) -> list[Tensor]:
+def micro_batches(tokens: Tensor, number: int, distributed: bool, world: int = WORLD, tensor: int = 1) -> list[Tensor]:
     """This rank's part of a joined batch in ``number`` parts, or what all ranks together have in each."""
-    parts = [part.chunk(number) for part in tokens.chunk(world)]
-    return list(parts[dist.get_rank()]) if distributed else [torch.cat(joined) for joined in zip(*parts, strict=True)]
+    parts = [part.chunk(number) for part in tokens.chunk(world // tensor)]
+    return list(parts[dist.get_rank() // tensor]) if distributed else [torch.cat(joined) for joined in zip(*parts, strict=True)]
 
 
 class Sent(TorchDispatchMode):
@@ -105,6 +106,7 @@ class Training:
         mesh: the shape of the mesh for ``fully_shard``: one number, or two where parts have replicas; none for DDP.
         fsdp: keywords of ``fully_shard``; ``dim`` is the dimension to shard matrices along, ``dtype`` that in which a mixed
             precision policy computes.
+        tensor: how many ranks share each batch, and the inner layers, by tensor parallelism; the last dimension of the mesh.
         world: how many ranks there are.
         hidden: the width of the decoder's inner layers.
         checkpoint: whether each block is computed again in the backward.
@@ -123,6 +125,7 @@ class Training:
     ddp: tuple[tuple[str, Any], ...] = ()
     mesh: tuple[int, ...] = ()
     fsdp: tuple[tuple[str, Any], ...] = ()
+    tensor: int = 1
     world: int = WORLD
     hidden: int = HIDDEN
     checkpoint: bool = False
@@ -140,13 +143,27 @@ class Outcome:
     saved: Any
 
 
+def parallelize(model: Any, mesh: Any) -> None:
+    """Tensor parallelism of the linear layers of each block."""
+    whole_output = ColwiseParallel(output_layouts=Replicate())
+    plan = {"query": whole_output, "value": whole_output, "up": ColwiseParallel(), "down": RowwiseParallel()}
+    for layer in model.layers:
+        parallelize_module(layer, mesh, plan)
+
+
 def shard(model: Any, training: Training) -> None:
-    """``fully_shard`` each block, and then the rest."""
-    keywords = dict(training.fsdp)
-    names = ("replicas", "shards")[2 - len(training.mesh) :]
-    keywords["mesh"] = init_device_mesh("cpu", training.mesh, mesh_dim_names=names)
-    if dim := keywords.pop("dim", 0):
-        keywords["shard_placement_fn"] = lambda parameter: Shard(dim if parameter.dim() == 2 else 0)
+    """Tensor parallelism, and ``fully_shard`` of each block and then of the rest, as far as they are asked for."""
+    keywords, shared = dict(training.fsdp), training.tensor > 1
+    names = [name for name, used in (("replicas", len(training.mesh) > 1), ("shards", training.mesh), ("tensor", shared)) if used]
+    mesh = init_device_mesh("cpu", (*training.mesh, *(training.tensor,) * shared), mesh_dim_names=tuple(names))
+    if shared:
+        parallelize(model, mesh["tensor"])
+    if not training.mesh:
+        return
+    keywords["mesh"] = mesh[tuple(names[:-1])] if shared else mesh
+    dim, rowwise = keywords.pop("dim", 0), {id(layer.down.weight) for layer in model.layers} if shared else ()
+    if dim or rowwise:
+        keywords["shard_placement_fn"] = lambda p: Shard(1 if id(p) in rowwise else dim if p.dim() == 2 else 0)
     if dtype := keywords.pop("dtype", None):
         keywords["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in model.layers:
@@ -184,7 +201,7 @@ class Trained:
             for layer in self.model.layers:
                 layer.compile(backend="grass", options=options)
         self.run = torch.compile(self.model, backend="grass", options=options) if training.place == "model" else self.model
-        if distributed and training.mesh:
+        if distributed and (training.mesh or training.tensor > 1):
             shard(self.model, training)
         elif distributed:
             self._wrap()
@@ -195,8 +212,16 @@ class Trained:
         self.optimizer: Any = (
             torch.optim.AdamW(self.model.parameters(), **own)
             if self.adopted
-            else getattr(grass_compile, training.optimizer)(self.model.named_parameters(), **own, **keywords)
+            else getattr(grass_compile, training.optimizer)(self._groups(), **own, **keywords)
         )
+
+    def _groups(self) -> Any:
+        """The parameters by name; under tensor parallelism, with rows of what is sharded by columns."""
+        named = list(self.model.named_parameters())
+        if self.training.tensor == 1:
+            return named
+        rowwise = [pair for pair in named if pair[0].endswith("down.weight")]
+        return [{"params": [pair for pair in named if pair[0] not in dict(rowwise)]}, {"params": rowwise, "axis": "rows"}]
 
     def _wrap(self) -> None:
         keywords = dict(self.training.ddp)
@@ -214,7 +239,7 @@ class Trained:
 def step_of(run: Trained, tokens: Tensor) -> None:
     """Train on one joined batch."""
     training = run.training
-    *first, last = micro_batches(tokens, training.micro, run.distributed, training.world)
+    *first, last = micro_batches(tokens, training.micro, run.distributed, training.world, training.tensor)
     for part in (*first, last):
         with contextlib.ExitStack() as stack:
             if part is not last:
@@ -252,5 +277,5 @@ def train(training: Training, distributed: bool = True, start: int = 0, saved: A
     rows = {name: state[name][min(keys)].clone() for name, keys in selectors.items() if keys}
     if distributed and not run.adopted:
         optimizer.check_agreement()
-    saved = None if training.mesh else copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    saved = None if training.mesh or training.tensor > 1 else copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     return Outcome(run.weights(), rows, sent[-2], sent[-1], not run.adopted and bool(optimizer.fused), saved)

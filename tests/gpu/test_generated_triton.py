@@ -100,7 +100,7 @@ class Run:
         return self.graphs[4]
 
 
-@pytest.fixture(scope="module", params=["rows", "columns"])
+@pytest.fixture(scope="module", params=[pytest.param("rows", marks=pytest.mark.exhaustive), "columns"])
 def run(request: pytest.FixtureRequest) -> Run:
     graphs = generate(train, request.param)
     assert [graph.is_backward for graph in graphs] == [False, True, False, True, False]
@@ -198,7 +198,7 @@ def test_refresh_needs_one_full_gradient_at_a_time(run: Run) -> None:
         assert before.stop <= after.start, "a full gradient is still needed when the next is formed"
 
 
-@pytest.mark.parametrize("axis", ["rows", "columns"])
+@pytest.mark.parametrize("axis", ["rows", pytest.param("columns", marks=pytest.mark.exhaustive)])
 def test_estimated_scores_need_no_other_graph(axis: str) -> None:
     """Whether new rows are due stands on the host, in an input of the one backward; no full gradient is formed."""
     forward, backward, _ = generate(train, axis, "estimate")
@@ -232,7 +232,9 @@ def step_alone(name: str, axis: Axis, features: str) -> None:
     kernels.run(BackendOptions(), config, state["dim"], *tensors)
 
 
-@pytest.mark.parametrize(("axis", "features"), [("rows", 2048), ("columns", 2000)])  # full blocks, and a last one that is not
+@pytest.mark.parametrize(  # full blocks, and a last one that is not
+    ("axis", "features"), [pytest.param("rows", 2048, marks=pytest.mark.exhaustive), ("columns", 2000)]
+)
 def test_moments_of_8_bits_are_never_stored_in_full(axis: str, features: int) -> None:
     """They are decoded, updated and encoded in registers: no buffer of floating-point numbers is as large as the gradient."""
     (graph,) = generate(step_alone, "AdamW8bit", axis, str(features))
@@ -248,7 +250,13 @@ def test_moments_of_8_bits_are_never_stored_in_full(axis: str, features: int) ->
 RULES = {"Adafactor": "rows", "Apollo": "columns", "Lion": "rows", "Muon": "columns", "SGD": "columns", "Sketchy": "rows"}
 
 
-@pytest.mark.parametrize(("name", "axis"), RULES.items())
+@pytest.mark.parametrize(
+    ("name", "axis"),
+    [
+        pytest.param(name, axis, marks=() if name in ("Apollo", "Muon", "Sketchy") else pytest.mark.exhaustive)
+        for name, axis in RULES.items()
+    ],
+)
 def test_step_of_every_rule(name: str, axis: str) -> None:
     """It compiles for a GPU, adds to the weight in place without atomics, and makes nothing of the weight's size."""
     *before, graph = generate(step_alone, name, axis, str(HIDDEN))

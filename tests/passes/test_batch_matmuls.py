@@ -117,7 +117,14 @@ ALL_AT_ONCE = {"weight_decay": 0.1, "on_refresh": "carry", "stagger": True, "upd
 
 @pytest.mark.parametrize(
     ("network", "keywords"),
-    [*itertools.product([Attention, Chained], TRAINING), (Decoder, {}), (Decoder, ALL_AT_ONCE)],
+    [
+        *zip(itertools.cycle([Attention, Chained]), TRAINING, strict=False),
+        (Decoder, ALL_AT_ONCE),
+        *(
+            pytest.param(*case, marks=pytest.mark.exhaustive)
+            for case in [*zip(itertools.cycle([Chained, Attention]), TRAINING, strict=False), (Decoder, {})]
+        ),
+    ],
     ids=lambda value: value.__name__ if isinstance(value, type) else str(value),
 )
 def test_the_same_weights_come_out(network: type[nn.Module], keywords: dict[str, Any]) -> None:

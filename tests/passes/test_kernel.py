@@ -54,6 +54,11 @@ STEPS: list[tuple[str, dict[str, Any]]] = [
 
 GENERATED = ("AdamW", "AdamW8bit", "Adafactor", "Muon")
 """Compiled by Inductor too, which costs seconds each."""
+SELDOM: list[tuple[str, dict[str, Any]]] = [
+    ("Muon", {}),
+    *[("AdamW", keywords) for keywords in ({"nonfinite": "propagate"}, {"projection": "galore"}, {"stochastic_rounding": True})],
+]
+"""Of these, those that run with ``--exhaustive`` only."""
 
 
 class Failing(TorchDispatchMode):
@@ -91,7 +96,11 @@ def failing(compiler: str, at: int) -> Iterator[None]:
     ("compiler", "name", "keywords"),
     [
         *[("aot_eager", *step) for step in STEPS],
-        *[pytest.param("inductor", *step, marks=pytest.mark.inductor) for step in STEPS if step[0] in GENERATED],
+        *[
+            pytest.param("inductor", *step, marks=[pytest.mark.inductor, *[pytest.mark.exhaustive] * (step in SELDOM)])
+            for step in STEPS
+            if step[0] in GENERATED
+        ],
     ],
     ids=lambda value: value if isinstance(value, str) else str(value),
 )

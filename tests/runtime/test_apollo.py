@@ -57,6 +57,7 @@ def test_selected_rows_equal_the_formula(axis: str, on_refresh: str, deferred: b
 
 
 @pytest.mark.inductor
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("axis", ["columns"])
 def test_selected_rows_equal_the_formula_under_inductor(axis: str) -> None:
     """The directions are in fp32 and depend on the compiler's logarithm and cosine."""

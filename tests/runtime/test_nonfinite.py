@@ -287,11 +287,15 @@ def test_every_rule(rule: str, axis: str, on_refresh: str) -> None:
     assert changed(one.snapshot(), other.snapshot()) == set()
 
 
-INDUCTOR = pytest.param("inductor", marks=pytest.mark.inductor)
-
-
-@pytest.mark.parametrize("compiler", ["aot_eager", INDUCTOR])
-@pytest.mark.parametrize("mode", ["fused", "deferred"])
+@pytest.mark.parametrize(
+    ("mode", "compiler"),
+    [
+        ("fused", "aot_eager"),
+        pytest.param("deferred", "aot_eager", marks=pytest.mark.exhaustive),
+        pytest.param("fused", "inductor", marks=[pytest.mark.inductor, pytest.mark.exhaustive]),
+        pytest.param("deferred", "inductor", marks=pytest.mark.inductor),
+    ],
+)
 def test_no_bit_changes_in_bf16(mode: str, compiler: str) -> None:
     """Not the sign of a zero, not by rounding stochastically, not by decay."""
     keywords = dict(dtype=torch.bfloat16, weight_decay=0.5, stochastic_rounding=True, state_dtype=torch.bfloat16, seed=1)

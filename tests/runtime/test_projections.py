@@ -22,7 +22,7 @@ from grass_compile.math import noise, projection
 from grass_compile.runtime.moved import MovedGrad
 
 from .. import forms, paper
-from ..pairs import every_pair
+from ..pairs import every_pair, every_value
 
 RANK, GAP, SEED = 6, 3, 4
 KEYWORDS: dict[str, Any] = dict(lr=1e-2, eps=1e-3, rank=RANK, update_proj_gap=GAP, seed=SEED, scale=0.25)
@@ -227,8 +227,7 @@ def test_several_forwards_equal_the_formula(kind: str, dropped: bool) -> None:
         assert difference(model, twin) < 1e-10, step
 
 
-@pytest.mark.parametrize("axis", ["rows", "columns"])
-@pytest.mark.parametrize("kind", DENSE)
+@every_value(kind=DENSE, axis=["rows", "columns"])
 def test_blocks_of_any_batch_under_activation_checkpointing(kind: str, axis: str) -> None:
     """Compiled one by one, so that equal blocks share graphs, which bake in no basis and no key."""
 
@@ -467,7 +466,7 @@ def test_a_basis_is_orthonormal_at_any_rank(shape: tuple[int, int], dim: int) ->
         torch.testing.assert_close(basis.t() @ basis, torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("bad", [math.inf, math.nan])
+@pytest.mark.parametrize("bad", [pytest.param(math.inf, marks=pytest.mark.exhaustive), math.nan])
 def test_a_gradient_that_is_not_finite_is_seen(bad: float) -> None:
     """By who looks at the gradient (`GradScaler`), not by an error; a step that is skipped leaves the next one as it would be."""
     model, untouched = layers(), layers()
@@ -558,8 +557,7 @@ def test_stochastic_rounding_is_unbiased_and_needs_no_whole_sum(dim: int, monkey
     assert (whole != weight).any(0).float().mean() > 0.9
 
 
-@pytest.mark.parametrize("stochastic", [False, True])
-@pytest.mark.parametrize("kind", DENSE)
+@every_value(kind=DENSE, stochastic=[False, True])
 def test_bf16_training_follows_fp32(kind: str, stochastic: bool) -> None:
     """Both from the same bf16 weights, with moments in float32: they part by what bf16 rounds off."""
     model = layers(torch.bfloat16)
@@ -598,7 +596,7 @@ def trained(model: nn.Module, steps: int, kind: str, **keywords: Any) -> tuple[A
     return optimizer, train
 
 
-@every_pair(kind=DENSE, steps=[GAP - 1, GAP], deferred=[False, True], dtype=[torch.float32, torch.bfloat16])
+@every_value(kind=DENSE, steps=[GAP - 1, GAP], deferred=[False, True], dtype=[torch.float32, torch.bfloat16])
 def test_resume_is_bit_for_bit(kind: str, steps: int, deferred: bool, dtype: torch.dtype) -> None:
     """Within an interval and right before a refresh; the state holds tensors and plain values only."""
     keywords = {"step_in_backward": not deferred, "stochastic_rounding": dtype == torch.bfloat16, "on_refresh": "keep"}
@@ -726,8 +724,7 @@ def test_unmodified_scripts(kind: str) -> None:
     train_both(model, call, optimizer, twin, formula, GAP + 2)
 
 
-@pytest.mark.parametrize("script", [False, True])
-@pytest.mark.parametrize("kind", DENSE)
+@every_value(kind=DENSE, script=[True, False])
 def test_autocast_around_the_step_changes_nothing(kind: str, script: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The products of a step, of a script's first refresh and of what reads a gradient stay in the weight's dtype."""
     monkeypatch.setattr(projection, "EXACT_SVD", 10)

@@ -191,7 +191,7 @@ def test_inductor_rounds_bit_for_bit_as_eager() -> None:
 
 
 @pytest.mark.inductor
-@pytest.mark.parametrize("axis", ["rows", "columns"])
+@pytest.mark.parametrize("axis", [pytest.param("rows", marks=pytest.mark.exhaustive), "columns"])
 def test_inductor_steps_bit_for_bit_as_eager(axis: str) -> None:
     """Plain SGD by whole numbers, whose arithmetic is exact: what is left is the rounding."""
     weights = {}
@@ -250,7 +250,7 @@ def trained(steps: int, *, model: nn.Module | None = None, gradient: float | Non
 STEPS, LR = 1000, 1e-4
 
 
-@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("stochastic", [pytest.param(False, marks=pytest.mark.exhaustive), True])
 def test_small_updates(stochastic: bool) -> None:
     """A thousand steps of 1e-4 from 1, where bf16 numbers are 4e-3 apart: lost to the nearest number, or 0.1 in the mean.
 

@@ -115,7 +115,7 @@ def test_adafactor_keeps_vectors(axis: str) -> None:
     assert state["row_var"].shape == (4,) and state["col_var"].shape == ((n,) if axis == "rows" else (m,))
 
 
-@every_pair(on_refresh=["reset", "carry", "keep"], axis=AXES, name=PAIRS)
+@every_value(on_refresh=["reset", "carry", "keep"], axis=AXES, name=PAIRS)
 def test_state_follows_the_rows(name: str, axis: str, on_refresh: str) -> None:
     """What a refresh does to each tensor, by its layout; in the backward and where it waits for the step alike."""
     ours, _, keywords = PAIRS[name]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ from grass_compile.runtime.schedule import seed_of
 from tests.harness import KEYWORDS
 
 from .. import paper
-from ..pairs import every_pair
+from ..pairs import every_pair, every_value
 
 RANK, GAP = 4, 3
 
@@ -138,7 +137,7 @@ def test_accumulation(axis: str) -> None:
 
 
 @pytest.mark.inductor
-@pytest.mark.parametrize(("how", "axis"), list(itertools.product(["sampled", "estimate"], ["rows", "columns"])))
+@every_value(how=["sampled", "estimate"], axis=["columns", "rows"])
 def test_generated_code(how: str, axis: str) -> None:
     run(how, axis, compiler="inductor", steps=5)
 
@@ -215,8 +214,7 @@ def chosen_and_trained(how: str, axis: str, again: bool = False, **keywords: Any
     return rows, [parameter.detach() for parameter in model.parameters()]
 
 
-@pytest.mark.parametrize("axis", ["rows", "columns"])
-@pytest.mark.parametrize("how", ["sampled", "estimate"])
+@every_value(how=["sampled", "estimate"], axis=["columns", "rows"])
 def test_recomputed_activations_choose_the_same_rows(how: str, axis: str) -> None:
     rows, weights = chosen_and_trained(how, axis)
     assert len({tuple(index) for index in rows}) > 2
@@ -273,9 +271,7 @@ class ThreeReaders(nn.Module):
         return self.a(a).sin() * torch.cat((self.b(b), self.c(c)), -1)
 
 
-@pytest.mark.parametrize("scores", ["sampled", "estimate"])
-@pytest.mark.parametrize("axis", ["columns", "rows"])
-@pytest.mark.parametrize("disable", [(), ("normalize",)], ids=str)
+@every_pair(disable=[(), ("normalize",)], axis=["columns", "rows"], scores=["sampled", "estimate"])
 def test_staggered_weights_that_read_the_same_activations(disable: tuple[str, ...], axis: str, scores: str) -> None:
     """What the forward computes for the scores of one of them it computes for the others, of which some choose no rows yet."""
     weights = []

@@ -103,10 +103,20 @@ def eager_steps(run: Run, steps: int, carry: bool) -> list[dict[str, list[int]]]
     return history
 
 
-@pytest.mark.parametrize("on_refresh", ["reset", "carry"])
-@pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)])
-def test_against_the_formulas(on_refresh: str, fused: bool, compiler: str) -> None:
+@pytest.mark.parametrize(
+    ("compiler", "fused", "on_refresh"),
+    [
+        ("aot_eager", True, "reset"),
+        ("aot_eager", False, "carry"),
+        pytest.param("aot_eager", True, "carry", marks=pytest.mark.exhaustive),
+        pytest.param("aot_eager", False, "reset", marks=pytest.mark.exhaustive),
+        pytest.param("inductor", True, "carry", marks=pytest.mark.inductor),
+        pytest.param("inductor", False, "reset", marks=pytest.mark.inductor),
+        pytest.param("inductor", True, "reset", marks=[pytest.mark.inductor, pytest.mark.exhaustive]),
+        pytest.param("inductor", False, "carry", marks=[pytest.mark.inductor, pytest.mark.exhaustive]),
+    ],
+)
+def test_against_the_formulas(compiler: str, fused: bool, on_refresh: str) -> None:
     run = Run(compiler, on_refresh=on_refresh, step_in_backward=fused, weight_decay=0.0, eps=1e-8)
     history = eager_steps(run, 8, on_refresh == "carry")
     for step, expected in enumerate(history):
@@ -224,8 +234,15 @@ def test_state_of_a_run_that_did_not_share_is_brought_into_line() -> None:
     assert run.agree
 
 
-@pytest.mark.parametrize("nonfinite", ["raise", "propagate"])
-@pytest.mark.parametrize("keywords", [dict(), dict(selection="uniform", scores="exact")])
+@pytest.mark.parametrize(
+    ("keywords", "nonfinite"),
+    [
+        (dict(), "raise"),
+        (dict(selection="uniform", scores="exact"), "propagate"),
+        pytest.param(dict(), "propagate", marks=pytest.mark.exhaustive),
+        pytest.param(dict(selection="uniform", scores="exact"), "raise", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_refreshes_at_a_time_of_their_own(keywords: dict[str, Any], nonfinite: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A weight that follows refreshes when its leader does: in both modes alike, and without tracing anything again."""
     traced: list[pipeline.Plan] = []

@@ -62,6 +62,7 @@ def test_selected_rows_equal_the_formula(axis: str, on_refresh: str, deferred: b
 
 
 @pytest.mark.inductor
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("axis", ["rows"])
 def test_selected_rows_equal_the_formula_under_inductor(axis: str) -> None:
     keywords = {**KEYWORDS, "on_refresh": "carry", "compiler": "inductor"}

@@ -28,7 +28,7 @@ class MuonRule(Rule):
         coefficients: of the Newton-Schulz polynomial.
         eps: the least norm that the momentum is divided by.
         dtype: of the iterations; None stands for `iteration_dtype`.
-        parts: where each rank owns a part of the rows' numbers, the name of the process group and how many numbers a row has in
+        parts: where each rank owns a part of the rows' numbers, the names of the process groups and how many numbers a row has in
             all; None where they are all here.
     """
 
@@ -37,7 +37,7 @@ class MuonRule(Rule):
     coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315)
     eps: float = 1e-7
     dtype: torch.dtype | None = None
-    parts: tuple[str, int] | None = None
+    parts: tuple[tuple[str, ...], int] | None = None
 
     state_names: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
     hyper_names: ClassVar[tuple[str, ...]] = ("lr", "momentum", "one_minus_momentum")
@@ -48,9 +48,9 @@ class MuonRule(Rule):
         """All numbers have to do with each other, although the state's layout does not show it."""
         return False
 
-    def over_parts(self, group: str, length: int) -> MuonRule:
+    def over_parts(self, groups: tuple[str, ...], length: int) -> MuonRule:
         """The same, by `orthogonalize_parts`."""
-        return dataclasses.replace(self, parts=(group, length))
+        return dataclasses.replace(self, parts=(groups, length))
 
     @property
     def exchanges(self) -> bool:
@@ -105,7 +105,7 @@ def orthogonalize(
 
 def orthogonalize_parts(
     part: Tensor,
-    group: str,
+    groups: tuple[str, ...],
     steps: int,
     coefficients: tuple[float, float, float] = MuonRule.coefficients,
     eps: float = MuonRule.eps,
@@ -117,13 +117,15 @@ def orthogonalize_parts(
 
     Args:
         part: ``[r, n / ranks]``.
-        group: the name of the process group.
+        groups: the names of the process groups over which it is in parts.
         steps: as there.
         coefficients: as there.
         eps: as there.
     """
     collectives = torch.ops._c10d_functional
-    gram = collectives.wait_tensor(collectives.all_reduce(part @ part.t(), "sum", group))
+    gram = part @ part.t()
+    for group in groups:
+        gram = collectives.wait_tensor(collectives.all_reduce(gram, "sum", group))
     norm = gram.diagonal().sum().sqrt().clamp(min=eps)
     gram = gram / (norm * norm)
     a, b, c = coefficients
@@ -132,4 +134,4 @@ def orthogonalize_parts(
     for _ in range(steps):
         polynomial = torch.addmm(a * one + b * gram, gram, gram, alpha=c)
         factor, gram = polynomial @ factor, polynomial @ gram @ polynomial
-    return factor @ part  # type: ignore[no-any-return]
+    return factor @ part

@@ -30,13 +30,13 @@ from ... import ops
 from ...errors import GraphError
 from ...math.layout import Action, graph_state, layout_of, step_state
 from ...math.projection import SELECTORS
-from ...math.update import clip_scales, kept, scaled, selected, unless_finite
+from ...math.update import clip_scales, kept, scaled, selected
 from ...ops import scores
 from ..context import PassContext
 from ..fx_utils import call, inline, outputs, provenance, set_outputs, specs_of, trace
 from ..joint.anchor import anchors
 from ..records import Projection
-from .reduce import own_part
+from .reduce import scores_of_parts
 
 log = logging.getLogger(__name__)
 
@@ -117,17 +117,16 @@ def _compact(gm: fx.GraphModule, node: fx.Node, projection: Projection, refresh:
         return gradient  # type: ignore[no-any-return]
     if action == "keep":
         (compact,) = _trace(gm, selected, (config.projection, projection.dim, projection.rank), [gradient, index])
-        if config.checked and config.layout is not None and config.layout.shard is not None:
-            (compact,) = _trace(gm, unless_finite, (), [compact, gradient])  # a part of it would not tell
-        return own_part(gm.graph, compact, config.layout)
+        return compact
     # Where the weight does not move, its state follows when it does.
     if action != "step":
         state = {}
     layouts = "".join(layout_of(config.rule, name)[0] for name in state)
     how = config.on_refresh, config.chosen_by, layouts, config.checked
     where = projection.dim, projection.rank
-    made = call(gm.graph, ops.refresh_, gradient, index, noise, list(state.values()), *where, *how)
-    return own_part(gm.graph, made, config.layout)
+    by_parts = config.layout is not None and config.layout.parts
+    told = scores_of_parts(gm.graph, gradient, projection.dim, config.layout) if config.layout is not None and by_parts else None
+    return call(gm.graph, ops.refresh_, gradient, index, noise, list(state.values()), *where, *how, told)
 
 
 def _state(node: fx.Node, projection: Projection) -> dict[str, fx.Node]:

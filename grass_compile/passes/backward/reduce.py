@@ -19,8 +19,8 @@ After::
 
 A weight of which each rank owns a part (FSDP2) gets its part of the mean: a ``reduce_scatter_tensor`` takes the place of
 ``all_reduce``, of a matrix with a row for each rank, in which parts are padded to equal lengths. With replicas of each part
-(HSDP) an ``all_reduce`` over these follows. Where new rows are chosen by the whole gradient, that is averaged on all ranks, and
-`lower_anchors` cuts the part out of what was chosen (`own_part`).
+(HSDP) an ``all_reduce`` over these follows. Under tensor parallelism the gradient is that of the part already, and stays. Where
+new rows are chosen by the whole gradient, each rank scores its part of that, and `scores_of_parts` adds the squares up.
 
 Contract: what a refresh chooses by is averaged even where gradients are not (``no_sync()``), since all ranks have to choose the
 same. The order of collectives follows from the graph, which is the same on all ranks. Nothing that the forward saves changes,
@@ -37,8 +37,9 @@ import torch
 from torch import fx
 
 from ...distributed.layout import Layout, MeshDim, averages
+from ...math.selection import scores
 from ..context import PassContext
-from ..fx_utils import call, provenance, shape_of
+from ..fx_utils import call, inline, provenance, shape_of, specs_of, trace
 from ..joint.anchor import anchors
 
 aten = torch.ops.aten
@@ -58,7 +59,6 @@ class Share:
         anchor: the anchor that takes it.
         gradient: this rank's.
         layout: how its weight is spread.
-        scatters: whether each rank gets only its part of the mean.
         checked: whether a step is skipped if the gradient is not finite.
     """
 
@@ -66,7 +66,6 @@ class Share:
     anchor: fx.Node
     gradient: fx.Node
     layout: Layout
-    scatters: bool
     checked: bool
 
     @property
@@ -78,7 +77,7 @@ class Share:
     def kind(self) -> Any:
         """Equal for those that may travel together."""
         value = self.gradient.meta["val"]
-        return self.layout.mesh, self.layout.reduce_dtype, value.dtype, value.device, self.scatters, self.checked
+        return self.layout.mesh, self.layout.reduce_dtype, value.dtype, value.device, self.checked
 
 
 def reduce(gm: fx.GraphModule, context: PassContext) -> int:
@@ -97,9 +96,8 @@ def reduce(gm: fx.GraphModule, context: PassContext) -> int:
         gradient, number = arguments[0], arguments[-1]
         projection, action = plan.projections[number], context.actions[number]
         config, full = projection.config, projection.position in context.full
-        if config.layout is not None and _is_reduced(config.layout, action, full, context.syncs):
-            scatters = not full and config.layout.shard is not None
-            shares.append(Share(projection.name, node, gradient, config.layout, scatters, config.checked))
+        if config.layout is not None and _is_reduced(config.layout, action, full, context.syncs, config.checked):
+            shares.append(Share(projection.name, node, gradient, config.layout, config.checked))
     order = {node: number for number, node in enumerate(gm.graph.nodes)}
     for bucket in _buckets(sorted(shares, key=lambda share: order[share.gradient])):
         last = max((share.gradient for share in bucket), key=order.__getitem__)
@@ -107,9 +105,9 @@ def reduce(gm: fx.GraphModule, context: PassContext) -> int:
     return len(shares)
 
 
-def _is_reduced(layout: Layout, action: str, full: bool, syncs: bool) -> bool:
-    if layout.shard is not None:  # the leaf has the shape of the part
-        return action != "skip"
+def _is_reduced(layout: Layout, action: str, full: bool, syncs: bool, checked: bool) -> bool:
+    if layout.parts:  # the leaf has the shape of the part
+        return action != "skip" and (layout.averages or checked)
     return averages(action, full, syncs)
 
 
@@ -128,32 +126,39 @@ def _buckets(shares: Sequence[Share]) -> list[list[Share]]:
 
 def _reduce(gm: fx.GraphModule, bucket: Sequence[Share], last: fx.Node) -> None:
     """Average a bucket behind the last of its gradients, and give its anchors their parts."""
-    graph, layout, scatters = gm.graph, bucket[0].layout, bucket[0].scatters
+    graph, layout = gm.graph, bucket[0].layout
     behind = last.next
     while behind.op == "placeholder":
         behind = behind.next
     with provenance(gm, "reduce", bucket[0].name, last), graph.inserting_before(behind):
-        mine = [_flat(graph, share) for share in bucket]
-        dim = 1 if scatters else 0
-        joined = mine[0] if len(mine) == 1 else call(graph, aten.cat.default, mine, dim)
-        shard = layout.shard
-        if scatters and shard is not None:
-            sent = call(graph, c10d.reduce_scatter_tensor.default, joined, "sum", shard.size, shard.group)
-            joined = call(graph, aten.reshape.default, call(graph, c10d.wait_tensor.default, sent), [-1])
-        for mesh_dim in layout.mesh:
-            if not (scatters and mesh_dim.shards is not None):
-                joined = _summed(graph, joined, mesh_dim)
-        means, start = [], 0
-        for share, flat in zip(bucket, mine, strict=True):
-            length = shape_of(flat)[dim]
-            part = joined if len(bucket) == 1 else call(graph, aten.slice.Tensor, joined, 0, start, start + length)
-            means.append(_shaped(graph, part, share))
-            start += length
-        if scatters and bucket[0].checked:
+        means = _means(graph, bucket) if layout.averages else [share.gradient for share in bucket]
+        if layout.parts and bucket[0].checked:
             means = _not_finite_anywhere(graph, means, layout)
     for share, mean in zip(bucket, means, strict=True):
         share.anchor.update_arg(0, mean)
         behind.prepend(share.anchor)
+
+
+def _means(graph: fx.Graph, bucket: Sequence[Share]) -> list[fx.Node]:
+    """The mean of each gradient of a bucket, or this rank's part of it."""
+    layout = bucket[0].layout
+    scatters = layout.scatters
+    mine = [_flat(graph, share) for share in bucket]
+    dim = 0 if scatters is None else 1
+    joined = mine[0] if len(mine) == 1 else call(graph, aten.cat.default, mine, dim)
+    if scatters is not None:
+        sent = call(graph, c10d.reduce_scatter_tensor.default, joined, "sum", scatters.size, scatters.group)
+        joined = call(graph, aten.reshape.default, call(graph, c10d.wait_tensor.default, sent), [-1])
+    for mesh_dim in layout.mesh:
+        if mesh_dim.averages and mesh_dim != scatters:
+            joined = _summed(graph, joined, mesh_dim)
+    means, start = [], 0
+    for share, flat in zip(bucket, mine, strict=True):
+        length = shape_of(flat)[dim]
+        part = joined if len(bucket) == 1 else call(graph, aten.slice.Tensor, joined, 0, start, start + length)
+        means.append(_shaped(graph, part, share))
+        start += length
+    return means
 
 
 def _flat(graph: fx.Graph, share: Share) -> fx.Node:
@@ -162,20 +167,20 @@ def _flat(graph: fx.Graph, share: Share) -> fx.Node:
     if layout.reduce_dtype is not None and value.meta["val"].dtype != layout.reduce_dtype:
         value = call(graph, prims.convert_element_type.default, value, layout.reduce_dtype)
     value = call(graph, aten.div.Tensor, value, layout.size)
-    if not share.scatters or layout.shard is None:
+    if layout.scatters is None:
         return call(graph, aten.reshape.default, value, [-1])
     if layout.sharded_dim:
         value = call(graph, aten.permute.default, value, [1, 0])
-    if missing := layout.padded * layout.shard.size - shape_of(value)[0]:
+    if missing := layout.padded * layout.scatters.size - shape_of(value)[0]:
         value = call(graph, aten.constant_pad_nd.default, value, [0, 0, 0, missing])
-    value = call(graph, aten.reshape.default, value, [layout.shard.size, -1])
+    value = call(graph, aten.reshape.default, value, [layout.scatters.size, -1])
     return call(graph, aten.clone.default, value, memory_format=torch.contiguous_format)
 
 
 def _shaped(graph: fx.Graph, flat: fx.Node, share: Share) -> fx.Node:
     """The mean, or this rank's part of it, as its anchor takes it."""
     layout, shape = share.layout, list(shape_of(share.gradient))
-    if not share.scatters or layout.shape is None or layout.sharded_dim is None:
+    if layout.scatters is None or layout.shape is None or layout.sharded_dim is None:
         return call(graph, aten.reshape.default, flat, shape)
     along, length = layout.sharded_dim, layout.shape[layout.sharded_dim]
     part = call(graph, aten.reshape.default, flat, [layout.padded, shape[1 - along]])
@@ -190,7 +195,6 @@ def _summed(graph: fx.Graph, value: fx.Node, dim: MeshDim) -> fx.Node:
 
 def _not_finite_anywhere(graph: fx.Graph, parts: Sequence[fx.Node], layout: Layout) -> list[fx.Node]:
     """Each not finite if the part of any rank is not, so that all of them skip the same steps."""
-    assert layout.shard is not None
     squares = []
     for part in parts:
         dtype = part.meta["val"].dtype
@@ -198,15 +202,20 @@ def _not_finite_anywhere(graph: fx.Graph, parts: Sequence[fx.Node], layout: Layo
         total = call(graph, aten.sum.default, call(graph, aten.mul.Tensor, wide, wide))
         squares.append(call(graph, aten.reshape.default, total, [1]))
     flags = call(graph, aten.mul.Tensor, call(graph, aten.cat.default, squares), 0.0)
-    flags = _summed(graph, flags, layout.shard)
+    for dim in layout.parts:
+        flags = _summed(graph, flags, dim)
     return [
         call(graph, aten.add.Tensor, part, call(graph, aten.select.int, flags, 0, number)) for number, part in enumerate(parts)
     ]
 
 
-def own_part(graph: fx.Graph, compact: fx.Node, layout: Layout | None) -> fx.Node:
-    """The part that this rank owns of a compact gradient which all ranks have."""
-    if layout is None or layout.shape is None or layout.sharded_dim is None:
-        return compact
-    dim = layout.sharded_dim
-    return call(graph, aten.slice.Tensor, compact, dim, layout.start, layout.start + layout.shape[dim])
+def scores_of_parts(graph: fx.Graph, gradient: fx.Node, dim: int, layout: Layout) -> fx.Node:
+    """The scores of the rows of a whole gradient, of which each rank has a part: the same on all of them, bit for bit."""
+    (energies,) = inline(graph, trace(_energies, (dim,), specs_of([gradient])), [gradient])
+    for part in layout.parts:
+        energies = _summed(graph, energies, part)
+    return call(graph, aten.sqrt.default, energies)
+
+
+def _energies(dim: int, gradient: torch.Tensor) -> tuple[torch.Tensor]:
+    return (scores(gradient, dim).square(),)

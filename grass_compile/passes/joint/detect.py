@@ -64,7 +64,7 @@ def _find(
     for weight in weights:
         try:
             position = weight.position
-            if position in graph_inputs.wrapped:
+            if position in graph_inputs.wrapped and weight.refusal is None:
                 raise Refused("its gradient is a tensor subclass, as an input or a tangent is one")
             slot = values[graph_inputs.slots[position]] if position in graph_inputs.slots else None
             found[position] = _site(weight, graph_inputs.nodes.get(position), slot, in_backward)

@@ -1,0 +1,236 @@
+"""Tensor parallelism, alone and under ``fully_shard``: ranks train as one process does on the joined batch."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    loss_parallel,
+    parallelize_module,
+)
+
+import grass_compile
+from grass_compile import ConfigError, NonFiniteError
+
+from ..pairs import every_value
+from .ranks import Ranks, result_of
+from .test_fsdp import SHAPES, compare, how, load_and_go_on, save_and_go_on
+from .training import Trained, Training, batches, step_of, train, whole
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    group = Ranks(2, tmp_path_factory.mktemp("ranks"))
+    yield group
+    group.close()
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    group = Ranks(4, tmp_path_factory.mktemp("ranks"))
+    yield group
+    group.close()
+
+
+def parallel(keywords: tuple[tuple[str, Any], ...] = (), **rest: Any) -> Training:
+    return Training(keywords, **{"place": "model", "tensor": 2, **rest})
+
+
+@every_value(selection=["uniform", "top", "norm"], mode=[True, "auto", False], place=["model", "blocks"])
+def test_two_ranks_are_one_process(ranks: Ranks, selection: str, mode: Any, place: str) -> None:
+    """Columns of what is sharded by rows and rows of what is sharded by columns. No gradient is sent, in no kind of step."""
+    found = compare(ranks, parallel(how(selection=selection, step_in_backward=mode), place=place))
+    assert found.fused == (mode is not False)
+    scores = 0 if selection == "uniform" else sum(min(shape) for shape in SHAPES)
+    assert found.refresh["_c10d_functional"] - found.regular["_c10d_functional"] == scores
+
+
+FEATURES = [
+    parallel(optimizer="Muon"),
+    parallel(how(max_grad_norm=0.05, selection="top"), micro=2),
+    parallel(how(nonfinite="propagate", on_refresh="reset", selection="top"), checkpoint=True),
+    parallel(how(share_index=True, stagger=True, exclude=["*.0.query.weight", "*embedding*", "lm_head*"])),
+    parallel(how(selection="top"), compiler="inductor"),
+]
+
+
+@pytest.mark.parametrize("training", FEATURES, ids=lambda t: f"{t.optimizer}-{dict(t.how)}-{t.compiler}")
+def test_features(ranks: Ranks, training: Training) -> None:
+    compare(ranks, training)
+
+
+FOUR = [
+    parallel(how(selection="top"), mesh=(2,), world=4, place="blocks"),
+    parallel(how(step_in_backward=False, selection="norm"), mesh=(2,), world=4, place="blocks"),
+    parallel(optimizer="Muon", mesh=(2,), world=4, place="blocks"),
+    parallel(tensor=4, world=4),
+]
+
+
+@pytest.mark.parametrize("training", FOUR, ids=lambda t: f"{t.optimizer}-{t.mesh}-{t.tensor}")
+def test_four_ranks(four: Ranks, training: Training) -> None:
+    """Tensor parallelism under ``fully_shard``, which takes the parts apart once more; and four parts."""
+    compare(four, training)
+
+
+@pytest.mark.parametrize("mesh", [(), (2,)])
+def test_checkpoint(ranks: Ranks, four: Ranks, mesh: tuple[int, ...], tmp_path: Path) -> None:
+    """From two ranks that share each batch to four of which two share each, and the other way round; bit for bit to the same."""
+    groups, folder = {(): ranks, (2,): four}, str(tmp_path / "checkpoint")
+    training = parallel(how(selection="top"), place="blocks", mesh=mesh, world=groups[mesh].size)
+    expected = result_of(groups[mesh](save_and_go_on, training, folder, 4))[0]
+    for layout, group in groups.items():
+        target = dataclasses.replace(training, mesh=layout, world=group.size)
+        found = result_of(group(load_and_go_on, target, folder, 4))[0]
+        for name, weight in expected.items():
+            tolerance = 0 if layout == mesh else 1e-5
+            torch.testing.assert_close(
+                found[name], weight, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
+def not_finite_on_one(training: Training) -> dict[str, bool]:
+    """A step in which the gradient of one rank's part is not finite; whether each weight has moved."""
+    run = Trained(training)
+    step_of(run, batches(1)[0])
+    before = {name: parameter.clone() for name, parameter in run.weights().items()}
+    parameter = dict(run.model.named_parameters())["layers.0.up.weight"]
+    loss = run.run(batches(1)[0][:, :-1]).square().mean()
+    first = parameter.to_local()[0, 0]
+    loss = loss + (first - first.detach()) * (torch.inf if dist.get_rank() == 0 else 0.0)
+    loss.backward()
+    with contextlib.suppress(NonFiniteError):
+        run.optimizer.step()
+    return {name: not torch.equal(weight, before[name]) for name, weight in run.weights().items()}
+
+
+def test_all_ranks_skip_the_same_steps(ranks: Ranks) -> None:
+    first, second = result_of(ranks(not_finite_on_one, parallel(place="blocks")))
+    assert first == second and not first["layers.0.up.weight"] and first["layers.1.up.weight"]
+
+
+@pytest.mark.parametrize(
+    ("training", "said"),
+    [
+        (parallel(how(axis="rows")), "layers.0.query.weight: each rank owns a part of it along dimension 0, so axis='rows'"),
+        (parallel(optimizer="AdamW8bit"), "AdamW8bitRule looks at whole rows"),
+    ],
+    ids=str,
+)
+def test_keywords_that_do_not_go_with_parts(ranks: Ranks, training: Training, said: str) -> None:
+    for error in ranks(train, training):
+        assert isinstance(error, ConfigError) and said in str(error)
+
+
+def explained_replicated() -> str:
+    """What is said of a weight that all ranks have the same of, as a ``DTensor``."""
+    model = nn.Sequential(nn.Linear(8, 8, bias=False))
+    mesh = init_device_mesh("cpu", (2,))
+    model[0].weight = nn.Parameter(distribute_tensor(model[0].weight.detach(), mesh, [Replicate()]))
+    optimizer = grass_compile.AdamW(model.named_parameters(), rank=2)
+    inputs = distribute_tensor(torch.ones(4, 8), mesh, [Replicate()])
+    return grass_compile.explain(model, inputs, optimizer=optimizer)["0.weight"].reason
+
+
+def test_a_weight_that_is_not_in_parts_stays_dense(ranks: Ranks) -> None:
+    for reason in result_of(ranks(explained_replicated)):
+        assert "it is a DTensor with placements (R); one is projected only if" in reason
+
+
+# --------------------------------------------------------------------------------------- a model of Hugging Face
+
+
+def llama() -> Any:
+    """Two layers of width 32."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, use_cache=False,
+        max_position_embeddings=16, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def plan_of(kind: str) -> list[tuple[str, dict[str, Any]]]:
+    """What is made parallel, by the module that the names start from."""
+    split, local = ColwiseParallel(), {"use_local_output": True}
+    layer: dict[str, Any] = dict.fromkeys(("q_proj", "k_proj", "v_proj"), split)
+    layer = {f"self_attn.{name}": how for name, how in layer.items()} | {"mlp.gate_proj": split, "mlp.up_proj": split}
+    if kind != "sequence":
+        joined = {"self_attn.o_proj": RowwiseParallel(), "mlp.down_proj": RowwiseParallel()}
+        head = ColwiseParallel(output_layouts=Shard(-1), use_local_output=False) if kind == "loss" else split_whole()
+        return [("model.layers", layer | joined), ("", {"lm_head": head})]
+    joined = {name: RowwiseParallel(output_layouts=Shard(1)) for name in ("self_attn.o_proj", "mlp.down_proj")}
+    whole_input = {"input_layouts": Shard(1), "desired_input_layouts": Replicate()}
+    around = {
+        "input_layernorm": SequenceParallel(**local),
+        "post_attention_layernorm": SequenceParallel(**local),
+        "self_attn": PrepareModuleInput(
+            input_kwarg_layouts={"hidden_states": Shard(1)}, desired_input_kwarg_layouts={"hidden_states": Replicate()}, **local
+        ),
+        "mlp": PrepareModuleInput(**whole_input, **local),
+    }
+    first = PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Shard(1), **local)
+    last = {
+        "model.norm": SequenceParallel(**local),
+        "lm_head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
+    }
+    return [("model.layers", layer | joined | around), ("", {"model.layers.0": first, **last})]
+
+
+def split_whole() -> ColwiseParallel:
+    return ColwiseParallel(output_layouts=Replicate())
+
+
+def train_llama(kind: str, distributed: bool = True) -> tuple[dict[str, torch.Tensor], int]:
+    """Seven steps; the weights, and how many of them are projected."""
+    model = llama()
+    if distributed:
+        mesh = init_device_mesh("cpu", (2,))
+        for path, plan in plan_of(kind):
+            for module in model.get_submodule(path) if path else [model]:
+                parallelize_module(module, mesh, plan)
+    named = list(model.named_parameters())
+    rowwise = [pair for pair in named if pair[0].endswith(("o_proj.weight", "down_proj.weight"))]
+    groups = [{"params": [pair for pair in named if pair[0] not in dict(rowwise)]}, {"params": rowwise, "axis": "rows"}]
+    optimizer = grass_compile.AdamW(
+        groups, lr=1e-2, weight_decay=0.1, eps=1e-6, rank=8, selection="top", update_proj_gap=3, seed=5
+    )
+    compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(7):
+        tokens = torch.randint(64, (4, 13), generator=generator)
+        with loss_parallel() if distributed and kind == "loss" else contextlib.nullcontext():
+            logits = compiled(input_ids=tokens[:, :-1]).logits
+            F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    projected = sum("index" in optimizer.state[parameter] for parameter in model.parameters())
+    return {name: whole(parameter).clone() for name, parameter in model.named_parameters()}, projected
+
+
+@pytest.mark.parametrize("kind", ["tensor", "sequence", "loss"])
+def test_a_model_of_hugging_face(ranks: Ranks, kind: str) -> None:
+    """With the plans of tensor, sequence and loss parallelism that are in use."""
+    pytest.importorskip("transformers")
+    alone, _ = train_llama(kind, distributed=False)
+    for weights, projected in result_of(ranks(train_llama, kind)):
+        assert projected == 14
+        for name, weight in alone.items():
+            torch.testing.assert_close(weights[name], weight, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
