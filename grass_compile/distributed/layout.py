@@ -82,6 +82,14 @@ class Layout:
         """How many ranks have batches of their own."""
         return math.prod(dim.size for dim in self.mesh if dim.averages)
 
+    def in_parts(self, dim: int, shape: Sequence[int]) -> Layout:
+        """The same for a tensor of which every rank is to have a part of equal length along ``dim``, where each has the whole of
+        the weight."""
+        first, *rest = self.mesh
+        padded = -(-shape[dim] // first.size)
+        part = tuple(padded if at == dim else length for at, length in enumerate(shape))
+        return dataclasses.replace(self, mesh=(dataclasses.replace(first, shards=dim), *rest), shape=part, padded=padded)
+
     def mean_(self, tensor: Tensor) -> Tensor:
         """Replace a tensor by its mean over all ranks; all of them have to call this."""
         tensor.div_(self.size)

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import grass_compile
 from grass_compile import ConfigError, StateError
 
-from ..pairs import every_pair
+from ..pairs import every_value
 from .ranks import Ranks, result_of
 from .training import HIDDEN, PROJECTED, RANK, WIDTH, WORLD, Decoder, Outcome, Training, batches, micro_batches, train
 
@@ -53,16 +53,17 @@ def how(**keywords: Any) -> tuple[tuple[str, Any], ...]:
 SHAPES = 2 * [(WIDTH, WIDTH), (WIDTH, WIDTH), (HIDDEN, WIDTH), (WIDTH, HIDDEN)]
 DENSE = sum(p.numel() for name, p in Decoder().named_parameters() if name.removesuffix(".weight") not in PROJECTED)
 COMPACT = {"columns": sum(m * RANK for m, _ in SHAPES), "rows": sum(n * RANK for _, n in SHAPES)}
+SCORES = {"columns": sum(n for _, n in SHAPES), "rows": sum(m for m, _ in SHAPES)}
 
 
-@every_pair(axis=["columns", "rows"], selection=["uniform", "top", "norm"], mode=[True, "auto", False])
+@every_value(axis=["columns", "rows"], selection=["uniform", "top", "norm"], mode=[True, "auto", False])
 def test_two_ranks_are_one_process(ranks: Ranks, axis: str, selection: str, mode: Any) -> None:
     """And a regular step sends exactly the compact gradients, and the dense rest."""
     found = compare(ranks, Training(how(axis=axis, selection=selection, step_in_backward=mode)))
     assert found.fused == (mode is not False)
     assert found.regular == {"_c10d_functional": COMPACT[axis], "c10d": DENSE}
-    full = sum(m * n for m, n in SHAPES)
-    assert found.refresh["_c10d_functional"] == (COMPACT[axis] if selection == "uniform" else full)
+    parts = sum(m * n for m, n in SHAPES) + SCORES[axis] + COMPACT[axis] // 2
+    assert found.refresh["_c10d_functional"] == (COMPACT[axis] if selection == "uniform" else parts)
 
 
 @pytest.mark.parametrize("place", ["model", "blocks"])
@@ -70,8 +71,7 @@ def test_what_is_compiled_does_not_matter(ranks: Ranks, place: str) -> None:
     compare(ranks, Training(how(step_in_backward=True), place=place))
 
 
-@pytest.mark.parametrize("no_sync", [False, True])
-@pytest.mark.parametrize("selection", ["uniform", "top"])
+@every_value(selection=["uniform", "top"], no_sync=[False, True])
 def test_accumulation(ranks: Ranks, selection: str, no_sync: bool) -> None:
     """Under ``no_sync()``, compact gradients are sent once a step."""
     found = compare(ranks, Training(how(selection=selection), micro=2, no_sync=no_sync))
@@ -107,7 +107,7 @@ def test_features(ranks: Ranks, training: Training) -> None:
 @pytest.mark.parametrize(
     ("selection", "compiler"),
     [
-        ("uniform", "aot_eager"),
+        pytest.param("uniform", "aot_eager", marks=pytest.mark.exhaustive),
         ("top", "aot_eager"),
         pytest.param("top", "inductor", marks=[pytest.mark.inductor, pytest.mark.exhaustive]),
         pytest.param("uniform", "inductor", marks=[pytest.mark.inductor, pytest.mark.exhaustive]),
@@ -125,7 +125,7 @@ def test_a_rank_that_logs(ranks: Ranks, selection: str, compiler: str) -> None:
         torch.testing.assert_close(outcomes[0].weights[name], weight, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("selection", ["uniform", "top"])
+@pytest.mark.parametrize("selection", [pytest.param("uniform", marks=pytest.mark.exhaustive), "top"])
 def test_resuming_on_another_number_of_ranks(ranks: Ranks, selection: str) -> None:
     training = Training(how(selection=selection))
     half = dataclasses.replace(training, steps=4)
@@ -265,8 +265,7 @@ def two_forwards(distributed: bool, selection: str, apart: int) -> dict[str, tor
     return {name: p.detach().clone() for name, p in model.named_parameters() if name.removesuffix(".weight") in PROJECTED}
 
 
-@pytest.mark.parametrize("apart", [0, 1])
-@pytest.mark.parametrize("selection", ["uniform", "top"])
+@every_value(selection=["uniform", "top"], apart=[0, 1])
 def test_two_forwards_of_which_one_averages(ranks: Ranks, selection: str, apart: int) -> None:
     one, other = result_of(ranks(two_forwards, True, selection, apart))
     alone = two_forwards(False, selection, apart)

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 import grass_compile
 from grass_compile import ConfigError, NonFiniteError
 
-from ..pairs import every_pair, every_value
+from ..pairs import every_value
 from .ranks import Ranks, result_of
 from .training import HIDDEN, PROJECTED, RANK, WIDTH, Decoder, Outcome, Trained, Training, batches, step_of, train, whole
 
@@ -68,24 +68,24 @@ def compare(ranks: Ranks, training: Training, tolerance: float = 1e-5) -> Outcom
 SHAPES = 2 * [(WIDTH, WIDTH), (WIDTH, WIDTH), (HIDDEN, WIDTH), (WIDTH, HIDDEN)]
 COMPACT = {"columns": sum(m * RANK for m, _ in SHAPES), "rows": sum(n * RANK for _, n in SHAPES)}
 DENSE = len(list(Decoder().parameters())) - len(SHAPES)
-"""Numbers sent beside: whether the gradient of each dense parameter is finite on all ranks. Compact ones have a flag each too."""
+"""Numbers sent beside: whether the gradient of each dense parameter is finite on all ranks. Compact ones have a flag each too,
+but on a refresh."""
 SCORES = {"columns": sum(n for _, n in SHAPES), "rows": sum(m for m, _ in SHAPES)}
 
 
-@every_pair(axis=["columns", "rows"], selection=["uniform", "top", "norm"], mode=[True, "auto", False])
+@every_value(axis=["columns", "rows"], selection=["uniform", "top", "norm"], mode=[True, "auto", False])
 def test_two_ranks_are_one_process(ranks: Ranks, axis: str, selection: str, mode: Any) -> None:
     """And what goes into the reduce-scatters of a regular step is exactly the compact gradients."""
     keywords = how(axis=axis, selection=selection, step_in_backward=mode)
     found = compare(ranks, sharded(keywords, fsdp=how(dim=int(axis == "rows"))))
     assert found.fused == (mode is not False)
-    beside = len(SHAPES) + DENSE
-    regular, full = COMPACT[axis] + beside, sum(m * n for m, n in SHAPES) + SCORES[axis] + beside
+    regular, full = COMPACT[axis] + len(SHAPES) + DENSE, sum(m * n for m, n in SHAPES) + SCORES[axis] + DENSE
     assert found.regular["_c10d_functional"] == regular
     assert found.refresh["_c10d_functional"] == (regular if selection == "uniform" else full)
 
 
 FEATURES = [
-    sharded(place="around"),
+    pytest.param(sharded(place="around"), marks=pytest.mark.exhaustive),
     pytest.param(sharded(place="model"), marks=pytest.mark.exhaustive),
     pytest.param(sharded(hidden=25), marks=pytest.mark.exhaustive),
     sharded(how(selection="top", on_refresh="reset"), hidden=25),
@@ -98,7 +98,7 @@ FEATURES = [
     sharded(clip=0.05, hidden=25),
     sharded(how(step_in_backward=True), micro=2, hidden=25),
     pytest.param(sharded(micro=2, clip=0.05, place="around"), marks=pytest.mark.exhaustive),
-    sharded(optimizer="Lion"),
+    pytest.param(sharded(optimizer="Lion"), marks=pytest.mark.exhaustive),
     pytest.param(sharded(optimizer="SGD"), marks=pytest.mark.exhaustive),
     sharded(optimizer="Muon", hidden=25),
     sharded(how(axis="rows", step_in_backward=True, rank=12), optimizer="Muon", fsdp=how(dim=1)),
@@ -114,7 +114,7 @@ def test_features(ranks: Ranks, training: Training) -> None:
 
 
 @pytest.mark.inductor
-@pytest.mark.parametrize("selection", ["uniform", "top"])
+@pytest.mark.parametrize("selection", [pytest.param("uniform", marks=pytest.mark.exhaustive), "top"])
 def test_inductor(ranks: Ranks, selection: str) -> None:
     compare(ranks, sharded(how(selection=selection), compiler="inductor", hidden=25))
 
@@ -193,7 +193,7 @@ def one_reads(training: Training, distributed: bool = True) -> dict[str, torch.T
     return run.weights()
 
 
-@every_pair(function=[with_a_penalty, partly_eager], selection=["uniform", "top"], mode=[True, False])
+@every_value(function=[with_a_penalty, partly_eager], selection=["uniform", "top"], mode=[True, False])
 def test_gradients_from_outside(ranks: Ranks, function: Any, selection: str, mode: bool) -> None:
     training = sharded(how(step_in_backward=mode, selection=selection, update_proj_gap=4), hidden=25)
     expected = function(training, distributed=False)
@@ -202,7 +202,7 @@ def test_gradients_from_outside(ranks: Ranks, function: Any, selection: str, mod
             torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
 
 
-@pytest.mark.parametrize("selection", ["uniform", "top"])
+@pytest.mark.parametrize("selection", [pytest.param("uniform", marks=pytest.mark.exhaustive), "top"])
 def test_a_rank_that_logs(ranks: Ranks, selection: str) -> None:
     training = sharded(how(step_in_backward="auto", selection=selection), hidden=25)
     expected = one_reads(training, distributed=False)
@@ -240,7 +240,7 @@ def load_and_go_on(training: Training, folder: str, at: int) -> dict[str, torch.
     return run.weights()
 
 
-@pytest.mark.parametrize("mesh", [(2,), ()])
+@pytest.mark.parametrize("mesh", [pytest.param((2,), marks=pytest.mark.exhaustive), ()])
 def test_checkpoint_goes_to_another_layout(ranks: Ranks, four: Ranks, tmp_path: Path, mesh: tuple[int, ...]) -> None:
     """From two ranks that own parts to four, to parts with replicas, and to ranks that have the whole; and from these."""
     training = sharded(hidden=26, mesh=mesh)
@@ -308,7 +308,7 @@ def overflow_while_adding(training: Training) -> tuple[str, bool]:
     return said, torch.equal(before["layers.1.down.weight"], run.weights()["layers.1.down.weight"])
 
 
-@pytest.mark.parametrize("selection", ["top", "uniform"])
+@pytest.mark.parametrize("selection", ["top", pytest.param("uniform", marks=pytest.mark.exhaustive)])
 def test_all_ranks_skip_what_adds_up(ranks: Ranks, selection: str) -> None:
     for said, stayed in result_of(ranks(overflow_while_adding, sharded(how(nonfinite="raise", selection=selection)))):
         assert "not finite" in said and stayed

@@ -53,19 +53,22 @@ def parallel(keywords: tuple[tuple[str, Any], ...] = (), **rest: Any) -> Trainin
 
 @every_value(selection=["uniform", "top", "norm"], mode=[True, "auto", False], place=["model", "blocks"])
 def test_two_ranks_are_one_process(ranks: Ranks, selection: str, mode: Any, place: str) -> None:
-    """Columns of what is sharded by rows and rows of what is sharded by columns. No gradient is sent, in no kind of step."""
+    """Columns of what is sharded by rows and rows of what is sharded by columns. No gradient is sent: on a regular step whether
+    each is finite, on a refresh the scores, which say that too."""
     found = compare(ranks, parallel(how(selection=selection, step_in_backward=mode), place=place))
     assert found.fused == (mode is not False)
-    scores = 0 if selection == "uniform" else sum(min(shape) for shape in SHAPES)
+    scores = 0 if selection == "uniform" else sum(min(shape) for shape in SHAPES) - len(SHAPES)
     assert found.refresh["_c10d_functional"] - found.regular["_c10d_functional"] == scores
 
 
 FEATURES = [
     parallel(optimizer="Muon"),
     parallel(how(max_grad_norm=0.05, selection="top"), micro=2),
-    parallel(how(nonfinite="propagate", on_refresh="reset", selection="top"), checkpoint=True),
+    pytest.param(
+        parallel(how(nonfinite="propagate", on_refresh="reset", selection="top"), checkpoint=True), marks=pytest.mark.exhaustive
+    ),
     parallel(how(share_index=True, stagger=True, exclude=["*.0.query.weight", "*embedding*", "lm_head*"])),
-    parallel(how(selection="top"), compiler="inductor"),
+    pytest.param(parallel(how(selection="top"), compiler="inductor"), marks=[pytest.mark.inductor, pytest.mark.exhaustive]),
 ]
 
 
@@ -76,9 +79,11 @@ def test_features(ranks: Ranks, training: Training) -> None:
 
 FOUR = [
     parallel(how(selection="top"), mesh=(2,), world=4, place="blocks"),
-    parallel(how(step_in_backward=False, selection="norm"), mesh=(2,), world=4, place="blocks"),
+    pytest.param(
+        parallel(how(step_in_backward=False, selection="norm"), mesh=(2,), world=4, place="blocks"), marks=pytest.mark.exhaustive
+    ),
     parallel(optimizer="Muon", mesh=(2,), world=4, place="blocks"),
-    parallel(tensor=4, world=4),
+    pytest.param(parallel(tensor=4, world=4), marks=pytest.mark.exhaustive),
 ]
 
 
@@ -88,7 +93,7 @@ def test_four_ranks(four: Ranks, training: Training) -> None:
     compare(four, training)
 
 
-@pytest.mark.parametrize("mesh", [(), (2,)])
+@pytest.mark.parametrize("mesh", [pytest.param((), marks=pytest.mark.exhaustive), (2,)])
 def test_checkpoint(ranks: Ranks, four: Ranks, mesh: tuple[int, ...], tmp_path: Path) -> None:
     """From two ranks that share each batch to four of which two share each, and the other way round; bit for bit to the same."""
     groups, folder = {(): ranks, (2,): four}, str(tmp_path / "checkpoint")
@@ -225,7 +230,7 @@ def train_llama(kind: str, distributed: bool = True) -> tuple[dict[str, torch.Te
     return {name: whole(parameter).clone() for name, parameter in model.named_parameters()}, projected
 
 
-@pytest.mark.parametrize("kind", ["tensor", "sequence", "loss"])
+@pytest.mark.parametrize("kind", [pytest.param("tensor", marks=pytest.mark.exhaustive), "sequence", "loss"])
 def test_a_model_of_hugging_face(ranks: Ranks, kind: str) -> None:
     """With the plans of tensor, sequence and loss parallelism that are in use."""
     pytest.importorskip("transformers")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,12 @@ def alone(tmp_path: Path) -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
+COLLECTIVES = (c10d.all_reduce.default, c10d.reduce_scatter_tensor.default, c10d.all_gather_into_tensor.default)
+
+
 def sent(backward: fx.GraphModule) -> list[tuple[int, ...]]:
-    """The shapes that a backward sends; each is waited for."""
-    nodes = list(backward.graph.find_nodes(op="call_function", target=c10d.all_reduce.default))
+    """The shapes that a backward gets from collectives; each is waited for."""
+    nodes = [node for node in backward.graph.nodes if node.target in COLLECTIVES]
     assert [user.target for node in nodes for user in node.users] == [c10d.wait_tensor.default] * len(nodes)
     return [tuple(node.meta["val"].shape) for node in nodes]
 
@@ -49,7 +53,7 @@ def sent(backward: fx.GraphModule) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("selection", ["top", "uniform"])
 @pytest.mark.parametrize("axis", ["rows", "columns"])
 def test_what_is_sent(axis: str, selection: str, graphs: list[Any]) -> None:
-    """Compact gradients, and the full one where a refresh chooses by it."""
+    """Compact gradients; where a refresh chooses by the full one, parts of that, scores, and parts of what was chosen."""
     model = forms.LinearBias()
     optimizer = paper.AdamW(model.named_parameters(), rank=4, axis=axis, selection=selection, step_in_backward=True)
     compiled = torch.compile(DistributedDataParallel(model), backend="grass", options={"compiler": "aot_eager"})
@@ -57,8 +61,9 @@ def test_what_is_sent(axis: str, selection: str, graphs: list[Any]) -> None:
         forms.loss_of(compiled(forms.batch(torch.float32, step))).backward()
         optimizer.step()
         optimizer.zero_grad()
-    compact = 4 * (forms.N if axis == "rows" else forms.M)
-    assert [sent(backward) for _, backward in graphs] == ([[(forms.M * forms.N,)]] if selection == "top" else []) + [[(compact,)]]
+    scores, others = (forms.M, forms.N) if axis == "rows" else (forms.N, forms.M)
+    refresh = [[(1, forms.M * forms.N), (scores,), (others, 4)]] if selection == "top" else []
+    assert [sent(backward) for _, backward in graphs] == [*refresh, [(4 * others,)]]
 
 
 @pytest.mark.usefixtures("alone")
@@ -76,7 +81,7 @@ def test_what_is_sent_under_no_sync(selection: str, graphs: list[Any]) -> None:
         optimizer.step()
         optimizer.zero_grad()
     chosen = [shapes for _, backward in graphs if (shapes := sent(backward))]
-    assert chosen == ([[(forms.M * forms.N,)]] if selection == "top" else [])
+    assert chosen == ([[(1, forms.M * forms.N), (forms.M,), (forms.N, 4)]] if selection == "top" else [])
 
 
 @pytest.mark.usefixtures("alone")
@@ -96,6 +101,26 @@ def test_gradients_travel_by_the_bucket(limit: int, sizes: list[int], graphs: li
         weights.append([parameter.detach().clone() for parameter in model.parameters()])
     assert [shape for _, backward in graphs for shape in sent(backward)] == [(24 * 4 * size,) for size in sizes]
     assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("selection", ["top", "uniform"])
+def test_a_bucket_travels_while_the_next_is_computed(selection: str, graphs: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the start of each but the last and its wait, the gradient of the next weight is computed."""
+    monkeypatch.setattr(reduce, "BUCKET_BYTES", 1)
+    model = nn.Sequential(*(nn.Linear(24, 24, bias=False) for _ in range(4)))
+    optimizer = paper.AdamW(model.named_parameters(), rank=4, axis="columns", selection=selection, step_in_backward=True)
+    compiled = torch.compile(DistributedDataParallel(Through(model)), backend="grass", options={"compiler": "aot_eager"})
+    compiled(torch.ones(5, 24)).square().sum().backward()
+    optimizer.step()
+    ((_, backward),) = graphs
+    place = {node: number for number, node in enumerate(backward.graph.nodes)}
+    starts = [node for node in backward.graph.nodes if reduce.STARTS_BUCKET in node.meta]
+    assert len(starts) == 4
+    for start, following in itertools.pairwise(starts):
+        (wait,) = start.users
+        between = [node for node in backward.graph.nodes if place[start] < place[node] < place[wait]]
+        assert following in between and any(node.target is torch.ops.aten.mm.default for node in between)
 
 
 def test_one_process_sends_nothing(graphs: list[Any]) -> None:

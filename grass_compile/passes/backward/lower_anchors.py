@@ -36,7 +36,7 @@ from ..context import PassContext
 from ..fx_utils import call, inline, outputs, provenance, set_outputs, specs_of, trace
 from ..joint.anchor import anchors
 from ..records import Projection
-from .reduce import scores_of_parts
+from .reduce import gathered, of_chosen, scores_of_parts
 
 log = logging.getLogger(__name__)
 
@@ -124,9 +124,12 @@ def _compact(gm: fx.GraphModule, node: fx.Node, projection: Projection, refresh:
     layouts = "".join(layout_of(config.rule, name)[0] for name in state)
     how = config.on_refresh, config.chosen_by, layouts, config.checked
     where = projection.dim, projection.rank
-    by_parts = config.layout is not None and config.layout.parts
-    told = scores_of_parts(gm.graph, gradient, projection.dim, config.layout) if config.layout is not None and by_parts else None
-    return call(gm.graph, ops.refresh_, gradient, index, noise, list(state.values()), *where, *how, told)
+    layout = of_chosen(projection)
+    told = scores_of_parts(gm.graph, gradient, projection.dim, layout) if layout is not None else None
+    made = call(gm.graph, ops.refresh_, gradient, index, noise, list(state.values()), *where, *how, told)
+    if layout is None or layout == config.layout:
+        return made
+    return gathered(gm.graph, made, layout, projection.shape[1 - projection.dim])
 
 
 def _state(node: fx.Node, projection: Projection) -> dict[str, fx.Node]:

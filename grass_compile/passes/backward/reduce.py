@@ -19,8 +19,12 @@ After::
 
 A weight of which each rank owns a part (FSDP2) gets its part of the mean: a ``reduce_scatter_tensor`` takes the place of
 ``all_reduce``, of a matrix with a row for each rank, in which parts are padded to equal lengths. With replicas of each part
-(HSDP) an ``all_reduce`` over these follows. Under tensor parallelism the gradient is that of the part already, and stays. Where
-new rows are chosen by the whole gradient, each rank scores its part of that, and `scores_of_parts` adds the squares up.
+(HSDP) an ``all_reduce`` over these follows. Under tensor parallelism the gradient is that of the part already, and stays.
+
+Where new rows are chosen by the whole gradient, each rank gets its part of that, even if it has all of the weight: no rank then
+holds the sum of whole gradients. `scores_of_parts` adds up the squares of its scores; what is chosen of the parts is put together
+by `gathered` where the weight is not in parts. (A decomposition takes whole gradients, so with ``projection="galore"`` each rank
+gets these.)
 
 Contract: what a refresh chooses by is averaged even where gradients are not (``no_sync()``), since all ranks have to choose the
 same. The order of collectives follows from the graph, which is the same on all ranks. Nothing that the forward saves changes,
@@ -41,10 +45,14 @@ from ...math.selection import scores
 from ..context import PassContext
 from ..fx_utils import call, inline, provenance, shape_of, specs_of, trace
 from ..joint.anchor import anchors
+from ..records import Projection
 
 aten = torch.ops.aten
 prims = torch.ops.prims
 c10d = torch.ops._c10d_functional
+
+STARTS_BUCKET = "grass_starts_bucket"
+"""Marks the first collective of a bucket. It is waited for behind that of the next, see `schedule_steps`."""
 
 BUCKET_BYTES = 25 * 2**20
 """How much travels together, as in ``DistributedDataParallel``."""
@@ -59,7 +67,7 @@ class Share:
         anchor: the anchor that takes it.
         gradient: this rank's.
         layout: how its weight is spread.
-        checked: whether a step is skipped if the gradient is not finite.
+        checked: whether ranks have to tell each other of a part that is not finite.
     """
 
     name: str
@@ -97,7 +105,9 @@ def reduce(gm: fx.GraphModule, context: PassContext) -> int:
         projection, action = plan.projections[number], context.actions[number]
         config, full = projection.config, projection.position in context.full
         if config.layout is not None and _is_reduced(config.layout, action, full, context.syncs, config.checked):
-            shares.append(Share(projection.name, node, gradient, config.layout, config.checked))
+            chooses = full and action in ("choose", "step")  # by scores, which are finite on all ranks or on none
+            layout = of_chosen(projection) if chooses else config.layout
+            shares.append(Share(projection.name, node, gradient, layout or config.layout, config.checked and not chooses))
     order = {node: number for number, node in enumerate(gm.graph.nodes)}
     for bucket in _buckets(sorted(shares, key=lambda share: order[share.gradient])):
         last = max((share.gradient for share in bucket), key=order.__getitem__)
@@ -146,12 +156,14 @@ def _means(graph: fx.Graph, bucket: Sequence[Share]) -> list[fx.Node]:
     mine = [_flat(graph, share) for share in bucket]
     dim = 0 if scatters is None else 1
     joined = mine[0] if len(mine) == 1 else call(graph, aten.cat.default, mine, dim)
+    behind = joined
     if scatters is not None:
         sent = call(graph, c10d.reduce_scatter_tensor.default, joined, "sum", scatters.size, scatters.group)
         joined = call(graph, aten.reshape.default, call(graph, c10d.wait_tensor.default, sent), [-1])
     for mesh_dim in layout.mesh:
         if mesh_dim.averages and mesh_dim != scatters:
             joined = _summed(graph, joined, mesh_dim)
+    behind.next.meta[STARTS_BUCKET] = True
     means, start = [], 0
     for share, flat in zip(bucket, mine, strict=True):
         length = shape_of(flat)[dim]
@@ -207,6 +219,24 @@ def _not_finite_anywhere(graph: fx.Graph, parts: Sequence[fx.Node], layout: Layo
     return [
         call(graph, aten.add.Tensor, part, call(graph, aten.select.int, flags, 0, number)) for number, part in enumerate(parts)
     ]
+
+
+def of_chosen(projection: Projection) -> Layout | None:
+    """How the mean of a whole gradient is spread by which new rows are chosen; None if every rank gets all of it."""
+    layout = projection.config.layout
+    if layout is None or layout.parts:
+        return layout
+    return layout.in_parts(1 - projection.dim, projection.shape) if projection.config.projection == "grass" else None
+
+
+def gathered(graph: fx.Graph, part: fx.Node, layout: Layout, length: int) -> fx.Node:
+    """The whole of a tensor of which each rank has an equal part; ``length`` along the dimension that is in parts."""
+    (dim,) = layout.parts
+    part = call(graph, aten.permute.default, part, [1, 0]) if dim.shards else part
+    part = call(graph, aten.clone.default, part, memory_format=torch.contiguous_format)
+    sent = call(graph, c10d.all_gather_into_tensor.default, part, dim.size, dim.group)
+    whole = call(graph, aten.slice.Tensor, call(graph, c10d.wait_tensor.default, sent), 0, 0, length)
+    return call(graph, aten.permute.default, whole, [1, 0]) if dim.shards else whole
 
 
 def scores_of_parts(graph: fx.Graph, gradient: fx.Node, dim: int, layout: Layout) -> fx.Node:

@@ -10,11 +10,14 @@ After, ``step_`` stands right behind ``mm_9``.
 
 Contract: a write stands after every other reader of the tensors that it writes (be it through a view), and otherwise as
 early as its inputs allow, so that a layer's compact step can run (and ``dY``, ``X`` and ``G`` be freed) as soon as its
-gradient exists. What is made from a selector alone (a random basis) stands right before its first reader: its inputs would allow
-it anywhere, and all of them at once would take memory.
+gradient exists. The first collective of a bucket of gradients is waited for behind that of the next bucket, so that the backward
+goes on while it travels. What is made from a selector alone (a random basis) stands right before its first reader: its inputs
+would allow it anywhere, and all of them at once would take memory.
 """
 
 from __future__ import annotations
+
+import itertools
 
 from torch import fx
 
@@ -22,6 +25,7 @@ from ... import ops
 from ..context import PassContext
 from ..fx_utils import PROVENANCE, placeholders, readers
 from ..joint.rewrite import OF_SELECTOR
+from .reduce import STARTS_BUCKET
 
 
 def schedule_steps(gm: fx.GraphModule, context: PassContext) -> int:
@@ -71,10 +75,13 @@ def _hoist(gm: fx.GraphModule) -> None:
     anchors: dict[fx.Node, fx.Node] = dict.fromkeys(inputs, inputs[-1])
     last: dict[fx.Node, fx.Node] = {}
     refreshed = {source: node for node in refreshes(gm) for source in written(node)}  # read them after that
+    starts = [node for node in gm.graph.nodes if STARTS_BUCKET in node.meta]
+    following = dict(itertools.pairwise(starts))
     for node in list(gm.graph.nodes):
         if PROVENANCE not in node.meta or node.op != "call_function":
             continue
         before = list(node.all_input_nodes) or inputs[-1:]
+        before += [following[source] for source in before if source in following]
         before += [refreshed[source] for source in before if source in refreshed and refreshed[source] is not node]
         if node.target is ops.step_:
             before += [user for target in written(node) for user in readers(target) if user is not node and user.op != "output"]
