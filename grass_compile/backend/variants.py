@@ -162,7 +162,8 @@ class Variants:
                 mesh = first_mesh + list(meshes).index(spread.device_mesh)
                 made_of[weight.position] = whole_of(spread), mesh
                 examples[weight.position] = part_read(weight, spread)
-        _dynamo.replace_inputs(gm, made_of)
+        if made_of:
+            _dynamo.replace_inputs(gm, made_of)
         inputs = (*examples, *fake_inputs(_dynamo.fake_mode(self.captured), examples, asked), *meshes.values())
 
         def decided(found: Analysis) -> Plan:

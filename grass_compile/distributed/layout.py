@@ -168,6 +168,16 @@ def local_part(tensor: Tensor) -> Tensor:
     return getattr(tensor, "_local_tensor", tensor)
 
 
+def part_like(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """The part of a gradient that belongs to the part of a ``DTensor`` which this rank owns. If the gradient is spread in another
+    way, all ranks have to call this."""
+    mine: Any = gradient
+    placements = parameter.placements  # type: ignore[attr-defined]
+    if is_sharded(gradient) and mine.placements != placements:
+        mine = mine.redistribute(placements=placements)
+    return local_part(mine)
+
+
 def placed_like(parameter: Tensor, part: Tensor) -> Tensor:
     """A ``DTensor`` that is spread as a parameter is, of which ``part`` is what this rank owns."""
     spec = parameter._spec  # type: ignore[attr-defined]

@@ -23,7 +23,21 @@ from grass_compile import ConfigError, NonFiniteError
 
 from ..pairs import every_value
 from .ranks import Ranks, result_of
-from .training import HIDDEN, PROJECTED, RANK, WIDTH, Decoder, Outcome, Trained, Training, batches, step_of, train, whole
+from .training import (
+    HIDDEN,
+    PROJECTED,
+    RANK,
+    WIDTH,
+    Decoder,
+    Outcome,
+    Trained,
+    Training,
+    batches,
+    micro_batches,
+    step_of,
+    train,
+    whole,
+)
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +174,7 @@ def with_a_penalty(training: Training, distributed: bool = True) -> dict[str, to
     """Three steps to whose loss a script adds a norm of the parameters, before and after the model runs."""
     run = Trained(training, distributed)
     for step, tokens in enumerate(batches(3)):
-        part = tokens.chunk(2)[dist.get_rank()] if distributed else tokens
+        (part,) = micro_batches(tokens, 1, distributed, training.world, training.tensor)
         losses = [F.cross_entropy(run.run(part[:, :-1]).flatten(0, 1), part[:, 1:].flatten())]
         losses.insert(step % 2, sum(whole(p, False).square().sum() for p in run.model.layers.parameters()))
         sum(losses).backward()  # type: ignore[union-attr]
@@ -184,7 +198,7 @@ def one_reads(training: Training, distributed: bool = True) -> dict[str, torch.T
     for tokens in batches(6):
         with torch.no_grad():
             run.run(tokens[:, :-1])
-        part = tokens.chunk(2)[dist.get_rank()] if distributed else tokens
+        (part,) = micro_batches(tokens, 1, distributed, training.world, training.tensor)
         F.cross_entropy(run.run(part[:, :-1]).flatten(0, 1), part[:, 1:].flatten()).backward()
         if distributed and dist.get_rank() == 0:
             run.model.layers[0].up.weight.grad.to_local().abs().max().item()

@@ -29,7 +29,7 @@ from grass_compile import ConfigError, NonFiniteError
 
 from ..pairs import every_value
 from .ranks import Ranks, result_of
-from .test_fsdp import SHAPES, compare, how, load_and_go_on, save_and_go_on
+from .test_fsdp import SHAPES, compare, how, load_and_go_on, partly_eager, save_and_go_on, with_a_penalty
 from .training import Trained, Training, batches, step_of, train, whole
 
 
@@ -107,6 +107,15 @@ def test_checkpoint(ranks: Ranks, four: Ranks, mesh: tuple[int, ...], tmp_path: 
             torch.testing.assert_close(
                 found[name], weight, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
             )
+
+
+@pytest.mark.parametrize("function", [with_a_penalty, partly_eager])
+def test_gradients_from_outside(ranks: Ranks, function: Any) -> None:
+    training = parallel(how(selection="top"), place="blocks")
+    expected = function(training, distributed=False)
+    for found in result_of(ranks(function, training)):
+        for name, weight in expected.items():
+            torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
 
 
 def not_finite_on_one(training: Training) -> dict[str, bool]:
