@@ -12,7 +12,7 @@ from grass_compile.math.reference import ReferenceAdamW
 
 from . import forms, paper
 from .harness import KEYWORDS, Pair, pair
-from .pairs import every_pair
+from .pairs import every_value
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 STEPS = 7  # with a refresh every 3 steps: the first, and two more
@@ -43,7 +43,7 @@ def check_against_oracle(run: Pair, model64: nn.Module, dtype: torch.dtype) -> N
         assert dict(run.model.named_parameters())[name].grad is None
 
 
-@every_pair(name=forms.FORMS, axis=["rows", "columns"], dtype=DTYPES)
+@every_value(name=forms.FORMS, axis=["rows", "columns"], dtype=DTYPES)
 def test_form_equals_oracle(name: str, axis: str, dtype: str) -> None:
     model = forms.FORMS[name]()
     model64 = copy.deepcopy(model).to(DTYPES[dtype]).double()
@@ -53,7 +53,8 @@ def test_form_equals_oracle(name: str, axis: str, dtype: str) -> None:
 
 
 @pytest.mark.inductor
-@pytest.mark.parametrize(("axis", "dtype"), [pytest.param("rows", "bf16", marks=pytest.mark.exhaustive), ("columns", "fp32")])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("axis", "dtype"), [("rows", "bf16"), ("columns", "fp32")])
 def test_all_forms_under_inductor(axis: str, dtype: str) -> None:
     without = ("Autocast",) if dtype == "bf16" else ()
     model = forms.Everything(without)

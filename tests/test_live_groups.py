@@ -16,6 +16,7 @@ from grass_compile import ConfigError, StateError
 from grass_compile.optim.live import ParamGroup
 
 from . import paper
+from .pairs import every_value
 
 
 class Net(nn.Module):
@@ -90,8 +91,7 @@ CHANGES: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("key", CHANGES)
-@pytest.mark.parametrize("mode", MODES)
+@every_value(mode=MODES, key=CHANGES)
 def test_what_changes_in_mid_run_outlives_a_resume(mode: str, key: str) -> None:
     """A run that was resumed equals the one that went on, and both equal one that had the other value by loading it."""
     change = {key: 2 if (mode, key) == ("paper", "stagger") else CHANGES[key]}

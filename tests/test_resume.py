@@ -30,7 +30,10 @@ KILLS = {"fused": 8, "deferred": 3, "accumulated": 3, "adopted": 3}  # each cost
 # ---------------------------------------------------------------------------------------------------------------- killed
 
 
-@pytest.mark.parametrize("variant", [pytest.param(v, marks=[pytest.mark.slow] * (v == "fused")) for v in KEYWORDS])
+MARKS = {"fused": [pytest.mark.slow], "adopted": [pytest.mark.exhaustive]}
+
+
+@pytest.mark.parametrize("variant", [pytest.param(variant, marks=MARKS.get(variant, ())) for variant in KEYWORDS])
 def test_killed_run_goes_on_bit_for_bit(variant: str, tmp_path: pathlib.Path) -> None:
     """``SIGKILL`` again and again while starting, stepping and saving: losses and final state are those of a run left alone."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}

@@ -130,7 +130,7 @@ def test_features(ranks: Ranks, training: Training) -> None:
 @pytest.mark.inductor
 @pytest.mark.parametrize("selection", [pytest.param("uniform", marks=pytest.mark.exhaustive), "top"])
 def test_inductor(ranks: Ranks, selection: str) -> None:
-    compare(ranks, sharded(how(selection=selection), compiler="inductor", hidden=25))
+    compare(ranks, sharded(how(selection=selection, step_in_backward=True), compiler="inductor", hidden=25, steps=4))
 
 
 @every_value(mesh=[(2, 2), (4,)], selection=["uniform", "top"])

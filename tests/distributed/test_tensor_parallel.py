@@ -82,7 +82,7 @@ FOUR = [
     pytest.param(
         parallel(how(step_in_backward=False, selection="norm"), mesh=(2,), world=4, place="blocks"), marks=pytest.mark.exhaustive
     ),
-    parallel(optimizer="Muon", mesh=(2,), world=4, place="blocks"),
+    pytest.param(parallel(optimizer="Muon", mesh=(2,), world=4, place="blocks"), marks=pytest.mark.exhaustive),
     pytest.param(parallel(tensor=4, world=4), marks=pytest.mark.exhaustive),
 ]
 
@@ -239,7 +239,7 @@ def train_llama(kind: str, distributed: bool = True) -> tuple[dict[str, torch.Te
     return {name: whole(parameter).clone() for name, parameter in model.named_parameters()}, projected
 
 
-@pytest.mark.parametrize("kind", [pytest.param("tensor", marks=pytest.mark.exhaustive), "sequence", "loss"])
+@pytest.mark.parametrize("kind", [*(pytest.param(kind, marks=pytest.mark.exhaustive) for kind in ("tensor", "loss")), "sequence"])
 def test_a_model_of_hugging_face(ranks: Ranks, kind: str) -> None:
     """With the plans of tensor, sequence and loss parallelism that are in use."""
     pytest.importorskip("transformers")
