@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -138,7 +139,8 @@ def _row(name: str, parameter: Tensor, findings: Findings) -> Row:
     if layout is None:
         return row
     travels = layout.reduce_dtype or (record.gathered.dtype if record is not None else dtype)
-    sent = row.compact_elements * travels.itemsize if layout.averages else 0
+    shared = math.prod(dim.size for dim in layout.mesh if not dim.averages)
+    sent = row.compact_elements * travels.itemsize // shared if layout.averages else 0
     return dataclasses.replace(row, reason=f"{reason}; {layout}", spread=str(layout), sent_bytes=sent)
 
 

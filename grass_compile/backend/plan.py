@@ -161,6 +161,8 @@ def clipped_inside(parameters: Mapping[int, Tensor], records: Mapping[int, Proje
         return None
     if any(record.layout is not None for record in records.values()):  # others average the dense gradients, later
         return None
+    if any(map(is_sharded, (*parameters.values(), *manager.records))):
+        return None
     positions = {id(tensor): position for position, tensor in parameters.items() if tensor.requires_grad}
     trained = [parameter for parameter in manager.records if parameter.requires_grad]
     if not all(id(parameter) in positions for parameter in trained) or any(_autograd.have_hooks(trained)):

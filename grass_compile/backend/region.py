@@ -171,10 +171,12 @@ class Region:
             record.name = record.name or name
             if module is not None:
                 record.spread(ddp.layout_of(module))
-            if record.sharded and record.gathered is record.parameter:
+            manager_of(record).meet_owners()
+            own = record.sharded and record.gathered is record.parameter
+            if own and refusal(record.name or name, record.parameter, record.options, hooked) is None:
                 record.spread(tensor_parallel.layout_of(record.parameter))
             if record.layout is not None:
-                manager_of(record).meet(record.layout)
+                manager_of(record).meet(record.layout.mesh)
             weights.append(WeightInput(record.name, position, record.config(), record.refusal(name, hooked)))
             records[position] = record
         if self.options.project is not None:

@@ -11,6 +11,7 @@ moments belongs to its part of the weight.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -54,11 +55,12 @@ def layout_of(label: str, found: _fsdp.Gathered, whole: Tensor) -> Layout | None
     mesh = [MeshDim(found.shard_group, found.shard_size, found.shard_dim)]
     if found.replica_group is not None:
         mesh.append(MeshDim(found.replica_group, found.replica_size))
-    length = whole.shape[found.shard_dim]
-    padded = -(-length // found.shard_size)
-    empty = tensor_parallel.leaves_out_ranks or (found.shard_size - 1) * padded >= length
+    padded = -(-whole.shape[found.shard_dim] // found.shard_size)
+    total, shared = found.parameter.shape[found.shard_dim], math.prod(dim.size for dim in tensor_parallel.mesh)
+    least = total - (shared - 1) * -(-total // shared)  # the shortest part that a region reads
+    empty = tensor_parallel.leaves_out_ranks or (found.shard_size - 1) * -(-least // found.shard_size) >= least
     mesh += tensor_parallel.mesh
-    return Layout(tuple(mesh), tuple(part.shape), part.dtype, padded, empty, found.reduce_dtype)
+    return Layout(tuple(mesh), tuple(part.shape), part.dtype, padded, empty, found.reduce_dtype, tensor_parallel.widest)
 
 
 def check(label: str, found: _fsdp.Gathered) -> None:

@@ -39,8 +39,9 @@ class Layout:
         shape: of the part that this rank owns, where compiled regions read the whole; None where they read what the rank owns.
         dtype: of that part, which may be another than that of the whole; None where they are the same.
         padded: how much of the sharded dimension each rank would own if all had the same, the last ones included.
-        leaves_out_ranks: whether some ranks own no part of it.
+        leaves_out_ranks: whether some ranks own no part of it, or one that is a single row.
         reduce_dtype: the dtype in which gradients are exchanged; None for their own.
+        widest: under tensor parallelism, how much of the sharded dimension the largest part has that a region reads; or 0.
     """
 
     mesh: tuple[MeshDim, ...]
@@ -49,6 +50,7 @@ class Layout:
     padded: int = 0
     leaves_out_ranks: bool = False
     reduce_dtype: torch.dtype | None = None
+    widest: int = 0
 
     def __str__(self) -> str:
         copies = [dim.size for dim in self.mesh if dim.shards is None]
@@ -137,6 +139,15 @@ def anywhere(flags: Tensor, parameters: Sequence[Tensor]) -> Tensor:
             torch.ops._c10d_functional.wait_tensor(sent)
         flags[numbers] = counts > 0
     return flags
+
+
+def mesh_of(parameter: Tensor) -> tuple[MeshDim, ...]:
+    """The dimensions of the mesh of a ``DTensor``, with what it shards over each."""
+    spread: Any = parameter
+    dims = range(spread.device_mesh.ndim)
+    groups = [spread.device_mesh.get_group(at).group_name for at in dims]
+    shards = [getattr(placement, "dim", None) for placement in spread.placements]
+    return tuple(MeshDim(groups[at], spread.device_mesh.size(at), shards[at]) for at in dims)
 
 
 def averages(action: str, full: bool, syncs: bool) -> bool:

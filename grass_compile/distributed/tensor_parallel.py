@@ -26,8 +26,9 @@ def layout_of(parameter: Tensor) -> Layout | None:
     if mesh.ndim != 1 or dims[0] is None or type(spread.placements[0]).__name__ != "Shard":
         return None
     length, size = parameter.shape[dims[0]], mesh.size(0)
-    empty = (size - 1) * -(-length // size) >= length
-    return Layout((MeshDim(mesh.get_group(0).group_name, size, dims[0], averages=False),), leaves_out_ranks=empty)
+    widest = -(-length // size)
+    over = MeshDim(mesh.get_group(0).group_name, size, dims[0], averages=False)
+    return Layout((over,), leaves_out_ranks=length - (size - 1) * widest < 2, widest=widest)
 
 
 def whole_of(parameter: Tensor) -> Callable[[Tensor, Any], Tensor]:

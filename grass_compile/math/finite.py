@@ -46,6 +46,13 @@ def clip_(gradients: Sequence[Tensor], max_norm: float, norm_type: float) -> Ten
     return norm
 
 
+def total_norm(gradients: Sequence[Tensor], norm_type: float) -> Tensor:
+    """The common norm of gradients, as ``torch.nn.utils.get_total_norm``; of a mixture of ``DTensor`` and others, too."""
+    if not any(map(is_sharded, gradients)):
+        return torch.nn.utils.get_total_norm(gradients, norm_type)
+    return torch.linalg.vector_norm(_norms(gradients, norm_type), norm_type)  # type: ignore[no-any-return]
+
+
 def _norms(gradients: Sequence[Tensor], norm_type: float) -> Tensor:
     """The norm of each, in at least fp32, on the device of the first."""
     dtypes = [torch.promote_types(gradient.dtype, torch.float32) for gradient in gradients]

@@ -33,7 +33,7 @@ def refresh(
     """Choose new rows.
 
     Args:
-        gradient: ``[m, n]``, full.
+        gradient: ``[m, n]``, full, or a part of it along the dimension that is not indexed.
         index: ``int64[r]``, of the last refresh; with ``galore``, the basis.
         noise: ``[m]``, uniform in (0, 1), where rows are drawn.
         state: with ``carry``, ``step`` ``[r]`` first; then the rule's state.

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .. import _autograd, _dynamo
 from ..distributed.averaging import from_outside
+from ..distributed.layout import part_like
 from ..math.finite import is_finite
 from ..math.projection import selected
 from ..math.selection import scores, top
@@ -76,8 +77,8 @@ def _deliver(record: ProjectedParameter, values: Tensor) -> None:
     rows = record.rows.clone() if fresh or record.options.projection != "galore" else record.rows
     made = _compact_grad(record, values, rows, fresh, record.proposed.clone() if record.proposes else None)
     mixed = present is not None and not isinstance(present, (CompactGrad, MovedGrad))
-    if mixed and present is not None:
-        made.compact.add_(made.part_of(present.to_dense() if present.layout is not torch.strided else present))
+    if mixed:
+        made.compact.add_(made.part_of(_full(record)))
         made.mixed = True
     _put(record, made)
     if record.averaging is not None:
@@ -96,7 +97,6 @@ def reduced(record: ProjectedParameter, full: Tensor) -> CompactGrad:
     """
     assert record.assigned is not None
     record.check_known()
-    full = full.to_dense() if full.layout is not torch.strided else full
     if record.averaging is not None:
         full = record.averaging.layout.mean_(full.clone())
     dim, rank, projection = record.assigned.dim, record.assigned.rank, record.options.projection
@@ -116,13 +116,19 @@ def reduced(record: ProjectedParameter, full: Tensor) -> CompactGrad:
 
 def reduce(record: ProjectedParameter) -> CompactGrad:
     """Replace the full gradient in a weight's ``.grad`` by its compact form."""
-    full = record.gradient
-    assert full is not None
     with torch.no_grad():
-        made = reduced(record, full)
+        made = reduced(record, _full(record))
     made.mixed = True
     _put(record, made)
     return made
+
+
+def _full(record: ProjectedParameter) -> Tensor:
+    """The full gradient in a weight's ``.grad``, or the part of it that goes with the part of the weight which this rank owns."""
+    full = record.parameter.grad
+    assert full is not None
+    full = part_like(record.parameter, full) if record.sharded else full
+    return full.to_dense() if full.layout is not torch.strided else full
 
 
 def _compact_grad(record: ProjectedParameter, values: Tensor, rows: Tensor, fresh: bool, next_rows: Tensor | None) -> CompactGrad:

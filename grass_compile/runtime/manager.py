@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,9 @@ from torch import Tensor
 from .. import _autograd, _dynamo
 from ..config import GroupOptions
 from ..distributed.agreement import check_settings, check_tensors
-from ..distributed.layout import Layout, MeshDim, is_sharded, local_part, spread_not_finite
+from ..distributed.layout import MeshDim, is_sharded, local_part, mesh_of, spread_not_finite
 from ..errors import GrassWarning
-from ..math.finite import clip_
+from ..math.finite import clip_, total_norm
 from ..math.rule import Rule
 from ..math.update import run_eagerly
 from ..ops.journal import recording, writing
@@ -59,6 +59,7 @@ class ProjectionManager:
         self.broken = ""
         self.seed_drawn = False
         self._met: tuple[MeshDim, ...] = ()
+        self._looked_at = 0
         self._norm_leaf: Tensor | None = None
         self._accumulating = 0
         self._task = -1
@@ -85,13 +86,24 @@ class ProjectionManager:
         self.records[parameter] = record
         registry.register(record)
 
-    def meet(self, layout: Layout) -> None:
+    def meet_owners(self) -> None:
+        """Compare settings with all ranks that own parts of any parameter, see `meet`. What is no ``DTensor`` is the same on all
+        of these."""
+        if self._looked_at != len(self.records):
+            self._looked_at = len(self.records)
+            self.meet([dim for parameter, record in self.records.items() if record.sharded for dim in mesh_of(parameter)])
+
+    def meet(self, mesh: Sequence[MeshDim]) -> None:
         """Compare settings with the other ranks, once, and take their seed if it was drawn; all of them have to call this.
+
+        Args:
+            mesh: the dimensions of the mesh of ranks.
 
         Raises:
             ConfigError: on all ranks, with what differs.
         """
-        if set(layout.mesh) <= set(self._met):
+        mesh = tuple(dict.fromkeys(MeshDim(dim.group, dim.size) for dim in mesh))
+        if set(mesh) <= set(self._met):
             return
         facts: dict[str, Any] = {"the torch version": torch.__version__}
         hooked = _autograd.have_hooks([record.parameter for record in self.records.values()])
@@ -100,8 +112,8 @@ class ProjectionManager:
             facts |= {f"{record.label}: {name}": value for name, value in _settings(record).items()}
             facts[f"why {record.label} stays dense"] = record.refusal(record.name, hooked[number])
         seeds = tuple(record.options.seed for record in self.records.values())
-        common = check_settings(layout.mesh, facts, seeds, self.seed_drawn)
-        self._met = tuple(dict.fromkeys((*self._met, *layout.mesh)))  # in an order that all ranks share
+        common = check_settings(mesh, facts, seeds, self.seed_drawn)
+        self._met = tuple(dict.fromkeys((*self._met, *mesh)))  # in an order that all ranks share
         if seeds != common:
             for record, seed in zip(self.records.values(), common, strict=True):
                 dict.__setitem__(record.group, "seed", seed)
@@ -113,15 +125,18 @@ class ProjectionManager:
         Raises:
             StateError: on all ranks, with what differs.
         """
-        same: dict[str, Tensor] = {}
-        parts: dict[str, Tensor] = {}
+        compared: dict[MeshDim, dict[str, Tensor]] = {dim: {} for dim in self._met}
         for record in self.records.values():
-            (parts if record.sharded else same)[record.label] = record.weight
-            for name, value in record.optimizer_state().items():
-                if isinstance(value, Tensor):
-                    of_part = record.owns_part_of(name) or is_sharded(value)
-                    (parts if of_part else same)[f"{record.label}: {name}"] = local_part(value)
-        check_tensors({dim: same if dim.shards is not None else {**same, **parts} for dim in self._met})
+            over = {dim.group for dim in mesh_of(record.parameter) if dim.shards is not None} if record.sharded else set()
+            tensors = {name: value for name, value in record.optimizer_state().items() if isinstance(value, Tensor)}
+            of_parts = {name for name, value in tensors.items() if record.owns_part_of(name) or is_sharded(value)}
+            for dim, found in compared.items():
+                if dim.group not in over:
+                    found[record.label] = record.weight
+                for name, value in tensors.items():
+                    if dim.group not in over or name not in of_parts:
+                        found[f"{record.label}: {name}"] = local_part(value)
+        check_tensors(compared)
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -283,7 +298,7 @@ class ProjectionManager:
         if self.nonfinite.checked:
             self.grad_norm = clip_(gradients, max_norm, norm_type)
         else:
-            self.grad_norm = torch.nn.utils.get_total_norm(gradients, norm_type)
+            self.grad_norm = total_norm(gradients, norm_type)
             factor = (max_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
             for gradient in gradients:
                 gradient.mul_(factor.to(gradient.device))

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import _autograd
 from ..checks import matching
 from ..config import GroupOptions
-from ..distributed.layout import part_like, placed_like
+from ..distributed.layout import local_part, placed_like
 from ..distributed.tensor_parallel import why_not
 from ..errors import StateError
 from ..math import selection
@@ -152,7 +152,7 @@ class ProjectedParameter(WeightRows):
     def gradient(self) -> Tensor | None:
         """``.grad`` of the parameter; of one that is sharded, this rank's part of it."""
         gradient = self.parameter.grad
-        return part_like(self.parameter, gradient) if self.sharded and gradient is not None else gradient
+        return local_part(gradient) if self.sharded and gradient is not None else gradient
 
     @gradient.setter
     def gradient(self, gradient: Tensor | None) -> None:

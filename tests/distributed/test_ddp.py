@@ -138,6 +138,7 @@ def test_resuming_on_another_number_of_ranks(ranks: Ranks, selection: str) -> No
 
 
 @pytest.mark.inductor
+@pytest.mark.exhaustive
 def test_under_inductor(ranks: Ranks) -> None:
     compare(ranks, Training(how(step_in_backward=True), compiler="inductor", steps=4))
 

@@ -166,6 +166,108 @@ def test_a_weight_that_is_not_in_parts_stays_dense(ranks: Ranks) -> None:
         assert "it is a DTensor with placements (R); one is projected only if" in reason
 
 
+# ------------------------------------------------------------------------------------- what is not in parts beside
+
+
+class Inner(nn.Module):
+    """The inner layers of a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 24), nn.Linear(24, 16, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(self.up(self.norm(x)).relu())  # type: ignore[no-any-return]
+
+
+def trained(model: nn.Module, inputs: torch.Tensor, reads: bool = False, **keywords: Any) -> dict[str, torch.Tensor]:
+    """Four steps, after each of which a gradient may be read; the weights, and the rows by the names of the weights."""
+    named = list(model.named_parameters())
+    down = [pair for pair in named if pair[0].endswith("down.weight")]
+    rest = [pair for pair in named if pair[0] not in dict(down)]
+    of_down = {"rank": keywords.pop("rank_of_down", 4), "axis": "rows"}
+    optimizer = grass_compile.AdamW(
+        [{"params": rest}, {"params": down, **of_down}] if down else rest, **{"rank": 4, "eps": 1e-6, **keywords}
+    )
+    compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
+    for _ in range(4):
+        compiled(inputs).square().sum().backward()
+        if reads:
+            named[2][1].grad.abs()
+        optimizer.step()
+        optimizer.zero_grad()
+    if dist.is_initialized():
+        optimizer.check_agreement()
+    rows = {f"{name}: rows": optimizer.state[p]["index"] for name, p in named if "index" in optimizer.state[p]}
+    return {name: whole(parameter).clone() for name, parameter in named} | rows
+
+
+def unequal_parts() -> dict[str, torch.Tensor]:
+    """Three rows on two ranks, of which one could not be projected alone."""
+    model = nn.Sequential(nn.Linear(16, 3))
+    parallelize_module(model, init_device_mesh("cpu", (2,)), {"0": ColwiseParallel(output_layouts=Replicate())})
+    return trained(model, torch.ones(4, 16), rank=2, selection="top")
+
+
+def test_ranks_with_unequal_parts_agree_on_what_is_projected(ranks: Ranks) -> None:
+    first, second = result_of(ranks(unequal_parts))
+    assert first.keys() == second.keys() == {"0.weight", "0.bias"}
+
+
+def drawn_seeds() -> dict[str, torch.Tensor]:
+    """A plain block before one in parts, and a seed that each rank draws for itself."""
+    model = nn.Sequential(Inner(), Inner())
+    parallelize_module(model, init_device_mesh("cpu", (2,)), {"1.up": ColwiseParallel(), "1.down": RowwiseParallel()})
+    torch.manual_seed(dist.get_rank())
+    return trained(model, torch.ones(4, 16))
+
+
+def test_weights_that_are_not_in_parts_have_the_same_rows_everywhere(ranks: Ranks) -> None:
+    first, second = result_of(ranks(drawn_seeds))
+    assert sum(name.endswith("rows") for name in first) == 4
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def sequence_parallel(reads: bool) -> dict[str, torch.Tensor]:
+    """Gradients of the norm that are sums of which each rank has a part; the first rank may read a gradient in each step."""
+    model = nn.Sequential(Inner())
+    plan = {
+        "0": PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Shard(1), use_local_output=True),
+        "0.norm": SequenceParallel(use_local_output=True),
+        "0.up": ColwiseParallel(input_layouts=Shard(1)),
+        "0.down": RowwiseParallel(output_layouts=Shard(1)),
+    }
+    parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
+    return trained(model, torch.ones(2, 4, 16), reads=reads and dist.get_rank() == 0, seed=1)
+
+
+def test_a_rank_that_logs_under_sequence_parallelism(ranks: Ranks) -> None:
+    expected = result_of(ranks(sequence_parallel, False))[0]
+    for found in result_of(ranks(sequence_parallel, True)):
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5)
+
+
+def clipped(nonfinite: str, mode: bool, distributed: bool = True) -> dict[str, torch.Tensor]:
+    """One norm of gradients of which some are in parts and others are not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Inner())
+    if distributed:
+        plan = {"0.down": RowwiseParallel(input_layouts=Replicate())}
+        parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
+    how = dict(nonfinite=nonfinite, step_in_backward=mode, max_grad_norm=0.01, rank_of_down=None, seed=1)
+    return trained(model, torch.ones(4, 16), **how)
+
+
+@every_value(nonfinite=["propagate", "skip"], mode=[True, False])
+def test_one_norm_of_what_is_in_parts_and_what_is_not(ranks: Ranks, nonfinite: str, mode: bool) -> None:
+    expected = clipped(nonfinite, mode, distributed=False)
+    for found in result_of(ranks(clipped, nonfinite, mode)):
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5)
+
+
 # --------------------------------------------------------------------------------------- a model of Hugging Face
 
 

@@ -78,8 +78,10 @@ class Share:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the gradient."""
-        return int(self.gradient.meta["val"].nbytes)
+        """Bytes of the gradient, the same on all ranks."""
+        value, dim = self.gradient.meta["val"], self.layout.sharded_dim
+        bytes_ = int(value.nbytes)
+        return bytes_ // value.shape[dim] * self.layout.widest if dim is not None and self.layout.widest else bytes_
 
     @property
     def kind(self) -> Any:

@@ -11,8 +11,9 @@ After, ``step_`` stands right behind ``mm_9``.
 Contract: a write stands after every other reader of the tensors that it writes (be it through a view), and otherwise as
 early as its inputs allow, so that a layer's compact step can run (and ``dY``, ``X`` and ``G`` be freed) as soon as its
 gradient exists. The first collective of a bucket of gradients is waited for behind that of the next bucket, so that the backward
-goes on while it travels. What is made from a selector alone (a random basis) stands right before its first reader: its inputs
-would allow it anywhere, and all of them at once would take memory.
+goes on while it travels; but not in a backward that chooses new rows, where CUDA graphs are cut. What is made from a selector
+alone (a random basis) stands right before its first reader: its inputs would allow it anywhere, and all of them at once would
+take memory.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def _hoist(gm: fx.GraphModule) -> None:
     anchors: dict[fx.Node, fx.Node] = dict.fromkeys(inputs, inputs[-1])
     last: dict[fx.Node, fx.Node] = {}
     refreshed = {source: node for node in refreshes(gm) for source in written(node)}  # read them after that
-    starts = [node for node in gm.graph.nodes if STARTS_BUCKET in node.meta]
+    starts = [node for node in gm.graph.nodes if STARTS_BUCKET in node.meta and not refreshed]
     following = dict(itertools.pairwise(starts))
     for node in list(gm.graph.nodes):
         if PROVENANCE not in node.meta or node.op != "call_function":
