@@ -7,6 +7,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar, cast
 
+import torch
+
 T = TypeVar("T")
 
 
@@ -44,4 +46,5 @@ def in_child(function: Callable[[], T], timeout: float = 600.0) -> T:
 
 
 def _send(function: Callable[[], Any], there: Connection) -> None:
+    torch.set_num_threads(torch.get_num_threads())  # torch makes its pool anew after a fork, and two threads at once get none
     there.send(function())
