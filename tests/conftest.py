@@ -19,8 +19,6 @@ from grass_compile.passes import pipeline
 # pytest reads every logger that does not propagate. torch takes a reader of this one for a wish to see every graph of every
 # compilation as text, which costs a tenth of a test's time.
 torch._logging._internal.trace_log.propagate = True
-# Dynamo times the guards of each graph after emptying the CPU's cache, for a log.
-torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -120,8 +120,8 @@ class Region:
         written = (*(given[projection.position] for projection in plan.projections), *state, *hyper)
         since = _autograd.sequence_number()
         with variant.pair.forward.running(in_graph(held, refresh)), _autograd.kept_in_place(written):
-            meshes = meshes_of(plan, args).values()
-            results = variant.call(*given, *state, *map(leaf_of, held), *hyper, *norm_leaf(plan, held), *meshes)
+            rest = (*norm_leaf(plan, held), *meshes_of(plan, args).values())
+            results = variant.call(*given, *state, *map(leaf_of, held), *hyper, *rest)
         returned = results if isinstance(results, (list, tuple)) else (results,)
         node = _autograd.backward_node((*returned, *args), since)  # a region may do nothing but write to its inputs
         if node is not None:

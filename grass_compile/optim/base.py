@@ -323,7 +323,7 @@ class GrassOptimizer(torch.optim.Optimizer):
     # ---------------------------------------------------------------------------------------------------- checkpoint
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch. The state of a weight of which each rank owns a part (``fully_shard``) holds ``DTensor``s, for
+        """As in torch. The state of a weight of which each rank owns a part holds ``DTensor``s, for
         ``torch.distributed.checkpoint`` to save."""
         found = super().state_dict()
         order = [parameter for group in self.param_groups for parameter in group["params"]]

@@ -98,7 +98,7 @@ class ProjectedParameter(WeightRows):
         if self.sharded and self.layout is None:
             return why_not(self.parameter)
         if self.layout is not None and self.layout.leaves_out_ranks:
-            return "there are so many ranks that some own no part of it"
+            return "there are so many ranks that some own none of it, or a single row"
         if self.assigned is None and self._trained_dense():
             return "the optimizer has already trained it dense and holds its full moments"
         return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,42 +17,11 @@ import grass_compile
 from grass_compile import ConfigError, StateError
 
 from ..pairs import every_value
+from .compare import COMPACT, SCORES, SHAPES, compare, how
 from .ranks import Ranks, result_of
-from .training import HIDDEN, PROJECTED, RANK, WIDTH, WORLD, Decoder, Outcome, Training, batches, micro_batches, train
+from .training import PROJECTED, RANK, Decoder, Outcome, Training, batches, micro_batches, train
 
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    group = Ranks(WORLD, tmp_path_factory.mktemp("ranks"))
-    yield group
-    group.close()
-
-
-def compare(ranks: Ranks, training: Training) -> Outcome:
-    """Train both, and compare; returns what the first rank has."""
-    outcomes: list[Outcome] = result_of(ranks(train, training))
-    alone = train(training, distributed=False)
-    first = outcomes[0]
-    for other in outcomes[1:]:
-        assert all(torch.equal(first.weights[name], other.weights[name]) for name in first.weights)
-    assert first.rows.keys() == alone.rows.keys() and {name.rpartition(".")[0] for name in alone.rows} == set(PROJECTED)
-    for name, rows in alone.rows.items():
-        torch.testing.assert_close(first.rows[name], rows, rtol=1e-4, atol=1e-4)  # a basis, for one of the projections
-    for name, weight in alone.weights.items():
-        torch.testing.assert_close(
-            first.weights[name], weight, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
-        )
-    return first
-
-
-def how(**keywords: Any) -> tuple[tuple[str, Any], ...]:
-    return tuple(keywords.items())
-
-
-SHAPES = 2 * [(WIDTH, WIDTH), (WIDTH, WIDTH), (HIDDEN, WIDTH), (WIDTH, HIDDEN)]
 DENSE = sum(p.numel() for name, p in Decoder().named_parameters() if name.removesuffix(".weight") not in PROJECTED)
-COMPACT = {"columns": sum(m * RANK for m, _ in SHAPES), "rows": sum(n * RANK for _, n in SHAPES)}
-SCORES = {"columns": sum(n for _, n in SHAPES), "rows": sum(m for m, _ in SHAPES)}
 
 
 @every_value(axis=["columns", "rows"], selection=["uniform", "top", "norm"], mode=[True, "auto", False])

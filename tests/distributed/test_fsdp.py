@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
@@ -22,69 +18,33 @@ import grass_compile
 from grass_compile import ConfigError, NonFiniteError
 
 from ..pairs import every_value
+from .compare import COMPACT, SCORES, SHAPES, compare, how
 from .ranks import Ranks, result_of
 from .training import (
     HIDDEN,
-    PROJECTED,
     RANK,
-    WIDTH,
     Decoder,
     Outcome,
     Trained,
     Training,
     batches,
+    load_and_go_on,
     micro_batches,
+    partly_eager,
+    save_and_go_on,
     step_of,
     train,
-    whole,
+    with_a_penalty,
 )
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    group = Ranks(2, tmp_path_factory.mktemp("ranks"))
-    yield group
-    group.close()
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    group = Ranks(4, tmp_path_factory.mktemp("ranks"))
-    yield group
-    group.close()
-
-
-def how(**keywords: Any) -> tuple[tuple[str, Any], ...]:
-    return tuple(keywords.items())
 
 
 def sharded(*args: Any, **keywords: Any) -> Training:
     return Training(*args, **{"place": "blocks", "mesh": (2,), **keywords})
 
 
-def compare(ranks: Ranks, training: Training, tolerance: float = 1e-5) -> Outcome:
-    """Train both, and compare; returns what the first rank has."""
-    outcomes: list[Outcome] = result_of(ranks(train, training))
-    alone = train(training, distributed=False)
-    first = outcomes[0]
-    excluded = dict(training.how).get("exclude", ())
-    projected = {name for name in PROJECTED if not any(fnmatch(f"{name}.weight", pattern) for pattern in excluded)}
-    assert first.rows.keys() == alone.rows.keys() and {name.rpartition(".")[0] for name in alone.rows} == projected
-    for name, rows in alone.rows.items():
-        assert all(torch.equal(outcome.rows[name], rows) for outcome in outcomes), name
-    for name, weight in alone.weights.items():
-        torch.testing.assert_close(
-            first.weights[name], weight, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
-        )
-    return first
-
-
-SHAPES = 2 * [(WIDTH, WIDTH), (WIDTH, WIDTH), (HIDDEN, WIDTH), (WIDTH, HIDDEN)]
-COMPACT = {"columns": sum(m * RANK for m, _ in SHAPES), "rows": sum(n * RANK for _, n in SHAPES)}
 DENSE = len(list(Decoder().parameters())) - len(SHAPES)
 """Numbers sent beside: whether the gradient of each dense parameter is finite on all ranks. Compact ones have a flag each too,
 but on a refresh."""
-SCORES = {"columns": sum(n for _, n in SHAPES), "rows": sum(m for m, _ in SHAPES)}
 
 
 @every_value(axis=["columns", "rows"], selection=["uniform", "top", "norm"], mode=[True, "auto", False])
@@ -170,28 +130,6 @@ def test_explain_says_how_weights_are_spread(ranks: Ranks) -> None:
 # ----------------------------------------------------------------------------------------- from outside of the regions
 
 
-def with_a_penalty(training: Training, distributed: bool = True) -> dict[str, torch.Tensor]:
-    """Three steps to whose loss a script adds a norm of the parameters, before and after the model runs."""
-    run = Trained(training, distributed)
-    for step, tokens in enumerate(batches(3)):
-        (part,) = micro_batches(tokens, 1, distributed, training.world, training.tensor)
-        losses = [F.cross_entropy(run.run(part[:, :-1]).flatten(0, 1), part[:, 1:].flatten())]
-        losses.insert(step % 2, sum(whole(p, False).square().sum() for p in run.model.layers.parameters()))
-        sum(losses).backward()  # type: ignore[union-attr]
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-    return run.weights()
-
-
-def partly_eager(training: Training, distributed: bool = True) -> dict[str, torch.Tensor]:
-    """Steps of which one falls out of the compiled regions; on one process it is computed in them."""
-    run = Trained(training, distributed)
-    for step, tokens in enumerate(batches(6)):
-        with torch.compiler.set_stance("force_eager" if distributed and step == 4 else "default"):
-            step_of(run, tokens)
-    return run.weights()
-
-
 def one_reads(training: Training, distributed: bool = True) -> dict[str, torch.Tensor]:
     """The first rank looks at its part of a gradient in each step, so that its steps wait; and all evaluate in between."""
     run = Trained(training, distributed)
@@ -226,32 +164,6 @@ def test_a_rank_that_logs(ranks: Ranks, selection: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoints
-
-
-def save_and_go_on(training: Training, folder: str, at: int) -> dict[str, torch.Tensor]:
-    """Train, save after some steps, and go on."""
-    run = Trained(training)
-    data = batches(training.steps)
-    for tokens in data[:at]:
-        step_of(run, tokens)
-    weights, state = get_state_dict(run.model, run.optimizer)
-    dcp.save({"weights": weights, "state": state}, checkpoint_id=folder)
-    for tokens in data[at:]:
-        step_of(run, tokens)
-    return run.weights()
-
-
-def load_and_go_on(training: Training, folder: str, at: int) -> dict[str, torch.Tensor]:
-    """Take a step, so that there is state to load into; load, and go on."""
-    run = Trained(training)
-    data = batches(training.steps)
-    step_of(run, data[-1])
-    weights, state = get_state_dict(run.model, run.optimizer)
-    dcp.load({"weights": weights, "state": state}, checkpoint_id=folder)
-    set_state_dict(run.model, run.optimizer, model_state_dict=weights, optim_state_dict=state)
-    for tokens in data[at:]:
-        step_of(run, tokens)
-    return run.weights()
 
 
 @pytest.mark.parametrize("mesh", [pytest.param((2,), marks=pytest.mark.exhaustive), ()])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,23 +27,20 @@ import grass_compile
 from grass_compile import ConfigError, NonFiniteError
 
 from ..pairs import every_value
+from .compare import SHAPES, compare, how
 from .ranks import Ranks, result_of
-from .test_fsdp import SHAPES, compare, how, load_and_go_on, partly_eager, save_and_go_on, with_a_penalty
-from .training import Trained, Training, batches, step_of, train, whole
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    group = Ranks(2, tmp_path_factory.mktemp("ranks"))
-    yield group
-    group.close()
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    group = Ranks(4, tmp_path_factory.mktemp("ranks"))
-    yield group
-    group.close()
+from .training import (
+    Trained,
+    Training,
+    batches,
+    load_and_go_on,
+    partly_eager,
+    save_and_go_on,
+    step_of,
+    train,
+    whole,
+    with_a_penalty,
+)
 
 
 def parallel(keywords: tuple[tuple[str, Any], ...] = (), **rest: Any) -> Training:

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -279,3 +281,51 @@ def train(training: Training, distributed: bool = True, start: int = 0, saved: A
         optimizer.check_agreement()
     saved = None if training.mesh or training.tensor > 1 else copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     return Outcome(run.weights(), rows, sent[-2], sent[-1], not run.adopted and bool(optimizer.fused), saved)
+
+
+def with_a_penalty(training: Training, distributed: bool = True) -> dict[str, Tensor]:
+    """Three steps to whose loss a script adds a norm of the parameters, before and after the model runs."""
+    run = Trained(training, distributed)
+    for step, tokens in enumerate(batches(3)):
+        (part,) = micro_batches(tokens, 1, distributed, training.world, training.tensor)
+        losses = [F.cross_entropy(run.run(part[:, :-1]).flatten(0, 1), part[:, 1:].flatten())]
+        losses.insert(step % 2, sum(whole(p, False).square().sum() for p in run.model.layers.parameters()))
+        sum(losses).backward()  # type: ignore[union-attr]
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+    return run.weights()
+
+
+def partly_eager(training: Training, distributed: bool = True) -> dict[str, Tensor]:
+    """Steps of which one falls out of the compiled regions; on one process it is computed in them."""
+    run = Trained(training, distributed)
+    for step, tokens in enumerate(batches(6)):
+        with torch.compiler.set_stance("force_eager" if distributed and step == 4 else "default"):
+            step_of(run, tokens)
+    return run.weights()
+
+
+def save_and_go_on(training: Training, folder: str, at: int) -> dict[str, Tensor]:
+    """Train, save after some steps, and go on."""
+    run = Trained(training)
+    data = batches(training.steps)
+    for tokens in data[:at]:
+        step_of(run, tokens)
+    weights, state = get_state_dict(run.model, run.optimizer)
+    dcp.save({"weights": weights, "state": state}, checkpoint_id=folder)
+    for tokens in data[at:]:
+        step_of(run, tokens)
+    return run.weights()
+
+
+def load_and_go_on(training: Training, folder: str, at: int) -> dict[str, Tensor]:
+    """Take a step, so that there is state to load into; load, and go on."""
+    run = Trained(training)
+    data = batches(training.steps)
+    step_of(run, data[-1])
+    weights, state = get_state_dict(run.model, run.optimizer)
+    dcp.load({"weights": weights, "state": state}, checkpoint_id=folder)
+    set_state_dict(run.model, run.optimizer, model_state_dict=weights, optim_state_dict=state)
+    for tokens in data[at:]:
+        step_of(run, tokens)
+    return run.weights()

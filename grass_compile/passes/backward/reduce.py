@@ -158,14 +158,14 @@ def _means(graph: fx.Graph, bucket: Sequence[Share]) -> list[fx.Node]:
     mine = [_flat(graph, share) for share in bucket]
     dim = 0 if scatters is None else 1
     joined = mine[0] if len(mine) == 1 else call(graph, aten.cat.default, mine, dim)
-    behind = joined
+    sends = joined
     if scatters is not None:
         sent = call(graph, c10d.reduce_scatter_tensor.default, joined, "sum", scatters.size, scatters.group)
         joined = call(graph, aten.reshape.default, call(graph, c10d.wait_tensor.default, sent), [-1])
     for mesh_dim in layout.mesh:
         if mesh_dim.averages and mesh_dim != scatters:
             joined = _summed(graph, joined, mesh_dim)
-    behind.next.meta[STARTS_BUCKET] = True
+    sends.next.meta[STARTS_BUCKET] = True  # what was inserted behind it first: a collective
     means, start = [], 0
     for share, flat in zip(bucket, mine, strict=True):
         length = shape_of(flat)[dim]
