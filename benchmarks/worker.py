@@ -40,12 +40,13 @@ class StepSample:
 
 
 class Trainer:
-    """A prepared model and the number of the step it is at."""
+    """A prepared model, what is called in its place, and the number of the step it is at."""
 
     def __init__(self, settings: Settings, method: Method) -> None:
         self.settings, self.method = settings, method
         self.model, self.input = build(settings)
         self.optimizer: Optimizer = method.prepare(self.model, settings)
+        self.called: Any = self.model
         self.index = 0
         self.losses: list[float] = []
         if settings.blockwise:
@@ -94,7 +95,7 @@ class Trainer:
     def _forward_backward(self) -> Tensor:
         for waiting in range(self.settings.micro_batches - 1, -1, -1):
             with self.method.accumulate(self.optimizer) if waiting else contextlib.nullcontext():
-                loss: Tensor = self.model(self.input) / self.settings.micro_batches
+                loss: Tensor = self.called(self.input) / self.settings.micro_batches
                 loss.backward()
         return loss
 

@@ -162,6 +162,7 @@ FULL = StateDictOptions(full_state_dict=True)
     ("options", "begun"),
     [
         (FULL, True),
+        (FULL, False),
         (StateDictOptions(cpu_offload=True), False),
         (StateDictOptions(cpu_offload=True), True),
     ],
@@ -261,11 +262,11 @@ def test_file_goes_through_torch_save(tmp_path: pathlib.Path) -> None:
     continued(first, second, load, state)
 
 
-def test_file_by_torchs_recipe(tmp_path: pathlib.Path) -> None:
-    """``get_state_dict`` of the new run says where to load to; its state must have the saved shapes."""
-    first, second = Run(), Run()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_file_by_torchs_recipe(variant: str, tmp_path: pathlib.Path) -> None:
+    """``get_state_dict`` of the new run, which has taken no step, says where to load to; its state must have the saved shapes."""
+    first, second = Run(VARIANTS[variant]), Run(VARIANTS[variant])
     first.train(0, 4)
-    second.train(0, 1)
     model, optimizer = get_state_dict(first.model, first.optimizer)
     dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=tmp_path, no_dist=True)
 
@@ -278,24 +279,54 @@ def test_file_by_torchs_recipe(tmp_path: pathlib.Path) -> None:
     continued(first, second, load, None)
 
 
-@pytest.mark.parametrize("how", ["full_state_dict", "recipe"])
-def test_torch_refuses_where_it_needs_the_shapes_of_a_run_that_has_not_begun(how: str, tmp_path: pathlib.Path) -> None:
-    """Before its first step nothing is projected, so torch takes dense shapes for where to load to. It must not lose what does
-    not fit them without a word, and the run must be able to go on as if nothing had happened."""
+class InOut(Net):
+    """The first weight is stored in x out, which no optimizer knows before a region has read it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up.weight = nn.Parameter(self.up.weight.detach().t().contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.norm(x @ self.up.weight + self.up.bias).tanh())
+
+
+def test_a_wrong_guess_is_told_by_torch_and_forgotten(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a region has read a weight, it is taken for that of an ``nn.Linear``. If it is none, torch tells the shapes apart,
+    and the run goes on as if nothing had happened."""
+    monkeypatch.setitem(globals(), "Net", InOut)
     first, second, untouched = Run(), Run(), Run()
     first.train(0, 4)
     untouched.model.load_state_dict(second.model.state_dict())
     get_optimizer_state_dict(untouched.model, untouched.optimizer)  # torch's step of zeros counts for the dense parameters
-    if how == "full_state_dict":
-        state = copy.deepcopy(get_optimizer_state_dict(first.model, first.optimizer, options=FULL))
-        with pytest.raises(KeyError, match=r"state\.up\.weight\.updates"):
-            set_optimizer_state_dict(second.model, second.optimizer, state, options=FULL)
-    else:
-        dcp.save({"optimizer": get_optimizer_state_dict(first.model, first.optimizer)}, checkpoint_id=tmp_path, no_dist=True)
-        state = {"optimizer": get_optimizer_state_dict(second.model, second.optimizer)}
-        with pytest.raises(CheckpointException, match=r"Size mismatch.* for optimizer\.state\.up\.weight\.exp_avg"):
-            dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
+    dcp.save({"optimizer": get_optimizer_state_dict(first.model, first.optimizer)}, checkpoint_id=tmp_path, no_dist=True)
+    state = {"optimizer": get_optimizer_state_dict(second.model, second.optimizer)}
+    with pytest.raises(CheckpointException, match=r"Size mismatch.* for optimizer\.state\.up\.weight\.exp_avg"):
+        dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
     assert second.train(0, 4) == untouched.train(0, 4) and second.projected == ["up.weight", "down.weight"]
+
+
+def test_a_step_at_a_rate_of_zero_is_dense_where_nothing_is_compiled() -> None:
+    """A warm-up may begin at zero; that is no wish to load something."""
+    ours_, reference = Net(), Net()
+    reference.load_state_dict(ours_.state_dict())
+    optimizers = [ours(ours_, lr=0.0), torch.optim.AdamW(reference.parameters(), lr=0.0, weight_decay=0.1)]
+    for model, optimizer in zip((ours_, reference), optimizers, strict=True):
+        for step in range(3):
+            model(forms.batch(torch.float32, step)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            optimizer.param_groups[0]["lr"] = 1e-2
+    for found, expected in zip(ours_.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_guess_does_not_make_an_eager_run_compact() -> None:
+    """Nor keep a weight from full moments which no region turns out to read."""
+    run = Run()
+    get_optimizer_state_dict(run.model, run.optimizer)
+    run.model(forms.batch(torch.float32, 0)).square().sum().backward()
+    run.optimizer.step()
+    assert run.projected == [] and run.optimizer.state[run.model.up.weight]["exp_avg"].shape == (32, 24)
 
 
 # ---------------------------------------------------------------------------------------------------- unmodified scripts

@@ -11,17 +11,15 @@ import torch
 from torch import Tensor
 
 from .. import _autograd, _dynamo
-from ..checks import rank_along
-from ..config import BackendOptions, SiteConfig
+from ..config import BackendOptions
 from ..distributed.layout import is_sharded, local_part
 from ..errors import ConfigError, GraphError
-from ..keywords import Axis
 from ..math.layout import SHARED_HYPER
 from ..passes.joint.detect import OWNED_BY_PARTS
 from ..passes.records import Analysis, Plan, Projection, WeightInput
 from ..runtime import registry
 from ..runtime.call import manager_of
-from ..runtime.compact import Assigned, initial_state, leaf_like
+from ..runtime.compact import Assigned, fits, initial_state, leaf_like, likely
 from ..runtime.parameter import ProjectedParameter
 from . import kernels
 
@@ -96,10 +94,9 @@ def guessed(
     projections, keys = [], []
     for weight in weights:
         record, shape = records[weight.position], shapes[weight.position]
-        fixed = all(isinstance(size, int) for size in shape)
-        if weight.refusal is not None or not fixed or min(shape) < 2 or max(shape) < weight.config.rank:
+        if weight.refusal is not None or not all(isinstance(size, int) for size in shape) or not fits(weight.config, shape):
             continue
-        assigned = record.assigned or _as_of_linear(weight.config, (shape[0], shape[1]))
+        assigned = record.assigned or likely(weight.config, (shape[0], shape[1]))
         where = weight.config, assigned.axis, assigned.dim, assigned.rank
         projections.append(Projection(weight.name, weight.position, *where, (shape[0], shape[1]), "", 0))
         keys.append(record.hyper_key(record.renewed) if record.assigned is not None else record.group_key())
@@ -114,15 +111,6 @@ def guessed(
 def nothing_planned(options: BackendOptions, weights: tuple[WeightInput, ...]) -> Plan:
     """A plan that takes no inputs, for a graph that is only looked at."""
     return Plan(weights, disabled=options.disable_passes, joint_passes=options.joint_passes)
-
-
-def _as_of_linear(config: SiteConfig, shape: tuple[int, int]) -> Assigned:
-    """How the weight of an ``nn.Linear`` is projected; with ``axis="auto"``, how it most likely is."""
-    axis: Axis = config.axis if config.axis != "auto" else "columns"
-    if config.axis == "auto" and config.projection != "grass" and shape[0] < shape[1]:
-        axis = "rows"
-    dim = 0 if axis == "rows" else 1
-    return Assigned(axis, dim, rank_along(config.rank, shape[dim]))
 
 
 def part_read(weight: WeightInput, tensor: Tensor) -> Tensor:

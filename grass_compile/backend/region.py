@@ -171,6 +171,7 @@ class Region:
             record.name = record.name or name
             if module is not None:
                 record.spread(ddp.layout_of(module))
+            manager_of(record).drop_guesses()
             manager_of(record).meet_owners()
             own = record.sharded and record.gathered is record.parameter
             if own and refusal(record.name or name, record.parameter, record.options, hooked) is None:

@@ -84,6 +84,11 @@ class Layout:
         """How many ranks have batches of their own."""
         return math.prod(dim.size for dim in self.mesh if dim.averages)
 
+    @property
+    def copies(self) -> int:
+        """How many ranks have the same batch."""
+        return math.prod(dim.size for dim in self.mesh if not dim.averages)
+
     def in_parts(self, dim: int, shape: Sequence[int]) -> Layout:
         """The same for a tensor of which every rank is to have a part of equal length along ``dim``, where each has the whole of
         the weight."""

@@ -9,6 +9,9 @@ The exact score of row ``j`` of ``G = dY^T X`` is its norm. Its square, the row'
 With columns, the backward has only the selected ``X_j``. ``sampled`` keeps every ``s``-th token of ``X`` for it on the steps that
 choose; ``estimate`` takes ``|X_j|^2``, which the forward knows: up to a common factor a bound, blind to ``dY``.
 
+With several ranks, energies are those of the joined batch. A product and a sketch are linear in the tokens, so they are added up
+over the ranks before they are squared. What an operator returns is this rank's summand: `propose_` adds these, last of all.
+
 Factors that all rows share are left out, since no selection depends on them. The chosen rows serve from the next step on: a step
 that chooses is an ordinary step of the old rows, and `propose_` leaves the new ones for `grass_compile.runtime.parameter`.
 
@@ -18,12 +21,16 @@ does. Where it does not, nothing is computed, at the price of a call.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from .. import _inductor
 from ..math import selection
 from ..math.noise import rounding_noise
+from .collectives import group, summed, summed_part
 from .library import library
 
 STRIDE = 8
@@ -40,9 +47,15 @@ BRANCHES = (torch.Tag.cudagraph_unsafe,)
 
 library.define("sample(Tensor features, int stride, int group=0) -> Tensor")
 library.define("energy(Tensor features, Tensor due) -> Tensor", tags=BRANCHES)
-library.define("product_energy(Tensor own, Tensor other, int own_stride, int other_stride) -> Tensor")
-library.define("sketched_energy(Tensor own, Tensor other, Tensor hyper, Tensor due) -> Tensor", tags=BRANCHES)
-library.define("propose_(Tensor energy, Tensor? noise, Tensor(a!) proposed, Tensor? due, str selection) -> ()", tags=BRANCHES)
+library.define("product_energy(Tensor own, Tensor other, int own_stride, int other_stride, str[] groups) -> Tensor")
+library.define(
+    "sketched_energy(Tensor own, Tensor other, Tensor hyper, Tensor due, str[] groups, str? parts=None, int widest=0) -> Tensor",
+    tags=BRANCHES,
+)
+library.define(
+    "propose_(Tensor energy, Tensor? noise, Tensor(a!) proposed, Tensor? due, str selection, str[] groups) -> ()",
+    tags=BRANCHES,
+)
 
 
 def _energy(features: Tensor, dim: int = 0) -> Tensor:
@@ -51,24 +64,49 @@ def _energy(features: Tensor, dim: int = 0) -> Tensor:
     return norms.square()
 
 
-def _product_energy(own: Tensor, other: Tensor, own_stride: int, other_stride: int) -> Tensor:
-    return _energy(own[::own_stride].t() @ other[::other_stride], 1)
+def _product_energy(own: Tensor, other: Tensor, own_stride: int, other_stride: int, groups: Sequence[str] = ()) -> Tensor:
+    own, other = own[::own_stride], other[::other_stride]
+    if not groups:
+        return _energy(own.t() @ other, 1)
+    first, *rest = groups
+    part = summed(summed_part(other.t() @ own, first), rest)
+    return _energy(part) / _ranks(rest)
 
 
 def _input_energy(features: Tensor, due: Tensor) -> Tensor:
     return _energy(features) if due else _like_energy(features).fill_(0)
 
 
-def _sketched_energy(own: Tensor, other: Tensor, hyper: Tensor, due: Tensor) -> Tensor:
+def _sketched_energy(
+    own: Tensor,
+    other: Tensor,
+    hyper: Tensor,
+    due: Tensor,
+    groups: Sequence[str] = (),
+    parts: str | None = None,
+    widest: int = 0,
+) -> Tensor:
     if not due:
         return _like_energy(own).fill_(0)
-    signs = (rounding_noise((other.shape[1], SKETCH), hyper[-2]) & 2).to(other.dtype) - 1
-    return _energy(own.t() @ (other @ signs), 1)
+    first = 0 if parts is None else group(parts).rank() * widest
+    signs = (rounding_noise((other.shape[1], SKETCH), hyper[-2], first) & 2).to(other.dtype) - 1
+    sketch = own.t() @ (other @ signs)
+    if not groups:
+        return _energy(sketch, 1)
+    wide = torch.promote_types(sketch.dtype, torch.float32)
+    return _energy(summed(sketch.to(wide), groups), 1) / _ranks(groups)
 
 
-def _propose_(energy: Tensor, noise: Tensor | None, proposed: Tensor, due: Tensor | None, chosen_by: str) -> None:
+def _ranks(groups: Sequence[str]) -> int:
+    return math.prod(group(name).size() for name in groups)
+
+
+def _propose_(
+    energy: Tensor, noise: Tensor | None, proposed: Tensor, due: Tensor | None, chosen_by: str, groups: Sequence[str] = ()
+) -> None:
     if due is not None and not due:
         return
+    energy = summed(energy, groups)
     chosen = selection.select(chosen_by, energy.sqrt(), noise, len(proposed))
     proposed.copy_(torch.where(energy.isfinite().all(), chosen, proposed))
 
@@ -99,15 +137,16 @@ energy = torch.ops.grass_compile.energy.default
 """``energy(features [b, n], due) -> [n]``, at least fp32."""
 
 product_energy = torch.ops.grass_compile.product_energy.default
-"""``product_energy(own [b, m], other [b, n], own_stride, other_stride) -> [m]``: of the rows of ``own^T other``, over the tokens
-that the strides leave."""
+"""``product_energy(own [b, m], other [b, n], own_stride, other_stride, groups) -> [m]``: of the rows of ``own^T other``, over
+the tokens that the strides leave, on all ranks of ``groups``, which have other tokens each."""
 
 sketched_energy = torch.ops.grass_compile.sketched_energy.default
-"""``sketched_energy(own [b, m], other [b, n], hyper, due) -> [m]``: an estimate of the same; the seed of the signs is in
-``hyper``."""
+"""``sketched_energy(own [b, m], other [b, n], hyper, due, groups, parts=None, widest=0) -> [m]``: an estimate of it; the
+seed of the signs is in ``hyper``. ``other`` may be this rank's part of wider features, which the ranks of the group ``parts``
+have together, at most ``widest`` each; that group is one of ``groups`` then."""
 
 propose_ = torch.ops.grass_compile.propose_.default
-"""``propose_(energy [m], noise, proposed int64[r], due, selection)`` writes the rows to take next, if ``due`` does not say
-otherwise; those that stand there stay if the energies are not finite."""
+"""``propose_(energy [m], noise, proposed int64[r], due, selection, groups)`` writes the rows to take next by the sum of the
+energies over the ranks of ``groups``, if ``due`` does not say otherwise; those that stand there stay if it is not finite."""
 
 _inductor.lower_as_write(propose_)

@@ -174,15 +174,19 @@ class GrassOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         manager = self._manager
+        manager.drop_guesses()
         check_step(manager)
         self._warn_uncompiled()
+        if self._initialises():
+            manager.guess_states()
         manager.warn_of_nothing()
         if manager.max_norm is not None and not manager.clipped:
             manager.clip(manager.max_norm)
         manager.average()
         waiting = manager.pending()
         manager.apply(waiting)
-        done = {**waiting, **manager.stand_ins(), **manager.nonfinite.withhold(manager.records)}
+        guessed = [record.parameter for record in manager.guessed]
+        done = (*waiting, *manager.stand_ins(), *manager.nonfinite.withhold(manager.records), *guessed)
         hidden = {parameter: parameter.grad for parameter in done}
         try:
             for parameter in hidden:
@@ -229,8 +233,7 @@ class GrassOptimizer(torch.optim.Optimizer):
             for parameter, record in self._manager.records.items()
             if parameter.grad is not None and record.options.rank is not None and parameter.dim() == 2
         ]
-        initialises = all(float(group["lr"]) == 0 for group in self.param_groups)  # torch.distributed.checkpoint does
-        if dense and not initialises and not any(self.state.get(parameter) for parameter in self._manager.records):
+        if dense and not self._initialises() and not any(self.state.get(parameter) for parameter in self._manager.records):
             self._warned = True
             warnings.warn(
                 f"{len(dense)} weights, {dense[0] or 'unnamed'} the first, got full gradients: no compiled backward holds them. "
@@ -239,6 +242,10 @@ class GrassOptimizer(torch.optim.Optimizer):
                 GrassWarning,
                 stacklevel=_dynamo.stacklevel_of_caller(),
             )
+
+    def _initialises(self) -> bool:
+        """Whether this is how ``torch.distributed.checkpoint`` has an optimizer make its state: a step at a rate of zero."""
+        return all(float(group["lr"]) == 0 for group in self.param_groups)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -364,6 +371,7 @@ class GrassOptimizer(torch.optim.Optimizer):
                 record.forget()
                 if parameter in loaded:
                     record.resume(*loaded[parameter])
+        self._manager.guessed.clear()
         self._manager.forget_numbers()
         self._settle()
 

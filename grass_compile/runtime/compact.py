@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..checks import rank_along
+from ..config import SiteConfig
 from ..keywords import Axis
 from ..math.projection import SELECTORS
 from ..math.rule import Rule
@@ -22,6 +24,26 @@ class Assigned:
     dim: int
     rank: int
     why: str = dataclasses.field(default="", compare=False)
+
+
+def fits(config: SiteConfig, shape: Sequence[int]) -> bool:
+    """Whether a matrix of this shape can be projected."""
+    return min(shape) >= 2 and max(shape) >= config.rank
+
+
+def likely(config: SiteConfig, shape: tuple[int, int], sharded_dim: int | None = None) -> Assigned:
+    """How the weight of an ``nn.Linear`` is projected; with ``axis="auto"``, how it most likely is.
+
+    Args:
+        config: what is asked of it.
+        shape: ``[m, n]``.
+        sharded_dim: the dimension of which each rank owns a part, if there is one.
+    """
+    axis: Axis = config.axis if config.axis != "auto" else "columns"
+    if config.axis == "auto" and (sharded_dim == 1 or (config.projection != "grass" and shape[0] < shape[1])):
+        axis = "rows"
+    dim = 0 if axis == "rows" else 1
+    return Assigned(axis, dim, rank_along(config.rank, shape[dim]))
 
 
 def is_compact(state: Mapping[str, Any]) -> bool:

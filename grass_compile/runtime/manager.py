@@ -30,6 +30,9 @@ from .nonfinite import NonFinite
 from .parameter import ProjectedParameter
 from .watch import LoopWatch, Mode
 
+COMPARED_EVERY = 500
+"""Updates of a weight between two looks at whether all ranks train the same rows."""
+
 
 class ProjectionManager:
     """The projected side of one optimizer, ours or torch's.
@@ -44,6 +47,7 @@ class ProjectionManager:
         grad_norm: the gradient norm at the last clipping, 0-d, on the device.
         hidden: gradients that are taken out of ``.grad`` while torch's own code takes its step.
         seed_drawn: whether the seed was drawn rather than given.
+        guessed: the parameters that have a state, but only as a place to load a checkpoint into.
         broken: what to do after a backward that broke off when some weights had moved, or "".
     """
 
@@ -56,6 +60,7 @@ class ProjectionManager:
         self.clipped = False
         self.grad_norm: Tensor | None = None
         self.hidden: dict[Tensor, Tensor] = {}
+        self.guessed: list[ProjectedParameter] = []
         self.broken = ""
         self.seed_drawn = False
         self._met: tuple[MeshDim, ...] = ()
@@ -85,6 +90,22 @@ class ProjectionManager:
         record = ProjectedParameter(parameter, _dynamo.strip_dynamo_prefix(name), group, options, rule, self)
         self.records[parameter] = record
         registry.register(record)
+
+    def guess_states(self) -> None:
+        """Give parameters the state that they will most likely have, if no compiled region has read any of them yet, so that a
+        checkpoint can be loaded into it. The next region, or step, or loaded state, takes its place."""
+        records = self.records.values()
+        if self._looked_at or any(record.optimizer_state() for record in records):
+            return
+        if any(bool(record.gradient.any()) for record in records if record.gradient is not None):
+            return
+        self.guessed = [record for record in records if record.guess()]
+
+    def drop_guesses(self) -> None:
+        """Be as before `guess_states`."""
+        guessed, self.guessed = self.guessed, []
+        for record in guessed:
+            record.drop_guess()
 
     def meet_owners(self) -> None:
         """Compare settings with all ranks that own parts of any parameter, see `meet`. What is no ``DTensor`` is the same on all
@@ -137,6 +158,18 @@ class ProjectionManager:
                     if dim.group not in over or name not in of_parts:
                         found[f"{record.label}: {name}"] = local_part(value)
         check_tensors(compared)
+
+    def _compare_rows(self) -> None:
+        """At every `COMPARED_EVERY`-th update, compare which rows the ranks train; all of them are at the same one.
+
+        Raises:
+            StateError: on all ranks, with what differs.
+        """
+        spread = [record for record in self.records.values() if record.layout is not None and record.assigned is not None]
+        if not spread or spread[0].state["updates"] % COMPARED_EVERY or not (spread[0].moved or spread[0].chosen is not None):
+            return
+        rows = {f"{record.label}: {record.selector}": record.state[record.selector] for record in spread}
+        check_tensors(dict.fromkeys(self._met, rows))
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -355,7 +388,10 @@ class ProjectionManager:
         Raises:
             NonFiniteError: parameters with ``nonfinite="raise"`` have been left as they were, in this step or (on a GPU) in the
                 one before.
+            StateError: the ranks have come to train different rows.
         """
+        if self._met:
+            self._compare_rows()
         if any(record.moved or record.chosen is not None for record in self.records.values()):
             self.watch.passed()
         self._end()

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import _autograd
 from ..checks import matching
 from ..config import GroupOptions
-from ..distributed.layout import local_part, placed_like
+from ..distributed.layout import local_part, mesh_of, placed_like
 from ..distributed.tensor_parallel import why_not
 from ..errors import StateError
 from ..math import selection
@@ -24,7 +24,7 @@ from ..math.layout import step_state
 from ..math.rule import Rule
 from ..ops.scores import DUE
 from . import schedule
-from .compact import Assigned, initial_state, is_compact
+from .compact import Assigned, fits, initial_state, is_compact, likely
 from .gradient import CompactGrad
 from .moved import MovedGrad
 from .rows import Owner, WeightRows
@@ -137,6 +137,29 @@ class ProjectedParameter(WeightRows):
         self.state.clear()
         self.state.update(made)
         self.refreshed, self.skipped = False, 0
+
+    def guess(self) -> bool:
+        """Make the state that this weight will have if it is that of an ``nn.Linear``; `drop_guess` undoes it.
+
+        Returns:
+            Whether it is to be expected that it is projected at all.
+        """
+        parameter, options = self.parameter, self.options
+        if options.rank is None or parameter.dim() != 2 or refusal(self.name, parameter, options, False) is not None:
+            return False
+        asked, shape = self.config(), (parameter.shape[0], parameter.shape[1])
+        if not fits(asked, shape):
+            return False
+        sharded = next((dim.shards for dim in mesh_of(parameter) if dim.shards is not None), None) if self.sharded else None
+        self.assigned = likely(asked, shape, sharded)
+        self._start(self.assigned)
+        return True
+
+    def drop_guess(self) -> None:
+        """Be as before `guess`."""
+        self.assigned = None
+        self.state.clear()
+        self.forget()
 
     def resume(self, assigned: Assigned, state: dict[str, Any]) -> None:
         """Go on from a loaded state that fits."""

@@ -158,11 +158,6 @@ class WeightRows:
             return
         if self.layout is not None:
             raise ConfigError(f"{self.label}: it is trained by two groups of processes, {self.layout} and {layout}.")
-        if self.options.scores != "exact":
-            raise ConfigError(
-                f"{self.label}: scores={self.options.scores!r} is not supported with several processes, whose sketches would "
-                "differ. Use scores='exact', or selection='uniform'."
-            )
         if layout.parts:
             self._check_by_parts(layout)
         self.layout = layout

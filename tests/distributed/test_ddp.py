@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
+import unittest.mock
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import grass_compile
 from grass_compile import ConfigError, StateError
+from grass_compile.runtime import manager
 
 from ..pairs import every_value
 from .compare import COMPACT, SCORES, SHAPES, compare, how
@@ -175,13 +177,36 @@ def test_weights_that_drifted_apart_are_found(ranks: Ranks) -> None:
         assert isinstance(result, StateError) and "first.weight differs between rank 0 and rank 1" in str(result)
 
 
+def train_other_rows() -> tuple[int, str]:
+    """The updates until a rank that trains other rows than the others is found, and what is said."""
+    model = Small()
+    optimizer = grass_compile.AdamW(model.named_parameters(), rank=2, update_proj_gap=100)
+    run = torch.compile(DistributedDataParallel(model), backend="grass", options={"compiler": "aot_eager"})
+    with unittest.mock.patch.object(manager, "COMPARED_EVERY", 3):
+        for updates in range(1, 9):
+            run(torch.randn(3, 8)).square().mean().backward()
+            try:
+                optimizer.step()
+            except StateError as error:
+                return updates, str(error)
+            optimizer.zero_grad()
+            if dist.get_rank() == 1 and updates == 4:
+                index = optimizer.state[model.first.weight]["index"].data
+                index.copy_((index + 1) % 8)
+    return 0, ""
+
+
+def test_rows_that_drifted_apart_are_found_without_asking(ranks: Ranks) -> None:
+    for updates, said in result_of(ranks(train_other_rows)):
+        assert updates == 6 and "first.weight: index differs between rank 0 and rank 1" in said
+
+
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 
 def refuse(kind: str) -> None:
     model = Small()
-    keywords = {"scores": "estimate", "selection": "top"} if kind == "scores" else {}
-    optimizer = grass_compile.AdamW(model.named_parameters(), rank=2, **keywords)
+    optimizer = grass_compile.AdamW(model.named_parameters(), rank=2)
     wrapped = DistributedDataParallel(model, static_graph=kind == "static_graph")
     run = torch.compile(wrapped, backend="grass", options={"compiler": "aot_eager"})
     before = [p.detach().clone() for p in model.parameters()]
@@ -203,7 +228,6 @@ def refuse(kind: str) -> None:
     [
         ("static_graph", ConfigError, "DistributedDataParallel with static_graph=True is not supported"),
         ("join", ConfigError, r"join\(\) for uneven inputs is not supported"),
-        ("scores", ConfigError, "first.weight: scores='estimate' is not supported with several processes"),
         ("later penalty", StateError, "first.weight: it gets a gradient from outside of its compiled region"),
         ("penalty", StateError, "first.weight: it gets a gradient from outside of its compiled region.*average over the ranks"),
     ],

@@ -321,7 +321,6 @@ def test_what_is_not_supported_is_refused_by_name(ranks: Ranks) -> None:
         (sharded(optimizer="AdamW8bit"), "layers.0.value.weight: AdamW8bitRule looks at whole rows"),
         (sharded(how(projection="galore")), "layers.0.value.weight: projection='galore' is not supported"),
         (sharded(how(axis="rows")), "layers.0.query.weight: each rank owns a part of it along dimension 0, so axis='rows'"),
-        (sharded(how(scores="estimate", selection="top")), "scores='estimate' is not supported"),
         (sharded(optimizer="adopted"), "not under fully_shard"),
     ],
     ids=str,

@@ -35,9 +35,9 @@ CASES: dict[str, Any] = {
     "rank_update_": lambda: (torch.randn(MATRIX), 1, torch.randn(6, 3), torch.randn(7, 3)),
     "sample": lambda: (torch.randn(MATRIX), 2),
     "energy": lambda: (torch.randn(MATRIX), torch.tensor(True)),
-    "product_energy": lambda: (torch.randn(MATRIX), torch.randn(7, 5), 2, 2),
-    "sketched_energy": lambda: (torch.randn(MATRIX), torch.randn(7, 5), torch.zeros(4), torch.tensor(True)),
-    "propose_": lambda: (torch.rand(6), None, index(), None, "top"),
+    "product_energy": lambda: (torch.randn(MATRIX), torch.randn(7, 5), 2, 2, []),
+    "sketched_energy": lambda: (torch.randn(MATRIX), torch.randn(7, 5), torch.zeros(4), torch.tensor(True), []),
+    "propose_": lambda: (torch.rand(6), None, index(), None, "top", []),
     "refresh_": lambda: (
         torch.randn(MATRIX), index(), None, [torch.zeros(3), torch.zeros(3, 6)], 0, 3, "reset", "top", "sf", True,
     ),

@@ -42,7 +42,7 @@ def test_sketch_is_unbiased() -> None:
     grad_out, x = torch.randn(40, 6, dtype=torch.float64), torch.randn(40, 10, dtype=torch.float64)
     exact = ((grad_out.t() @ x) ** 2).sum(1)
     hypers = [torch.tensor([float(seed_of(1, step)), 0.0], dtype=torch.float64) for step in range(2000)]
-    drawn = torch.stack([scores.sketched_energy(grad_out, x, hyper, scores.DUE[True]) / scores.SKETCH for hyper in hypers])
+    drawn = torch.stack([scores.sketched_energy(grad_out, x, hyper, scores.DUE[True], []) / scores.SKETCH for hyper in hypers])
     error = drawn.std(0) / len(drawn) ** 0.5
     assert ((drawn.mean(0) - exact).abs() < 3.5 * error).all()
     assert (drawn.std(0) / exact < 1.1 * (2 / scores.SKETCH) ** 0.5).all()
@@ -53,7 +53,7 @@ def test_sampled_tokens(by_output: bool) -> None:
     torch.manual_seed(0)
     grad_out, x = torch.randn(30, 6), torch.randn(30, 10)
     own, other = (grad_out, x) if by_output else (scores.sample(x, scores.STRIDE), grad_out)
-    found = scores.product_energy(own, other, scores.STRIDE if by_output else 1, scores.STRIDE)
+    found = scores.product_energy(own, other, scores.STRIDE if by_output else 1, scores.STRIDE, [])
     torch.testing.assert_close(found.double(), expected_energy("sampled", by_output, grad_out, x, 0), rtol=1e-5, atol=1e-5)
 
 

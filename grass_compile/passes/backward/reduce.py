@@ -113,7 +113,7 @@ def reduce(gm: fx.GraphModule, context: PassContext) -> int:
     order = {node: number for number, node in enumerate(gm.graph.nodes)}
     for bucket in _buckets(sorted(shares, key=lambda share: order[share.gradient])):
         last = max((share.gradient for share in bucket), key=order.__getitem__)
-        _reduce(gm, bucket, last)
+        _reduce(gm, bucket, last, [share.anchor for share in bucket if order[share.anchor] < order[last]])
     return len(shares)
 
 
@@ -136,8 +136,8 @@ def _buckets(shares: Sequence[Share]) -> list[list[Share]]:
     return buckets
 
 
-def _reduce(gm: fx.GraphModule, bucket: Sequence[Share], last: fx.Node) -> None:
-    """Average a bucket behind the last of its gradients, and give its anchors their parts."""
+def _reduce(gm: fx.GraphModule, bucket: Sequence[Share], last: fx.Node, early: Sequence[fx.Node]) -> None:
+    """Average a bucket behind the last of its gradients, and give its anchors their parts; those that stand before that move."""
     graph, layout = gm.graph, bucket[0].layout
     behind = last.next
     while behind.op == "placeholder":
@@ -148,7 +148,8 @@ def _reduce(gm: fx.GraphModule, bucket: Sequence[Share], last: fx.Node) -> None:
             means = _not_finite_anywhere(graph, means, layout)
     for share, mean in zip(bucket, means, strict=True):
         share.anchor.update_arg(0, mean)
-        behind.prepend(share.anchor)
+    for anchor in early:
+        behind.prepend(anchor)
 
 
 def _means(graph: fx.Graph, bucket: Sequence[Share]) -> list[fx.Node]:

@@ -13,6 +13,9 @@ Columns, ``scores="estimate"``::
 
     scores: f32[n] = grass_compile.energy(x, due)                                   <- in the forward, saved
 
+With several ranks, ``sketched_energy`` and ``product_energy`` are told the groups over which sketches and products are added up
+before they are squared; the rest is this rank's summand, and `lower_anchors` has these added up where rows are proposed.
+
 Contract: adds nodes only. What ``estimate`` adds obeys ``due`` and stays in every step's graph; the sample that a forward keeps
 takes memory, so `forget_samples` takes it out of a copy for steps that do not choose.
 """
@@ -22,6 +25,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from ...distributed.layout import Layout
 from ...ops import scores as ops
 from ..context import PassContext
 from ..fx_utils import call, output_node, propagate, provenance, shape_of
@@ -134,15 +138,21 @@ def _scaled(graph: fx.Graph, energy: fx.Node, scale: Scale, dim: int) -> fx.Node
 
 
 def _product(graph: fx.Graph, site: Site, product: Product, numbers: Numbers, readers: Readers) -> fx.Node:
-    operand = product.operand(site.dim)
+    config, operand = site.weight.config, product.operand(site.dim)
     own, other = features_last(graph, operand), features_last(graph, product.operand(1 - site.dim))
-    if site.weight.config.scores == "estimate":
+    layout = config.layout or Layout(())
+    tokens = [dim.group for dim in layout.mesh if dim.averages]
+    if config.scores == "estimate":
         hyper, due = numbers
-        arguments = (ops.sketched_energy, own, other, hyper, due) if operand.is_grad_out else (ops.energy, own, due)
-        return call(graph, *arguments)
+        if operand.is_grad_out:
+            parts = next((dim.group for dim in layout.parts if not dim.averages), None)
+            everyone = [dim.group for dim in layout.mesh]
+            return call(graph, ops.sketched_energy, own, other, hyper, due, everyone, parts, layout.widest)
+        energy = call(graph, ops.energy, own, due)
+        return energy if layout.copies == 1 else call(graph, aten.div.Tensor, energy, layout.copies)
     if operand.is_grad_out:
-        return call(graph, ops.product_energy, own, other, ops.STRIDE, ops.STRIDE)
+        return call(graph, ops.product_energy, own, other, ops.STRIDE, ops.STRIDE, tokens)
     readers.setdefault(operand, set()).add(site.weight.position)
     sample = call(graph, ops.sample, own, ops.STRIDE, list(readers).index(operand))
     sample.meta[SAMPLED] = readers[operand]
-    return call(graph, ops.product_energy, sample, other, 1, ops.STRIDE)
+    return call(graph, ops.product_energy, sample, other, 1, ops.STRIDE, tokens)
