@@ -250,6 +250,7 @@ def test_messages_name_the_parameter_as_the_model_does(build: Callable[[], nn.Mo
 
 
 @pytest.mark.inductor
+@pytest.mark.exhaustive
 def test_lower_rank_equals_oracle_under_inductor() -> None:
     model = net()
     optimizer, twin = adamw(model.parameters()), Twin(model, on_refresh="carry")
@@ -505,34 +506,47 @@ def test_momentum_changed_live() -> None:
     assert difference(model, twin) < 1e-10
 
 
+def closure_of(optimizer: torch.optim.Optimizer, forward: Any, batch: Tensor) -> Callable[[], Tensor]:
+    """What a script hands to ``step()``."""
+
+    def closure() -> Tensor:
+        assert torch.is_grad_enabled()
+        optimizer.zero_grad()
+        loss = loss_of(forward(batch))
+        loss.backward()
+        return loss
+
+    return closure
+
+
 @pytest.mark.parametrize("how", ["positional", "keyword"])
 def test_closure(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the very first forward is the closure's, that step is torch's own: nobody knew of the weights when it began."""
     monkeypatch.setattr(adoption, "_wishes", WeakIdKeyDictionary())
-    model = net()
-    optimizer, twin = adamw(model.parameters()), Twin(model)
-    fast, calls = compiled(model), []
-    optimizer.step(lambda: (loss := loss_of(fast(x(100)))).backward() or loss)
-    assert all(not is_compact(optimizer, weight) for weight in weights(model).values())
-    for parameter in model.parameters():
-        if parameter.dim() != 2:
-            optimizer.state.pop(parameter)  # so that a twin may begin here
-    twin = Twin(model)
+    model, twin = net(), net()
+    optimizer, plain = adamw(model.parameters()), adamw(twin.parameters())
+    fast = compiled(model, rank=WIDTH, on_refresh="carry")
     for step in range(8):
-
-        def closure(step: int = step) -> Tensor:
-            assert torch.is_grad_enabled()
-            calls.append(step)
-            optimizer.zero_grad()
-            loss = loss_of(fast(x(step)))
-            loss.backward()
-            return loss
-
+        closure, other = closure_of(optimizer, fast, x(step)), closure_of(plain, twin, x(step))
         loss = optimizer.step(closure) if how == "positional" else optimizer.step(closure=closure)
-        assert float(loss.detach()) == pytest.approx(twin.backward(x(step)), rel=1e-10)
-        twin.oracle.step()
-        assert difference(model, twin.model) < 1e-10, step
-    assert calls == list(range(8))
+        assert float(loss.detach()) == pytest.approx(float(plain.step(other).detach()), rel=1e-10)
+        assert difference(model, twin) < 1e-10, step
+        assert all(is_compact(optimizer, weight) == (step > 0) for weight in weights(model).values())
+
+
+def test_closure_at_a_lower_rank_keeps_the_moments_of_the_rows_that_it_goes_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adoption, "_wishes", WeakIdKeyDictionary())
+    model = net()
+    optimizer, fast, gradients = adamw(model.parameters()), compiled(model), []
+    for step in range(2):
+        twin = copy.deepcopy(model)
+        loss_of(twin(x(step))).backward()
+        gradients.append(weights(twin)["0.weight"].grad)
+        optimizer.step(closure_of(optimizer, fast, x(step)))
+    state, beta = optimizer.state[weights(model)["0.weight"]], optimizer.param_groups[0]["betas"][0]
+    moment = (1 - beta) * (beta * gradients[0] + gradients[1])
+    torch.testing.assert_close(state["exp_avg"], moment[state["index"]])
+    assert state["updates"] == 2 and state["exp_avg"].shape == (RANK, 24)
 
 
 def test_gradients_cleared_by_hand_and_groups_with_and_without_decay() -> None:

@@ -305,10 +305,7 @@ def on_dense_parameters(forward: Any, model: nn.Module, x: Tensor) -> Tensor:
 OUTSIDE = [penalty_after, penalty_before, orthogonality, eager_use, on_dense_parameters]
 
 
-@pytest.mark.parametrize("loss_of", OUTSIDE, ids=lambda loss_of: loss_of.__name__)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("selection", SELECTIONS)
-@pytest.mark.parametrize("max_norm", [None, 1e-2])
+@every_pair(mode=MODES, selection=SELECTIONS, loss_of=OUTSIDE, max_norm=[None, 1e-2])
 def test_gradients_from_outside_of_the_region_are_added(mode: Any, selection: str, loss_of: Any, max_norm: float | None) -> None:
     run = Run(mode, selection=selection, max_grad_norm=max_norm)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -58,6 +59,19 @@ class RoundsOnLoad(torch.optim.SGD):
         super().load_state_dict(state_dict)
         for state in self.state.values():
             state["momentum_buffer"].mul_(1 + 2**-52)
+
+
+class MovesOn(torch.optim.SGD):
+    """Takes no closure, and warns of it."""
+
+    def step(self, closure: Any = None) -> Any:
+        if closure is not None:
+            warnings.warn("the closure was not called", Warned, stacklevel=2)
+        return super().step()
+
+
+class Warned(UserWarning):
+    """A class of its own."""
 
 
 class Refuses(torch.optim.SGD):
@@ -118,6 +132,12 @@ def test_an_optimizer_that_loses_its_state_on_reload_is_silently_wrong(sequence:
 
 def test_a_last_bit_lost_on_reload_is_no_bit_for_bit() -> None:
     assert outcome(of(RoundsOnLoad), "kill and resume") is Outcome.ROUNDED
+
+
+def test_a_warning_is_quoted() -> None:
+    cell = judge(of(MovesOn), SEQUENCES["closure"])
+    assert cell.outcome is Outcome.TOLD and cell.note == "Warned: the closure was not called"
+    assert cell.difference is not None and cell.difference > 1e-2
 
 
 def test_a_refusal_is_quoted() -> None:

@@ -168,6 +168,7 @@ def unigram_loss(data: Tensor) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_killed_twice_it_trains_as_if_nothing_had_happened(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     whole, killed = tmp_path / "whole", tmp_path / "killed"

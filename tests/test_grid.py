@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +20,7 @@ from grass_compile.runtime.moved import MovedGrad
 from . import paper
 from .forms import separated
 from .harness import Oracle
+from .pairs import every_pair
 
 FEATURES, HIDDEN, OUT, TOKENS, RANK = 12, 16, 10, 6, 4
 STEPS, GAP = 5, 3  # the first refresh, and one more
@@ -29,7 +29,6 @@ MAX_NORM = 0.05
 KEYWORDS: dict[str, Any] = dict(lr=1e-2, eps=1e-3, weight_decay=0.1)
 MODES = ("fused", "deferred", "adopted")
 PRECISIONS = {"full": torch.float64, "autocast": torch.float32, "bf16": torch.bfloat16}
-CELLS = list(itertools.product((False, True), PRECISIONS, ("rows", "columns"), MODES, (1, 4), (False, True)))
 
 
 class Model(nn.Module):
@@ -117,7 +116,9 @@ def check_gradients(model: nn.Module, mode: str, waits: bool, step: int) -> None
             assert RANK in parameter.grad.compact.shape
 
 
-@pytest.mark.parametrize(("checkpointing", "precision", "axis", "mode", "accumulate", "clip"), CELLS)
+@every_pair(
+    checkpointing=(False, True), precision=PRECISIONS, axis=("rows", "columns"), mode=MODES, accumulate=(1, 4), clip=(False, True)
+)
 def test_cell(checkpointing: bool, precision: str, axis: str, mode: str, accumulate: int, clip: bool) -> None:
     dtype = PRECISIONS[precision]
     model = copy.deepcopy(original(checkpointing, precision, axis))

@@ -83,6 +83,7 @@ def test_checkpointing_changes_nothing(axis: str, whole: bool, deferred: bool, s
 
 
 @pytest.mark.inductor
+@pytest.mark.exhaustive
 def test_activation_memory_budget() -> None:
     """Inductor recomputes as much as it likes; the updates still come after the last reader."""
     from torch._functorch import config

@@ -45,6 +45,7 @@ class Outcome(enum.Enum):
     REFUSED = "refused"
     REFUSED_LATE = "refused late"
     BROKEN = "broken"
+    TOLD = "wrong, with a warning"
     WRONG = "silently wrong"
     NOT_APPLICABLE = "not applicable"
     UNAVAILABLE = "unavailable"
@@ -113,7 +114,9 @@ def _judge(subject: Subject, sequence: Sequence, seed: int) -> Cell:
 def _play(sequence: Sequence, loop: Loop, right: Loop, tolerance: float) -> Cell:
     cell = functools.partial(Cell, loop.subject.name, sequence.name)
     try:
-        evidence = sequence.play(loop, right)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            evidence = sequence.play(loop, right)
     except NotApplicable as reason:
         return cell(Outcome.NOT_APPLICABLE, str(reason))
     except Exception as error:
@@ -121,8 +124,19 @@ def _play(sequence: Sequence, loop: Loop, right: Loop, tolerance: float) -> Cell
     difference, where = largest_difference(evidence)
     if difference == 0.0 or (difference <= tolerance and not sequence.exact):
         return cell(Outcome.RIGHT, "", difference, tolerance)
-    outcome = Outcome.ROUNDED if difference <= tolerance else Outcome.WRONG
-    return cell(outcome, f"most in {where}", difference, tolerance)
+    if difference <= tolerance:
+        return cell(Outcome.ROUNDED, f"most in {where}", difference, tolerance)
+    if own := [warning for warning in said if is_own(warning, loop)]:
+        return cell(Outcome.TOLD, first_sentence(own[-1].message), difference, tolerance)  # type: ignore[arg-type]
+    return cell(Outcome.WRONG, f"most in {where}", difference, tolerance)
+
+
+def is_own(warning: warnings.WarningMessage, loop: Loop) -> bool:
+    """Whether a warning is the optimizer's, rather than that of something else which the loop uses: it has a class of its own, or
+    comes from the package that the optimizer is in."""
+    package = type(loop.optimizer).__module__.partition(".")[0]
+    of_class = warning.category.__module__.partition(".")[0]
+    return of_class not in ("builtins", "torch") or (package != "torch" and f"/{package}/" in warning.filename)
 
 
 def _outcome_of(error: Exception, loop: Loop) -> Outcome:
@@ -192,7 +206,8 @@ def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without warnings and without what optimizers print; one thread, and nothing compiled left behind."""
+    """Without what optimizers print, and without warnings but where they are looked for; one thread, and nothing compiled left
+    behind."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -21,13 +21,17 @@ BEGIN, END = "<!-- conformance: begin -->", "<!-- conformance: end -->"
 PACKAGES = (
     "torch", "bitsandbytes", "torchao", "galore-torch", "apollo-torch", "fira", "lomo-optim", "badam", "transformers",
 )  # fmt: skip
-QUOTED = {Outcome.REFUSED, Outcome.REFUSED_LATE, Outcome.BROKEN, Outcome.NOT_APPLICABLE}
-SHORT = {Outcome.RIGHT: "right", Outcome.ROUNDED: "to rounding", Outcome.REFUSED_LATE: "late", Outcome.NOT_APPLICABLE: "–"}
+QUOTED = {Outcome.REFUSED, Outcome.REFUSED_LATE, Outcome.TOLD, Outcome.BROKEN, Outcome.NOT_APPLICABLE}
+SHORT = {
+    Outcome.RIGHT: "right", Outcome.ROUNDED: "to rounding", Outcome.REFUSED_LATE: "late", Outcome.TOLD: "told",
+    Outcome.NOT_APPLICABLE: "–",
+}  # fmt: skip
 LEGEND = """\
 *right*: the weights are those of the oracle. *to rounding*: they should be so bit for bit, and are up to rounding. *refused*: a
-clear exception before any weight moved. *late*: a clear exception, when weights had moved already. *broken*: an exception that
-says nothing to whoever wrote the loop. **wrong**: no word, and other weights (or another norm read), with the largest relative
-difference. –: not applicable. Numbers in brackets are the notes below a table."""
+clear exception before any weight moved. *late*: a clear exception, when weights had moved already. *told*: other weights, and a
+warning of the optimizer's that says so. *broken*: an exception that says nothing to whoever wrote the loop. **wrong**: no word,
+and other weights (or another norm read), with the largest relative difference. –: not applicable. Numbers in brackets are the
+notes below a table."""
 
 
 def environment() -> dict[str, str]:

@@ -29,7 +29,7 @@ from ..runtime.compact import Assigned, is_compact
 from ..runtime.delivery import reduce
 from ..runtime.gradient import CompactGrad
 from ..runtime.manager import ProjectionManager
-from ..runtime.parameter import Kernel
+from ..runtime.parameter import Kernel, ProjectedParameter
 from ..runtime.step_checks import check_step
 from .base import GrassOptimizer
 from .rules import AdamRule, AdamWRule, SGDRule
@@ -190,13 +190,13 @@ def _take_over(optimizer: torch.optim.Optimizer) -> None:
 def _adopt(manager: ProjectionManager, parameter: Tensor, group: dict[str, Any], wished: Wish, rule: Rule) -> None:
     """Project one weight from this step on; its full gradient chooses the rows where a loaded state does not."""
     assert manager.optimizer is not None and parameter.grad is not None
-    loaded = manager.optimizer.state.get(parameter, {})
+    loaded, before = manager.optimizer.state.get(parameter, {}), {}
     if loaded and not is_compact(loaded):
         trained = any(isinstance(value, Tensor) and value.dim() > 0 and bool(value.count_nonzero()) for value in loaded.values())
         if trained and float(loaded.get("step", 2)) > 1:
             return  # trained dense so far: its full moments are not thrown away
         if trained:  # by one step, whose closure ran the very first forward
-            manager.optimizer.state.pop(parameter)
+            before = manager.optimizer.state.pop(parameter)
         loaded = {}
     manager.add(parameter, wished.name, group, wished.options, rule)
     record = manager.records[parameter]
@@ -205,7 +205,20 @@ def _adopt(manager: ProjectionManager, parameter: Tensor, group: dict[str, Any],
         assigned, state = fitting(record, unprotect(loaded))
         record.resume(assigned, state)
     record.assign(assigned, wished.kernel)
-    reduce(record)
+    made = reduce(record)
+    if before.keys() >= set(rule.state_names) and wished.options.projection == "grass":
+        _go_on(record, made, before)
+
+
+def _go_on(record: ProjectedParameter, gradient: CompactGrad, before: Mapping[str, Any]) -> None:
+    """Keep what a dense step has left in the rows that the next one's gradient has chosen."""
+    assert record.assigned is not None
+    record.choose(gradient.rows)
+    for name in record.rule.state_names:
+        record.state[name].copy_(before[name].index_select(record.assigned.dim, gradient.rows))
+    record.state["step"].fill_(float(before["step"]))
+    record.state["updates"] = 1
+    gradient.fresh, record.chosen = False, (gradient.rows, False, None)
 
 
 def _loaded(optimizer: torch.optim.Optimizer) -> None:

@@ -1,4 +1,4 @@
-"""Groups of processes, started once for each file of tests."""
+"""Groups of processes, started once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from .ranks import Ranks
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     """Two."""
     group = Ranks(2, tmp_path_factory.mktemp("ranks"))
@@ -17,7 +17,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     group.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     """Four."""
     group = Ranks(4, tmp_path_factory.mktemp("ranks"))

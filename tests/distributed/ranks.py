@@ -1,4 +1,4 @@
-"""Processes of a group that wait for functions to run, so that a file of tests starts them once."""
+"""Processes of a group that wait for functions to run, so that tests start them once."""
 
 from __future__ import annotations
 

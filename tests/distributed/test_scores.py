@@ -59,15 +59,14 @@ def test_what_a_sample_sends(ranks: Ranks) -> None:
 @pytest.mark.parametrize(
     ("scores", "mesh", "tensor"),
     [
-        ("estimate", (2,), 2),
+        pytest.param("estimate", (2,), 2, marks=pytest.mark.exhaustive),
         pytest.param("sampled", (2,), 2, marks=pytest.mark.exhaustive),
         pytest.param("estimate", (2, 2), 1, marks=pytest.mark.exhaustive),
-        pytest.param("sampled", (2, 2), 1, marks=pytest.mark.exhaustive),
     ],
 )
 def test_four_ranks(four: Ranks, scores: str, mesh: tuple[int, ...], tensor: int) -> None:
-    """Parts of what tensor parallelism has taken apart already, and replicas of parts. (Of 12 tokens each, a sample is another
-    than of all, so there are 16.)"""
+    """Parts of what tensor parallelism has taken apart already, and replicas of parts. (Four times 12 tokens have another sample
+    than 48.)"""
     training = Training(how(scores=scores, selection="top"), place="blocks", mesh=mesh, tensor=tensor, world=4)
     compare(four, training)
 

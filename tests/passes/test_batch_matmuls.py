@@ -157,6 +157,7 @@ def test_layers_far_apart_do_not_wait_for_each_other(backwards: list[fx.GraphMod
 
 
 @pytest.mark.inductor
+@pytest.mark.exhaustive
 def test_with_inductor() -> None:
     """The steps read views of the joint product."""
     torch.manual_seed(0)

@@ -291,9 +291,9 @@ def test_every_rule(rule: str, axis: str, on_refresh: str) -> None:
     ("mode", "compiler"),
     [
         ("fused", "aot_eager"),
-        pytest.param("deferred", "aot_eager", marks=pytest.mark.exhaustive),
+        ("deferred", "aot_eager"),
         pytest.param("fused", "inductor", marks=[pytest.mark.inductor, pytest.mark.exhaustive]),
-        pytest.param("deferred", "inductor", marks=pytest.mark.inductor),
+        pytest.param("deferred", "inductor", marks=[pytest.mark.inductor, pytest.mark.exhaustive]),
     ],
 )
 def test_no_bit_changes_in_bf16(mode: str, compiler: str) -> None:
