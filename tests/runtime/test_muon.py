@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from grass_compile import ConfigError
 from grass_compile.optim.rules import MuonRule
-from grass_compile.optim.rules.muon import iteration_dtype, orthogonalize
+from grass_compile.optim.rules.muon import is_by_gram, iteration_dtype, orthogonalize
 
 from .. import paper
 from ..compact import Net, State, backward, check
@@ -30,13 +30,17 @@ def muon(lr: float, nesterov: bool) -> Callable[[Tensor, State, Tensor], tuple[T
     def formula(gradient: Tensor, state: State, steps: Tensor) -> tuple[Tensor, State]:
         m = 0.9 * state.get("m", torch.zeros_like(gradient)) + 0.1 * gradient
         ahead = 0.9 * m + 0.1 * gradient if nesterov else m
-        u, s, vt = torch.linalg.svd(ahead, full_matrices=False)
-        s = s / ahead.square().sum().sqrt()
-        for _ in range(5):
-            s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
-        return lr * 0.2 * max(gradient.shape) ** 0.5 * u @ torch.diag(s) @ vt, {"m": m}
+        return lr * 0.2 * max(gradient.shape) ** 0.5 * orthogonalized(ahead), {"m": m}
 
     return formula
+
+
+def orthogonalized(matrix: Tensor) -> Tensor:
+    u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+    s = s / matrix.square().sum().sqrt()
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return u @ torch.diag(s) @ vt
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
@@ -107,6 +111,16 @@ def test_singular_values_end_near_one(shape: tuple[int, int]) -> None:
     values = torch.linalg.svdvals(orthogonalize(matrix, 5))
     assert float(values.max()) < 1.25 and float(values.median()) > 0.65
     assert torch.equal(orthogonalize(matrix.t(), 5), orthogonalize(matrix, 5).t()) or shape == (16, 16)
+
+
+@pytest.mark.parametrize(("shape", "by_gram"), [((8, 100), True), ((60, 100), True), ((100, 60), True), ((80, 100), False)])
+def test_iterations_in_fp32(shape: tuple[int, int], by_gram: bool) -> None:
+    """On the matrix or on its products, whichever is less work; singular values from 1 to 1e-4."""
+    u, _, vt = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+    matrix = (u @ torch.diag(torch.logspace(0, -4, min(shape), dtype=torch.float64)) @ vt).float()
+    assert is_by_gram(matrix if shape[0] < shape[1] else matrix.t()) == by_gram
+    expected = orthogonalized(matrix.double())
+    assert float((orthogonalize(matrix, 5) - expected).norm() / expected.norm()) < (1e-3 if by_gram else 1e-4)
 
 
 @pytest.mark.parametrize("axis", AXES)

@@ -96,11 +96,20 @@ def orthogonalize(
     """
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.t()
     wide = wide / wide.norm().clamp(min=eps)
-    a, b, c = coefficients
-    for _ in range(steps):
-        gram = wide @ wide.t()
-        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
+    if is_by_gram(wide):
+        wide = orthogonalize_parts(wide, (), steps, coefficients, eps)
+    else:
+        a, b, c = coefficients
+        for _ in range(steps):
+            gram = wide @ wide.t()
+            wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
     return wide if matrix.shape[0] <= matrix.shape[1] else wide.t()
+
+
+def is_by_gram(wide: Tensor) -> bool:
+    """Whether it is less work to iterate on ``X X^T`` than on ``X``, ``[r, n]``: with five steps, ``4 r^2 n + 34 r^3`` operations
+    rather than ``20 r^2 n + 10 r^3``. Not in bf16, whose eight bits are too few for it."""
+    return wide.dtype != torch.bfloat16 and 2 * wide.shape[1] > 3 * wide.shape[0]
 
 
 def orthogonalize_parts(
@@ -117,7 +126,7 @@ def orthogonalize_parts(
 
     Args:
         part: ``[r, n / ranks]``.
-        groups: the names of the process groups over which it is in parts.
+        groups: the names of the process groups over which it is in parts; none if this is all of it.
         steps: as there.
         coefficients: as there.
         eps: as there.
@@ -130,8 +139,10 @@ def orthogonalize_parts(
     gram = gram / (norm * norm)
     a, b, c = coefficients
     one = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-    factor = one / norm
-    for _ in range(steps):
+    factor = None
+    for step in range(steps):
         polynomial = torch.addmm(a * one + b * gram, gram, gram, alpha=c)
-        factor, gram = polynomial @ factor, polynomial @ gram @ polynomial
-    return factor @ part
+        factor = polynomial if factor is None else polynomial @ factor
+        if step + 1 < steps:
+            gram = polynomial @ gram @ polynomial
+    return ((one if factor is None else factor) / norm) @ part
