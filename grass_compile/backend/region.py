@@ -153,7 +153,7 @@ class Region:
         Raises:
             ConfigError: the model runs inside a wrapper that would be silently wrong, or the ranks differ.
         """
-        weights, records, held = [], {}, False
+        weights, records, managers = [], {}, {}
         module, gatherings = ddp.active(), fsdp.Gatherings()
         asked, free = [], []
         for (position, name), parameter in zip(self.captured.parameters, parameters, strict=True):
@@ -162,18 +162,22 @@ class Region:
                 record = self._behind(name, parameter, gatherings)
             elif record.found is not None:
                 fsdp.check(record.name or name, record.found)
-            held = held or record is not None
+            if record is not None:
+                managers[id(record.owner)] = manager_of(record)
             if parameter.dim() == 2 and parameter.requires_grad:
                 if record is None:
                     free.append((name, position, parameter))
                 elif record.options.rank is not None:
+                    record.name = record.name or name
                     asked.append((position, name, record))
+        for manager in managers.values():  # those that project nothing, too: on another rank they may
+            manager.meet_owners()
+            if module is not None:
+                manager.meet([ddp.ranks_of(module)])
         hooks = _autograd.have_hooks([record.parameter for _, _, record in asked])
         for (position, name, record), hooked in zip(asked, hooks, strict=True):
-            record.name = record.name or name
             if module is not None:
                 record.spread(ddp.layout_of(module))
-            manager_of(record).meet_owners()
             own = record.sharded and record.gathered is record.parameter
             if own and refusal(record.name or name, record.parameter, record.options, hooked) is None:
                 record.spread(tensor_parallel.layout_of(record.parameter))
@@ -183,7 +187,7 @@ class Region:
             records[position] = record
         if self.options.project is not None:
             self._wish(free, gatherings)
-        elif not held and any(isinstance(parameter, torch.nn.Parameter) for parameter in parameters):
+        elif not managers and any(isinstance(parameter, torch.nn.Parameter) for parameter in parameters):
             self._warn_unheld()
         return tuple(weights), records
 
