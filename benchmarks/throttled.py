@@ -87,7 +87,8 @@ def work(rank: int, arguments: argparse.Namespace, folder: str) -> None:
     measure.keep_freed_memory()
     arguments.gap = arguments.warmup + (1 + len(arguments.share)) * arguments.steps + 1  # one refresh, the first step
     names = ["dense", *arguments.methods]
-    trainers = {name: Together(record.settings_of(arguments, name), METHODS[name]) for name in names}
+    torch._dynamo.config.optimize_ddp = False  # blocks are compiled one by one, so that gradients leave while others are computed
+    trainers = {name: Together(record.settings_of(arguments, name, blockwise=True), METHODS[name]) for name in names}
     for trainer in trainers.values():
         for _ in range(arguments.warmup):
             trainer.step()

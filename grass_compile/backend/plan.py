@@ -49,7 +49,7 @@ def make_plan(
     """
     if options.strict:
         _check_strict(analysis)
-    _check_sharded(analysis)
+    check_sharded(analysis)
     if not analysis.projections:
         return None
     for projection in analysis.projections:
@@ -259,8 +259,12 @@ def _check_strict(analysis: Analysis) -> None:
         raise GraphError(f"strict: {len(dense)} weights stay dense. Exclude them by name or drop options['strict'].\n{lines}")
 
 
-def _check_sharded(analysis: Analysis) -> None:
-    """Raise if a weight is to be projected along the dimension that is sharded."""
+def check_sharded(analysis: Analysis) -> None:
+    """Refuse to project a weight along the dimension that is sharded.
+
+    Raises:
+        ConfigError: naming it, and what goes.
+    """
     for refusal in analysis.refusals:
         if refusal.reason.startswith(OWNED_BY_PARTS):
             raise ConfigError(

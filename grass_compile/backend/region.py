@@ -4,6 +4,7 @@ which see no tensors, and the runtime, which sees no graphs.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import warnings
@@ -16,11 +17,12 @@ from torch import Tensor, fx
 from .. import _autograd, _dynamo
 from ..config import BackendOptions
 from ..distributed import ddp, fsdp, tensor_parallel
-from ..errors import ConfigError, GrassError, GrassWarning
+from ..distributed.layout import is_sharded, why_left_out
+from ..errors import GrassError, GrassWarning
 from ..optim import adoption
 from ..optim.rules import AdamWRule
 from ..passes.pipeline import PASSES
-from ..passes.records import Plan, WeightInput
+from ..passes.records import Analysis, Plan, WeightInput
 from ..runtime import registry
 from ..runtime.call import Call, in_graph, manager_of
 from ..runtime.compact import Assigned
@@ -28,7 +30,7 @@ from ..runtime.delivery import leaf_of, twin_of
 from ..runtime.parameter import ProjectedParameter, refusal
 from . import kernels
 from .lazy import LazyGraph, Run
-from .plan import clipped_inside, meshes_of, norm_leaf, numbers_of, others, parameters_of, part_read, reads_part
+from .plan import check_sharded, clipped_inside, meshes_of, norm_leaf, numbers_of, others, parameters_of, part_read, reads_part
 from .variants import Variants, records_of
 
 log = logging.getLogger(__name__)
@@ -151,7 +153,7 @@ class Region:
         Raises:
             ConfigError: the model runs inside a wrapper that would be silently wrong, or the ranks differ.
         """
-        weights, records, held = [], {}, False
+        weights, records, managers = [], {}, {}
         module, gatherings = ddp.active(), fsdp.Gatherings()
         asked, free = [], []
         for (position, name), parameter in zip(self.captured.parameters, parameters, strict=True):
@@ -160,19 +162,23 @@ class Region:
                 record = self._behind(name, parameter, gatherings)
             elif record.found is not None:
                 fsdp.check(record.name or name, record.found)
-            held = held or record is not None
+            if record is not None:
+                managers[id(record.owner)] = manager_of(record)
             if parameter.dim() == 2 and parameter.requires_grad:
                 if record is None:
                     free.append((name, position, parameter))
                 elif record.options.rank is not None:
+                    record.name = record.name or name
                     asked.append((position, name, record))
+        for manager in managers.values():  # those that project nothing, too: on another rank they may
+            manager.drop_guesses()
+            manager.meet_owners()
+            if module is not None:
+                manager.meet([ddp.ranks_of(module)])
         hooks = _autograd.have_hooks([record.parameter for _, _, record in asked])
         for (position, name, record), hooked in zip(asked, hooks, strict=True):
-            record.name = record.name or name
             if module is not None:
                 record.spread(ddp.layout_of(module))
-            manager_of(record).drop_guesses()
-            manager_of(record).meet_owners()
             own = record.sharded and record.gathered is record.parameter
             if own and refusal(record.name or name, record.parameter, record.options, hooked) is None:
                 record.spread(tensor_parallel.layout_of(record.parameter))
@@ -181,9 +187,8 @@ class Region:
             weights.append(WeightInput(record.name, position, record.config(), record.refusal(name, hooked)))
             records[position] = record
         if self.options.project is not None:
-            self._wish(free)
-            held = True
-        if not held and any(isinstance(parameter, torch.nn.Parameter) for parameter in parameters):
+            self._wish(free, gatherings)
+        elif not managers and any(isinstance(parameter, torch.nn.Parameter) for parameter in parameters):
             self._warn_unheld()
         return tuple(weights), records
 
@@ -191,15 +196,10 @@ class Region:
         """The record of the sharded parameter of which this one is the whole, if FSDP2 has gathered it.
 
         Raises:
-            ConfigError: it is sharded in a way that is not supported, or by a script that is to be projected unmodified.
+            ConfigError: it is sharded in a way that is not supported.
         """
         found = gatherings.behind(parameter)
         record = registry.lookup(found.parameter) if found is not None else None
-        if found is not None and record is None and self.options.project is not None:
-            raise ConfigError(
-                f"{name}: options={{'rank': ...}} projects the optimizers of torch on one process or under "
-                "DistributedDataParallel, not under fully_shard. Make the optimizer with grass_compile.AdamW(..., rank=...)."
-            )
         if found is None or record is None:
             return None
         registry.register_gathered(record, parameter, found)
@@ -207,22 +207,29 @@ class Region:
             record.spread(fsdp.layout_of(record.name or name, found, parameter))
         return record
 
-    def _wish(self, free: Sequence[tuple[str, int, Tensor]]) -> None:
-        """Note which weights could be projected once a known optimizer turns out to hold them."""
+    def _wish(self, free: Sequence[tuple[str, int, Tensor]], gatherings: fsdp.Gatherings) -> None:
+        """Note which weights could be projected once a known optimizer turns out to hold them. Of one that FSDP2 has gathered, an
+        optimizer holds the sharded parameter.
+
+        Raises:
+            ConfigError: one is to be projected along the dimension that is sharded, or is sharded in a way that is not supported.
+        """
         options = self.options.project
         assert options is not None and options.rank is not None
-        config = options.site(options.axis, False, AdamWRule())
-        hooks = _autograd.have_hooks([tensor for _, _, tensor in free])
-        asked = tuple(
-            WeightInput(name, at, config, refusal(name, tensor, options, hooked))
-            for (name, at, tensor), hooked in zip(free, hooks, strict=True)
-        )
-        found = {p.position: p for p in self.variants.analyse(asked)[1].projections} if asked else {}
-        for name, position, parameter in free:
-            if position in found:
-                projection = found[position]
-                assigned = Assigned(projection.axis, projection.dim, projection.rank, projection.why)
-                adoption.wish(parameter, adoption.Wish(name, options, assigned, functools.partial(kernels.run, self.options)))
+        behind = {at: found for _, at, tensor in free if not is_sharded(tensor) and (found := gatherings.behind(tensor))}
+        held = {at: behind[at].parameter if at in behind else tensor for _, at, tensor in free}
+        layouts = {at: fsdp.layout_of(name, behind[at], tensor) for name, at, tensor in free if at in behind}
+        hooks = _autograd.have_hooks(list(held.values()))
+        config, asked = options.site(options.axis, False, AdamWRule()), []
+        for (name, at, tensor), hooked in zip(free, hooks, strict=True):
+            why = refusal(name, tensor, options, hooked) or why_left_out(layouts.get(at))
+            asked.append(WeightInput(name, at, dataclasses.replace(config, layout=layouts.get(at)), why))
+        analysis = self.variants.analyse(tuple(asked))[1] if asked else Analysis((), ())
+        check_sharded(analysis)
+        for p in analysis.projections:
+            assigned, kernel = Assigned(p.axis, p.dim, p.rank, p.why), functools.partial(kernels.run, self.options)
+            wished = adoption.Wish(p.name, options, assigned, kernel, layouts.get(p.position))
+            adoption.wish(held[p.position], wished)
 
     def _warn_unheld(self) -> None:
         if not self._warned:

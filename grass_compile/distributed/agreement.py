@@ -60,13 +60,13 @@ def _difference(theirs: Sequence[Any]) -> str:
     """The first difference between what ranks have, in words, or ""."""
     first, common, was_drawn, _ = theirs[0]
     for rank, (other, seeds_there, _, _) in enumerate(theirs):
+        for name, value in other.items():
+            if name in first and value != first[name]:
+                return f"{name} is {first[name]} on rank 0 and {value} on rank {rank}. {SAME}"
         if set(other) != set(first):
             name = min(set(other) ^ set(first))
             there, missing = (rank, 0) if name in other else (0, rank)
             return f"{name} is there on rank {there} and not on rank {missing}. {SAME}"
-        for name, value in other.items():
-            if value != first[name]:
-                return f"{name} is {first[name]} on rank 0 and {value} on rank {rank}. {SAME}"
         if seeds_there != common and not was_drawn:
             here, there = next(pair for pair in zip(common, seeds_there, strict=True) if pair[0] != pair[1])
             return (

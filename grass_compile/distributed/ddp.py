@@ -45,7 +45,12 @@ def layout_of(ddp: Any) -> Layout:
     ):
         if used:
             raise ConfigError(f"DistributedDataParallel with {feature} is not supported: leave that out, or use another backend.")
-    return Layout((MeshDim(ddp.process_group.group_name, ddp.process_group.size()),))
+    return Layout((ranks_of(ddp),))
+
+
+def ranks_of(ddp: Any) -> MeshDim:
+    """The ranks that train this module."""
+    return MeshDim(ddp.process_group.group_name, ddp.process_group.size())
 
 
 def take_out(ddp: Any, parameters: Iterable[Tensor]) -> None:

@@ -116,6 +116,13 @@ class Layout:
         return squares.sqrt()
 
 
+def why_left_out(layout: Layout | None) -> str | None:
+    """Why a weight that is spread so stays dense, or None."""
+    if layout is None or not layout.leaves_out_ranks:
+        return None
+    return "there are so many ranks that some own none of it, or a single row"
+
+
 def spread_not_finite(dim: MeshDim, parts: Sequence[Tensor]) -> None:
     """Make each tensor NaN of which another rank has a part that is not finite; all ranks of a group have to call this."""
     wide = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts]

@@ -21,10 +21,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import _dynamo
 from ..config import GroupOptions
+from ..distributed.layout import Layout
 from ..errors import GrassWarning, StateError
 from ..math.rule import Rule
 from ..runtime import registry
-from ..runtime.checkpoint import fitting, protect, unprotect
+from ..runtime.checkpoint import fitting, local, placed, protect, unprotect
 from ..runtime.compact import Assigned, is_compact
 from ..runtime.delivery import reduce
 from ..runtime.gradient import CompactGrad
@@ -43,6 +44,8 @@ class Wish:
     options: GroupOptions
     assigned: Assigned
     kernel: Kernel
+    layout: Layout | None = None
+    """How FSDP2 spreads it."""
 
 
 _wishes: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -129,12 +132,13 @@ def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any
     manager = _managers.get(optimizer)
     if manager is not None:
         check_step(manager)
+        manager.average()
         waiting = manager.pending()
         if _unscaled(optimizer, waiting):
             manager.apply(waiting)
+        manager.hidden = {parameter: parameter.grad for parameter in waiting if parameter.grad is not None}
         for parameter in waiting:
             parameter.grad = None
-        manager.hidden = dict(waiting)
     return changed
 
 
@@ -181,7 +185,7 @@ def _take_over(optimizer: torch.optim.Optimizer) -> None:
                 continue
             if manager is None:
                 manager = _managers[optimizer] = ProjectionManager(optimizer, False)
-                optimizer.register_state_dict_post_hook(protect)
+                optimizer.register_state_dict_post_hook(_saved)
                 optimizer.register_load_state_dict_post_hook(_loaded)
             _adopt(manager, parameter, group, wished, rule)
             del _wishes[parameter]
@@ -200,9 +204,10 @@ def _adopt(manager: ProjectionManager, parameter: Tensor, group: dict[str, Any],
         loaded = {}
     manager.add(parameter, wished.name, group, wished.options, rule)
     record = manager.records[parameter]
+    record.spread(wished.layout)
     assigned = wished.assigned
     if loaded:
-        assigned, state = fitting(record, unprotect(loaded))
+        assigned, state = fitting(record, local(unprotect(loaded)))
         record.resume(assigned, state)
     record.assign(assigned, wished.kernel)
     made = reduce(record)
@@ -221,6 +226,18 @@ def _go_on(record: ProjectedParameter, gradient: CompactGrad, before: Mapping[st
     gradient.fresh, record.chosen = False, (gradient.rows, False, None)
 
 
+def _saved(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Make the compact state in a ``state_dict`` ready to be loaded by torch's code; what belongs to the part of a sharded weight
+    that this rank owns, for ``torch.distributed.checkpoint`` too."""
+    records = _managers[optimizer].records
+    order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, entry in state_dict["state"].items():
+        record = records.get(order[number])
+        if record is not None and record.sharded and is_compact(entry):
+            state_dict["state"][number] = placed(record, entry)
+    return protect(optimizer, state_dict)
+
+
 def _loaded(optimizer: torch.optim.Optimizer) -> None:
     """After a ``load_state_dict`` into an optimizer that has taken weights over: they go on from the loaded state.
 
@@ -236,7 +253,7 @@ def _loaded(optimizer: torch.optim.Optimizer) -> None:
         record.forget()
         entry = optimizer.state.get(parameter, {})
         if is_compact(entry):
-            record.resume(*fitting(record, unprotect(entry)))
+            record.resume(*fitting(record, local(unprotect(entry))))
         elif record.assigned is not None and record.kernel is not None:
             optimizer.state.pop(parameter, None)
             record.assign(record.assigned, record.kernel)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import rank_along
-from ..distributed.layout import local_part, placed_along
+from ..distributed.layout import is_sharded, local_part, placed_along
 from ..errors import StateError
 from ..keywords import AXES
 from ..math.projection import SELECTORS
@@ -146,7 +146,10 @@ def protect(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dic
 
 
 def _as_bytes(value: Tensor) -> Any:
-    return {"step": value.contiguous().view(torch.uint8), "dtype": value.dtype} if value.dim() else value
+    if not value.dim():
+        return value
+    whole = is_sharded(value)  # its bytes would be spread otherwise; of what is called "step", torch at most widens the dtype
+    return {"step": value if whole else value.contiguous().view(torch.uint8), "dtype": value.dtype}
 
 
 def unprotect(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,7 +157,8 @@ def unprotect(entry: Mapping[str, Any]) -> dict[str, Any]:
     plain = dict(entry)
     for key, value in entry.items():
         if isinstance(value, dict):
-            plain[key] = value["step"].to(torch.uint8).view(value["dtype"])
+            kept, dtype = value["step"], value["dtype"]
+            plain[key] = kept.to(dtype) if is_sharded(kept) else kept.to(torch.uint8).view(dtype)
     if isinstance(plain.get("axis"), int):
         plain["axis"] = AXES[plain["axis"]]
     return plain

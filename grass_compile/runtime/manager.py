@@ -111,8 +111,8 @@ class ProjectionManager:
         """Compare settings with all ranks that own parts of any parameter, see `meet`. What is no ``DTensor`` is the same on all
         of these."""
         if self._looked_at != len(self.records):
-            self._looked_at = len(self.records)
             self.meet([dim for parameter, record in self.records.items() if record.sharded for dim in mesh_of(parameter)])
+            self._looked_at = len(self.records)  # if they differ, all ranks come here again: an error while tracing is repeated
 
     def meet(self, mesh: Sequence[MeshDim]) -> None:
         """Compare settings with the other ranks, once, and take their seed if it was drawn; all of them have to call this.
@@ -126,7 +126,9 @@ class ProjectionManager:
         mesh = tuple(dict.fromkeys(MeshDim(dim.group, dim.size) for dim in mesh))
         if set(mesh) <= set(self._met):
             return
-        facts: dict[str, Any] = {"the torch version": torch.__version__}
+        from .. import __version__  # the package has it once all of this is imported
+
+        facts: dict[str, Any] = {"the torch version": torch.__version__, "the version of grass_compile": __version__}
         hooked = _autograd.have_hooks([record.parameter for record in self.records.values()])
         for number, record in enumerate(self.records.values()):
             facts[f"parameter {number}"] = f"{record.name} {list(record.parameter.shape)} {record.parameter.dtype}"
@@ -409,8 +411,10 @@ class ProjectionManager:
 
 
 def _settings(record: ProjectedParameter) -> dict[str, str]:
-    """What all ranks have to have in common of what one weight is asked, by keyword; but for the seed."""
-    own = {name: value for name, value in record.group.items() if name not in ("params", "param_names", "seed")}
+    """What all ranks have to have in common of what one weight is asked, by keyword; but for the seed. (Torch's own optimizers
+    have no keywords of ours in their groups.)"""
+    own = {**vars(record.options), **record.group}
+    own = {name: value for name, value in own.items() if name not in ("params", "param_names", "seed")}
     return {"the rule": repr(record.rule), **{name: repr(value) for name, value in own.items()}}
 
 

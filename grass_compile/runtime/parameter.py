@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import _autograd
 from ..checks import matching
 from ..config import GroupOptions
-from ..distributed.layout import local_part, mesh_of, placed_like
+from ..distributed.layout import local_part, mesh_of, placed_like, why_left_out
 from ..distributed.tensor_parallel import why_not
 from ..errors import StateError
 from ..math import selection
@@ -97,8 +97,8 @@ class ProjectedParameter(WeightRows):
             return reason
         if self.sharded and self.layout is None:
             return why_not(self.parameter)
-        if self.layout is not None and self.layout.leaves_out_ranks:
-            return "there are so many ranks that some own none of it, or a single row"
+        if reason := why_left_out(self.layout):
+            return reason
         if self.assigned is None and self._trained_dense():
             return "the optimizer has already trained it dense and holds its full moments"
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib
 import multiprocessing
@@ -11,34 +12,47 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+PRELOADED = ["tests.distributed.training", "torch._inductor.compile_fx"]
+"""Modules that a server of processes imports once, before anything is computed; each process is forked from it."""
+
 
 class Ranks:
     """A group of processes over loopback. Calling it runs a function of a module on each of them."""
 
     def __init__(self, size: int, folder: Path) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
         self.size, self._pipes, self._processes = size, [], []
         for rank in range(size):
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(rank, size, str(folder / "store"), there), daemon=True)
             process.start()
+            there.close()  # so that the end of the process is the end of the pipe
             self._pipes.append(here)
             self._processes.append(process)
 
     def __call__(self, function: Any, *args: Any, **keywords: Any) -> list[Any]:
-        """The result of ``function(*args, **keywords)`` on each rank; where it raised, the exception. It has to be one of a
-        module, and its results have to be picklable."""
+        """The result of ``function(*args, **keywords)`` on each rank; where it raised, the exception, and the
+        pipe's where the process has ended. It has to be one of a module, and its results have to be picklable."""
         for pipe in self._pipes:
             pipe.send((function.__module__, function.__name__, args, keywords))
-        return [pipe.recv() for pipe in self._pipes]
+        return [_received(pipe) for pipe in self._pipes]
 
     def close(self) -> None:
         """End the processes."""
         for pipe in self._pipes:
-            pipe.send(None)
+            with contextlib.suppress(BrokenPipeError):
+                pipe.send(None)
         for process in self._processes:
             process.join(timeout=20)
             process.kill()
+
+
+def _received(pipe: Connection) -> Any:
+    try:
+        return pipe.recv()
+    except (EOFError, ConnectionError) as error:
+        return error
 
 
 def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:

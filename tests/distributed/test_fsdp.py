@@ -77,6 +77,9 @@ FEATURES = [
     sharded(optimizer="Muon", hidden=25),
     sharded(how(axis="rows", step_in_backward=True, rank=12), optimizer="Muon", fsdp=how(dim=1)),
     sharded(how(max_grad_norm=0.05, selection="top"), optimizer="Muon", micro=2),
+    pytest.param(sharded(optimizer="adopted", place="around"), marks=pytest.mark.exhaustive),
+    pytest.param(sharded(how(axis="rows"), optimizer="adopted", fsdp=how(dim=1), micro=2), marks=pytest.mark.exhaustive),
+    pytest.param(sharded(optimizer="adopted", clip=0.05, hidden=25), marks=pytest.mark.exhaustive),
 ]
 
 
@@ -85,6 +88,15 @@ FEATURES = [
 )
 def test_features(ranks: Ranks, training: Training) -> None:
     compare(ranks, training)
+
+
+@pytest.mark.parametrize("mesh", [(2,), pytest.param((2, 2), marks=pytest.mark.exhaustive)])
+def test_an_unmodified_script(mesh: tuple[int, ...], request: pytest.FixtureRequest) -> None:
+    """Of what is projected, it sends compact gradients from its second step on, and whether each is finite."""
+    group: Ranks = request.getfixturevalue("ranks" if mesh == (2,) else "four")
+    found = compare(group, sharded(how(selection="top"), optimizer="adopted", mesh=mesh, world=group.size))
+    if mesh == (2,):
+        assert found.regular["_c10d_functional"] == COMPACT["columns"] + len(SHAPES)
 
 
 @pytest.mark.inductor
@@ -182,6 +194,21 @@ def test_checkpoint_goes_to_another_layout(ranks: Ranks, four: Ranks, tmp_path: 
             assert all(torch.equal(found[name], weight) for name, weight in expected.items())
 
 
+@pytest.mark.parametrize("parts", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
+def test_checkpoint_of_an_unmodified_script(ranks: Ranks, four: Ranks, tmp_path: Path, parts: int) -> None:
+    """Its optimizer is one of torch's; bit for bit from two parts to two, and near that to four."""
+    training = sharded(how(selection="top"), optimizer="adopted", hidden=26)
+    folder, group = str(tmp_path / "checkpoint"), ranks if parts == 2 else four
+    expected = result_of(ranks(save_and_go_on, training, folder, 4))[0]
+    target = dataclasses.replace(training, mesh=(parts,), world=parts)
+    tolerance = 0 if parts == 2 else 1e-5
+    for found in result_of(group(load_and_go_on, target, folder, 4)):
+        for name, weight in expected.items():
+            torch.testing.assert_close(
+                found[name], weight, rtol=tolerance, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}"
+            )
+
+
 # ----------------------------------------------------------------------------------------------------- what is refused
 
 
@@ -192,10 +219,12 @@ def spoil(gradient: torch.Tensor) -> torch.Tensor:
     return gradient
 
 
-def overflow_in_one_part(training: Training) -> tuple[str, bool]:
-    """On one rank a gradient is infinite, in one row that rank 0 owns; what is said, and whether that weight has stayed."""
+def overflow_in_one_part(training: Training, after: int = 1) -> tuple[str, bool]:
+    """After some steps, a gradient is infinite on one rank, in one row that rank 0 owns; what is said, and whether that weight
+    has stayed."""
     run = Trained(training)
-    step_of(run, batches(1)[0])
+    for tokens in batches(after):
+        step_of(run, tokens)
     before = run.weights()
     if dist.get_rank() == 1:
         run.model.lm_head.register_forward_pre_hook(lambda module, args: args[0].register_hook(spoil) and None)
@@ -211,6 +240,14 @@ def overflow_in_one_part(training: Training) -> tuple[str, bool]:
 @pytest.mark.parametrize("mode", [True, False])
 def test_all_ranks_skip_the_same_steps(ranks: Ranks, mode: bool) -> None:
     for said, stayed in result_of(ranks(overflow_in_one_part, sharded(how(step_in_backward=mode, nonfinite="raise")))):
+        assert "not finite" in said and stayed
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_all_ranks_skip_the_same_steps_of_an_unmodified_script(ranks: Ranks, after: int) -> None:
+    """In its first step too, which forms full gradients, and from then on."""
+    training = sharded(how(nonfinite="raise", selection="top"), optimizer="adopted")
+    for said, stayed in result_of(ranks(overflow_in_one_part, training, after)):
         assert "not finite" in said and stayed
 
 
@@ -321,7 +358,8 @@ def test_what_is_not_supported_is_refused_by_name(ranks: Ranks) -> None:
         (sharded(optimizer="AdamW8bit"), "layers.0.value.weight: AdamW8bitRule looks at whole rows"),
         (sharded(how(projection="galore")), "layers.0.value.weight: projection='galore' is not supported"),
         (sharded(how(axis="rows")), "layers.0.query.weight: each rank owns a part of it along dimension 0, so axis='rows'"),
-        (sharded(optimizer="adopted"), "not under fully_shard"),
+        (sharded(how(axis="rows"), optimizer="adopted"), "query.weight: each rank owns a part of it along dimension 0"),
+        (sharded(how(projection="galore"), optimizer="adopted"), "query.weight: projection='galore' is not supported"),
     ],
     ids=str,
 )

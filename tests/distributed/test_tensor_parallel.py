@@ -28,6 +28,7 @@ from grass_compile import ConfigError, NonFiniteError
 
 from ..pairs import every_value
 from .compare import SHAPES, compare, how
+from .llama import llama
 from .ranks import Ranks, result_of
 from .training import (
     Trained,
@@ -265,18 +266,6 @@ def test_one_norm_of_what_is_in_parts_and_what_is_not(ranks: Ranks, nonfinite: s
 
 
 # --------------------------------------------------------------------------------------- a model of Hugging Face
-
-
-def llama() -> Any:
-    """Two layers of width 32."""
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, use_cache=False,
-        max_position_embeddings=16, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config)
 
 
 def plan_of(kind: str) -> list[tuple[str, dict[str, Any]]]:
