@@ -103,8 +103,19 @@ class ProjectionManager:
             ConfigError: on all ranks, with what differs.
         """
         mesh = tuple(dict.fromkeys(MeshDim(dim.group, dim.size) for dim in mesh))
-        if set(mesh) <= set(self._met):
-            return
+        if not set(mesh) <= set(self._met):
+            self.agree(mesh)
+            self._met = tuple(dict.fromkeys((*self._met, *mesh)))  # in an order that all ranks share
+
+    def agree(self, mesh: Sequence[MeshDim]) -> None:
+        """Compare settings with other ranks, and take their seed if it was drawn; all of them have to call this.
+
+        Args:
+            mesh: the dimensions of the mesh of ranks.
+
+        Raises:
+            ConfigError: on all ranks, with what differs.
+        """
         facts: dict[str, Any] = {"the torch version": torch.__version__}
         hooked = _autograd.have_hooks([record.parameter for record in self.records.values()])
         for number, record in enumerate(self.records.values()):
@@ -113,7 +124,6 @@ class ProjectionManager:
             facts[f"why {record.label} stays dense"] = record.refusal(record.name, hooked[number])
         seeds = tuple(record.options.seed for record in self.records.values())
         common = check_settings(mesh, facts, seeds, self.seed_drawn)
-        self._met = tuple(dict.fromkeys((*self._met, *mesh)))  # in an order that all ranks share
         if seeds != common:
             for record, seed in zip(self.records.values(), common, strict=True):
                 dict.__setitem__(record.group, "seed", seed)
