@@ -40,11 +40,13 @@ def encode(vectors: Tensor, bits: int) -> Tensor:
 def decode(encoded: Tensor, bits: int) -> Tensor:
     """The numbers of ``encode``'s bytes, ``fp32[k, n]``."""
     if bits >= 16:
-        return encoded.view(torch.float32 if bits == 32 else torch.bfloat16).float()
+        numbers: Tensor = encoded.view(torch.float32 if bits == 32 else torch.bfloat16)
+        return numbers.float()
     blocks = encoded.shape[1] // (4 + BLOCK * bits // 8)
     scales, codes = encoded[:, : 4 * blocks].contiguous().view(torch.float32), encoded[:, 4 * blocks :]
     unit = codes.float().sub_(127).div_(127) if bits == 8 else _unpacked(codes)
-    return (unit.unflatten(1, (-1, BLOCK)) * scales.unsqueeze(2)).flatten(1)
+    numbers = unit.unflatten(1, (-1, BLOCK)) * scales.unsqueeze(2)
+    return numbers.flatten(1)
 
 
 def _whole(unit: Tensor) -> Tensor:

@@ -144,10 +144,10 @@ class DiLoCo:
         Raises:
             ConfigError: on all of them.
         """
-        group = dist.group.WORLD if self._group is None else self._group
+        group: Any = dist.group.WORLD if self._group is None else self._group
         mesh = (MeshDim(group.group_name, dist.get_world_size(group)),)
-        names = ("every", "overlap", "alpha", "bits", "sparse", "fragments")
-        facts = {f"DiLoCo's {name}": repr(value) for name, value in ({n: getattr(self, n) for n in names} | rates).items()}
+        own = {name: getattr(self, name) for name in ("every", "overlap", "alpha", "bits", "sparse", "fragments")}
+        facts = {f"DiLoCo's {name}": repr(value) for name, value in {**own, **rates}.items()}
         facts |= {f"parameter {name}": f"{list(p.shape)} {p.dtype} {p.requires_grad}" for name, p in parameters.items()}
         check_settings(mesh, facts, (), False)
         if self.sparse and self._selects is not None:
@@ -309,7 +309,7 @@ def _note_decays(diloco: DiLoCo | None) -> None:
 # ------------------------------------------------------------------------------------------------------------- arguments
 
 
-def _checked(named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+def _checked(named_parameters: Iterable[Any]) -> dict[str, Tensor]:
     """The parameters by name.
 
     Raises:
@@ -362,7 +362,7 @@ def _fragments(fragments: Any) -> int | list[list[str]] | None:
     """
     if fragments is None or is_whole(fragments):
         return None if fragments is None else positive_int("fragments", fragments)
-    lists = fragments if isinstance(fragments, (list, tuple)) else [None]
-    if lists and all(isinstance(part, (list, tuple)) and part and all(isinstance(name, str) for name in part) for part in lists):
-        return [list(part) for part in lists]
+    parts = fragments if isinstance(fragments, (list, tuple)) else ()
+    if parts and all(isinstance(part, (list, tuple)) and part and all(isinstance(name, str) for name in part) for part in parts):
+        return [list(part) for part in parts]
     raise ConfigError(f"fragments must be a number, or a list of lists of names, got {fragments!r}.")
