@@ -3,7 +3,7 @@
     python -m benchmarks.diloco                                   # two workers
     python -m benchmarks.diloco --workers 4 --methods ddp moved-4
 
-Every method sees the same number of tokens: each worker has its share of the batch in each step. `ddp` averages the gradients of
+With as many workers, every method sees the same tokens: each worker has batches of four windows, half of the demo's. `ddp` averages the gradients of
 every step, compact ones where weights are projected. `whole-32` is DiLoCo with whole weights in fp32; `moved-...` sends only the
 columns that have moved, with so many bits a number.
 
@@ -82,7 +82,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--workers", type=int, default=2, help="default 2")
-    parser.add_argument("--steps", type=int, default=140, help="default 140")
+    parser.add_argument("--steps", type=int, default=100, help="default 100")
     parser.add_argument("--rank", type=int, default=32, help="columns (default 32, an eighth of the width)")
     parser.add_argument("--optimizer", choices=("AdamW", "Muon"), default="AdamW")
     parser.add_argument("--every", type=int, default=20, help="steps from one message of a fragment to the next (default 20)")
@@ -127,7 +127,7 @@ def train(rank: int, settings: Settings) -> dict[str, Any]:
     scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: lr_share(step, config))
     diloco = diloco_of(model, opt, settings)
     compiled: Any = torch.compile(model if diloco is not None else DistributedDataParallel(model), backend="grass")
-    part = replace(config, batch_size=config.batch_size // settings.workers)
+    part = replace(config, batch_size=config.batch_size // 2)
     losses, sent = [], [0]
     extra = settings.overlap if diloco is not None else 0
     for _, ids in zip(tqdm(range(config.steps + extra), disable=rank > 0), own_batches(corpus, part, rank), strict=False):

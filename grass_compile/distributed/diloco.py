@@ -25,7 +25,7 @@ from ..checks import boolean, finite, is_whole, positive_int
 from ..errors import ConfigError, StateError
 from .agreement import check_settings
 from .codes import BITS
-from .exchange import Mean
+from .exchange import Mean, all_gather
 from .fragments import is_due, split
 from .layout import MeshDim, is_sharded, sharded_by
 from .moving import MovesRows, Moving
@@ -207,7 +207,7 @@ class DiLoCo:
         device, count = fragment.weights[0].outer.device, dist.get_world_size(self._group)
         header = torch.tensor(mine, dtype=torch.float64, device=device)
         theirs = header.new_empty(count * header.numel())
-        dist.all_gather_into_tensor(theirs, header.flatten(), group=self._group)
+        all_gather(theirs, header.flatten(), self._group, False)
         self.bytes_sent += (count - 1) * header.nbytes
         sums, factors = theirs.cpu().view(count, *header.shape).unbind(2)
         for weight, found in zip(fragment.weights, sums.unbind(1), strict=True):

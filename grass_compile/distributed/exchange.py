@@ -11,6 +11,12 @@ from torch import Tensor
 from .codes import BLOCK, decode, encode
 
 
+def all_gather(received: Tensor, sent: Tensor, group: Any, async_op: bool) -> Any:
+    """``torch.distributed.all_gather_single``, by the name that it has: torch 2.13 warns of the older one."""
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    return getattr(dist, name)(received, sent, group=group, async_op=async_op)
+
+
 class Mean:
     """A mean on its way. It is summed in fp32.
 
@@ -38,7 +44,7 @@ class Mean:
         self._direct = self._ranks <= 2
         if self._direct:
             self._received = codes.new_empty(self._ranks, codes.shape[1])
-            self._work: Any = dist.all_gather_into_tensor(self._received, codes, group=group, async_op=True)
+            self._work: Any = all_gather(self._received, codes, group, True)
             self.bytes_sent = (self._ranks - 1) * codes.numel()
         else:
             self._received = torch.empty_like(codes)
@@ -61,7 +67,7 @@ class Mean:
         self._work.wait()
         mine = encode(self._mean(), self._bits)
         self._received = mine.new_empty(self._ranks, mine.shape[1])
-        self._work = dist.all_gather_into_tensor(self._received, mine, group=self._group, async_op=True)
+        self._work = all_gather(self._received, mine, self._group, True)
         self.bytes_sent += (self._ranks - 1) * mine.numel()
         self._halves = 2
 
