@@ -3,9 +3,9 @@
     python -m benchmarks.diloco                                   # two workers
     python -m benchmarks.diloco --workers 4 --methods ddp moved-4
 
-With as many workers, every method sees the same tokens: each worker has batches of four windows, half of the demo's. `ddp` averages the gradients of
-every step, compact ones where weights are projected. `whole-32` is DiLoCo with whole weights in fp32; `moved-...` sends only the
-columns that have moved, with so many bits a number.
+With as many workers, every method sees the same tokens: each worker has batches of four windows, half of the demo's. `ddp`
+averages the gradients of every step, compact ones where weights are projected. `whole-32` is DiLoCo with whole weights in fp32;
+`moved-...` sends only the columns that have moved, with so many bits a number.
 
 Bytes are what one worker sends to others. For DDP they follow from the shapes: an all-reduce of `B` bytes over `N` workers sends
 `2 (N - 1) / N B` from each. DiLoCo counts its own, headers, scales and padding included. The loss is that of the outer weights on
@@ -111,6 +111,7 @@ def worker(rank: int, settings: Settings, folder: str) -> None:
     """One process of a run."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
+    torch._dynamo.config.optimize_ddp = False  # one graph, as without DDP
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=settings.workers)
     found = train(rank, settings)
     if rank == 0:
