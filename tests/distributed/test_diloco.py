@@ -291,11 +291,11 @@ def test_a_refresh_in_the_window_sends_the_union(ranks: Ranks, axis: str) -> Non
 
 @pytest.mark.parametrize("bits", BITS)
 def test_rounding(bits: int) -> None:
-    """16 and 4 bits round relatively to the number (4 bits: or to 1/128 of the largest of its block), 8 bits to the largest."""
+    """16 and 4 bits round relatively to the number (4 bits: or to 1/24 of the largest of its block), 8 bits to the largest."""
     numbers = torch.randn(3, 4 * BLOCK, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 2, 4 * BLOCK)
     found = decode(encode(numbers, bits), bits)
     largest = numbers.unflatten(1, (-1, BLOCK)).abs().amax(2).repeat_interleave(BLOCK, 1)
-    levels = torch.maximum(numbers.abs() / 3, largest / 128)
+    levels = torch.maximum(numbers.abs() / 3, largest / 24)
     bound = {32: 0.0 * largest, 16: numbers.abs() / 256, 8: largest / 254, 4: levels}[bits]
     assert bool(((found - numbers).abs() <= bound * 1.0001).all())
     assert encode(numbers, bits).nbytes == 3 * 4 * (BLOCK * bits // 8 + (4 if bits < 16 else 0))
