@@ -15,7 +15,7 @@ BLOCK = 128
 
 E2M1 = tuple(level / 12 for level in (-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12))
 """4 bits: a sign, two of exponent and one of mantissa, as in the OCP's MXFP4, over the largest. Rounding to them changes normal
-numbers by 0.11 of their norm and those of Student's t with three degrees of freedom by 0.15; E2M1, which Streaming DiLoCo (arXiv
+numbers by 0.11 of their norm and those of Student's t with three degrees of freedom by 0.15; E3M0, which Streaming DiLoCo (arXiv
 2501.18512) takes, by 0.19 and 0.17, and whole numbers up to 7 by 0.12 and 0.22."""
 
 
