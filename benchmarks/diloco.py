@@ -62,6 +62,7 @@ class Settings:
     every: int
     fragments: int
     overlap: int
+    lr: float
 
 
 def main() -> None:
@@ -70,7 +71,7 @@ def main() -> None:
     config, _ = with_best_rates(grass)
     runs = {}
     for method in options.methods:
-        settings = Settings(config, method, options.workers, options.every, options.fragments, options.overlap)
+        settings = Settings(config, method, options.workers, options.every, options.fragments, options.overlap, options.lr)
         runs[method] = run(settings)
         print(json.dumps({method: {key: value for key, value in runs[method].items() if key != "curve"}}), flush=True)
     print(table(["method", "loss", "own loss", "MB sent", "MB in a step", "s"], [line(*entry) for entry in runs.items()]))
@@ -88,6 +89,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--every", type=int, default=20, help="steps from one message of a fragment to the next (default 20)")
     parser.add_argument("--fragments", type=int, default=2, help="default 2")
     parser.add_argument("--overlap", type=int, default=2, help="steps for which a message may travel (default 2)")
+    parser.add_argument("--lr", type=float, default=0.4, help="of the outer optimizer (default 0.4)")
     parser.add_argument("--out", type=Path, help="JSON file (default: a name made of the settings, in results/)")
     return parser.parse_args()
 
@@ -166,7 +168,7 @@ def diloco_of(model: Any, opt: torch.optim.Optimizer, settings: Settings) -> DiL
     if asked is None:
         return None
     sparse, bits = asked
-    keywords = dict(every=settings.every, fragments=settings.fragments, overlap=settings.overlap)
+    keywords = dict(every=settings.every, fragments=settings.fragments, overlap=settings.overlap, lr=settings.lr)
     return DiLoCo(model.named_parameters(), opt, **keywords, bits=bits, sparse=sparse)
 
 
