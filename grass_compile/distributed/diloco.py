@@ -107,7 +107,7 @@ class DiLoCo:
         overlap: int = 0,
         alpha: float | None = None,
         bits: int = 32,
-        lr: float = 0.4,
+        lr: float = 0.7,
         momentum: float = 0.9,
         group: Any = None,
         sparse: bool = True,
