@@ -20,14 +20,14 @@ from grass_compile.passes.pipeline import PASSES
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "grass_compile"
 PRIVATE = ("_aot", "_autograd", "_dynamo", "_fsdp", "_inductor")
-LEAVES = ("errors", "checks", "keywords", "config", "report", "distributed.layout", *PRIVATE)
+LEAVES = ("_version", "errors", "checks", "keywords", "config", "report", "distributed.layout", "distributed.moving", *PRIVATE)
 MATH_OPERATORS = ("ops.once", "ops.rank_update", "ops.row_update")
 ALLOWED = {
     "_autograd": (), "_dynamo": (), "_fsdp": (), "_inductor": (), "_aot": ("_autograd", "_dynamo"),
-    "errors": (), "report": ("errors",), "checks": ("errors",),
+    "_version": (), "errors": (), "report": ("errors",), "checks": ("errors",),
     "keywords": ("errors", "checks"),
     "config": ("errors", "checks", "keywords", "distributed.layout"),
-    "distributed": ("_fsdp", "errors", "distributed"),
+    "distributed": ("_fsdp", "errors", "checks", "distributed"),
     "math": (*LEAVES, "math", *MATH_OPERATORS),
     "ops": (*LEAVES, "math", "ops"),
     "passes": (*LEAVES, "math", "ops", "passes"),

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .. import _dynamo
 from ..config import parse_group
-from ..distributed.layout import sharded_by, spread_differently
+from ..distributed.layout import MeshDim, sharded_by, spread_differently
+from ..distributed.moving import Moving
 from ..errors import ConfigError, GrassWarning, StateError
 from ..keywords import COMMON, PROJECT, check_names, completed
 from ..math.rule import Rule
@@ -273,6 +274,25 @@ class GrassOptimizer(torch.optim.Optimizer):
             StateError: on all of them, with what differs.
         """
         self._manager.check_agreement()
+
+    def share_rows(self, mesh: Sequence[MeshDim]) -> None:
+        """Have workers with batches of their own select the same rows, as `grass_compile.distributed.diloco` needs it; all of
+        them have to call this.
+
+        Args:
+            mesh: the groups of ranks.
+
+        Raises:
+            ConfigError: on all ranks, if their settings differ; or a weight's rows are chosen by its gradient.
+        """
+        self._manager.agree(mesh)
+        for record in self._manager.records.values():
+            record.check_blind()
+
+    def moving(self, parameter: Tensor) -> Moving | None:
+        """What of a parameter the last step has moved; None if that is all of it, or this optimizer does not hold it."""
+        record = self._manager.records.get(parameter)
+        return None if record is None else record.moving()
 
     def accumulate(self) -> contextlib.AbstractContextManager[None]:
         """For every micro-batch but the last: inside, ``backward()`` leaves compact gradients and moves nothing.

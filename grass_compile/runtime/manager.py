@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _autograd, _dynamo
+from .._version import __version__
 from ..config import GroupOptions
 from ..distributed.agreement import check_settings, check_tensors
 from ..distributed.layout import MeshDim, is_sharded, local_part, mesh_of, spread_not_finite
@@ -124,10 +125,19 @@ class ProjectionManager:
             ConfigError: on all ranks, with what differs.
         """
         mesh = tuple(dict.fromkeys(MeshDim(dim.group, dim.size) for dim in mesh))
-        if set(mesh) <= set(self._met):
-            return
-        from .. import __version__  # the package has it once all of this is imported
+        if not set(mesh) <= set(self._met):
+            self.agree(mesh)
+            self._met = tuple(dict.fromkeys((*self._met, *mesh)))  # in an order that all ranks share
 
+    def agree(self, mesh: Sequence[MeshDim]) -> None:
+        """Compare settings with other ranks, and take their seed if it was drawn; all of them have to call this.
+
+        Args:
+            mesh: the dimensions of the mesh of ranks.
+
+        Raises:
+            ConfigError: on all ranks, with what differs.
+        """
         facts: dict[str, Any] = {"the torch version": torch.__version__, "the version of grass_compile": __version__}
         hooked = _autograd.have_hooks([record.parameter for record in self.records.values()])
         for number, record in enumerate(self.records.values()):
@@ -136,7 +146,6 @@ class ProjectionManager:
             facts[f"why {record.label} stays dense"] = record.refusal(record.name, hooked[number])
         seeds = tuple(record.options.seed for record in self.records.values())
         common = check_settings(mesh, facts, seeds, self.seed_drawn)
-        self._met = tuple(dict.fromkeys((*self._met, *mesh)))  # in an order that all ranks share
         if seeds != common:
             for record, seed in zip(self.records.values(), common, strict=True):
                 dict.__setitem__(record.group, "seed", seed)
