@@ -250,7 +250,7 @@ class DiLoCo:
             "steps": self.steps,
             "numbers_sent": self.numbers_sent,
             "bytes_sent": self.bytes_sent,
-            "workers": dist.get_world_size(self._group),
+            **self._form(),
             "optimizer": self.optimizer.state_dict(),
             "weights": {name: weight.state() for name, weight in self._weights.items()},
             "pending": [_saved(fragment.pending) for fragment in self._fragments],
@@ -262,27 +262,31 @@ class DiLoCo:
         are sent again. Weights and inner optimizer are loaded by themselves, after construction.
 
         Raises:
-            StateError: it is of other parameters or fragments, or a message was on its way between another number of workers.
-                Nothing was changed.
+            StateError: it is of other parameters; or a message was on its way between another number of workers, in other
+                fragments or in another number of bits. Nothing was changed.
         """
-        workers = dist.get_world_size(self._group)
         weights, pending = state_dict["weights"], state_dict["pending"]
         if weights.keys() != self._weights.keys():
             names = sorted(weights.keys() ^ self._weights.keys())
             raise StateError(f"{names[0]}: it is in the state or here, but not in both. Nothing was changed.")
         for name, weight in self._weights.items():
             weight.check(weights[name])
-        if any(pending) and (state_dict["workers"] != workers or len(pending) != len(self._fragments)):
-            raise StateError(
-                f"a message was on its way between {state_dict['workers']} workers in {len(pending)} fragments; there are "
-                f"{workers} workers and {len(self._fragments)} fragments here. Nothing was changed."
-            )
+        for key, here in self._form().items():
+            if any(pending) and state_dict[key] != here:
+                raise StateError(
+                    f"a message was on its way when this was saved, and {key} was {state_dict[key]}; here it is {here}. "
+                    "Nothing was changed."
+                )
         self.optimizer.load_state_dict(state_dict["optimizer"])
         self.steps, self.numbers_sent, self.bytes_sent = (state_dict[key] for key in ("steps", "numbers_sent", "bytes_sent"))
         for name, weight in self._weights.items():
             weight.load(weights[name])
         for fragment, saved in zip(self._fragments, pending if any(pending) else [None] * len(self._fragments), strict=True):
             fragment.pending = None if saved is None else self._resumed(fragment, saved)
+
+    def _form(self) -> dict[str, Any]:
+        """What has to be the same where a message on its way is sent again."""
+        return {"workers": dist.get_world_size(self._group), "bits": self.bits, "fragments": self.fragments}
 
     def _resumed(self, fragment: Fragment, saved: Mapping[str, Any]) -> Pending:
         """Send a message again."""

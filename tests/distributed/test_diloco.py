@@ -401,7 +401,7 @@ def load(kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("workers", "a message was on its way between 3 workers in 1 fragments; there are 2 workers"),
+        ("workers", "a message was on its way when this was saved, and workers was 3; here it is 2"),
         ("names", "embedding.weight: it is in the state or here, but not in both"),
         ("shape", r"embedding.weight: its shape is \[3\] in the state, and \[32, 16\] here"),
     ],
