@@ -1,5 +1,6 @@
 """Structured sparse gradients (Grass) as a graph rewrite: ``torch.compile(model, backend="grass")``."""
 
+from ._version import __version__ as __version__
 from .errors import ConfigError as ConfigError
 from .errors import GraphError as GraphError
 from .errors import GrassError as GrassError
@@ -21,5 +22,3 @@ from .optim.optimizers import Sketchy as Sketchy
 from .optim.param_groups import param_groups as param_groups
 from .report import Report as Report
 from .train_step import train_step as train_step
-
-__version__ = "0.1.0"

@@ -20,7 +20,7 @@ from grass_compile.passes.pipeline import PASSES
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "grass_compile"
 PRIVATE = ("_aot", "_autograd", "_dynamo", "_fsdp", "_inductor")
-LEAVES = ("errors", "checks", "keywords", "config", "report", "distributed.layout", *PRIVATE)
+LEAVES = ("_version", "errors", "checks", "keywords", "config", "report", "distributed.layout", *PRIVATE)
 MATH_OPERATORS = ("ops.once", "ops.rank_update", "ops.row_update")
 ALLOWED = {
     "_autograd": (), "_dynamo": (), "_fsdp": (), "_inductor": (), "_aot": ("_autograd", "_dynamo"),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _autograd, _dynamo
+from .. import _autograd, _dynamo, _version
 from ..config import GroupOptions
 from ..distributed.agreement import check_settings, check_tensors
 from ..distributed.layout import MeshDim, is_sharded, local_part, mesh_of, spread_not_finite
@@ -105,9 +105,7 @@ class ProjectionManager:
         mesh = tuple(dict.fromkeys(MeshDim(dim.group, dim.size) for dim in mesh))
         if set(mesh) <= set(self._met):
             return
-        from .. import __version__  # the package has it once all of this is imported
-
-        facts: dict[str, Any] = {"the torch version": torch.__version__, "the version of grass_compile": __version__}
+        facts: dict[str, Any] = {"the torch version": torch.__version__, "the version of grass_compile": _version.__version__}
         hooked = _autograd.have_hooks([record.parameter for record in self.records.values()])
         for number, record in enumerate(self.records.values()):
             facts[f"parameter {number}"] = f"{record.name} {list(record.parameter.shape)} {record.parameter.dtype}"

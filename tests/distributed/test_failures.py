@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import grass_compile
-from grass_compile import ConfigError
+from grass_compile import ConfigError, _version
 
 from .breaking import AtCollective, kill_this_process, raise_on_purpose
 from .compare import how
@@ -58,7 +58,7 @@ def train_differently(mesh: tuple[int, ...], **differs: Any) -> tuple[str, float
     training = Training(how(**mine), optimizer=optimizer, mesh=mesh, place="blocks", steps=3)
     with (
         mock.patch.object(torch, "__version__", torch_version),
-        mock.patch.object(grass_compile, "__version__", version),
+        mock.patch.object(_version, "__version__", version),
     ):
         return said_by(lambda: train(training))
 
