@@ -240,6 +240,33 @@ def test_moved_rows_are_all_there_is_to_send(
         check_close(one.weights, other.weights)
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "inner"),
+    [("AdamW", how(stagger=True, share_index=True)), ("AdamW", how(projection="gaussian", on_refresh="keep")), ("Lion", ())],
+)
+def test_features_of_the_inner_optimizer(ranks: Ranks, optimizer: str, inner: tuple[tuple[str, Any], ...]) -> None:
+    moved, whole = results(ranks, run := Run(optimizer, inner), run.change(sparse=False))
+    check_close(moved[0].outer, whole[0].outer)
+    assert (moved[0].numbers < whole[0].numbers) == ("gaussian" not in dict(inner).values())
+
+
+def in_bf16(decay: float) -> dict[str, Tensor]:
+    """The outer weights of a worker whose own are bf16."""
+    worker = Worker(Run(decay=decay, inner=how(stochastic_rounding=True)), dist.get_rank())
+    worker.model.to(torch.bfloat16)
+    diloco = DiLoCo(worker.model.named_parameters(), worker.opt, every=4, fragments=1, overlap=1, bits=16)
+    for tokens in batches(9):
+        worker.step(tokens)
+        diloco.step()
+    return diloco.outer
+
+
+def test_weights_in_bf16(ranks: Ranks) -> None:
+    """Have outer weights in fp32, the same on all workers."""
+    first, second = result_of(ranks(in_bf16, 0.1))
+    assert all(tensor.dtype == torch.float32 and torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
 def test_a_step_that_one_worker_skips(ranks: Ranks) -> None:
     """It does not decay there, so rows that have not moved differ; the outer weights stay the same on all."""
     run = Run(inner=how(nonfinite="skip"), bad=2, gap=100)
