@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import disable as dynamo_disable
 from torch._guards import CompileContext, TracingContext, compile_context, tracing
+from torch._subclasses.fake_tensor import FakeTensor
 
 Compiled = Callable[..., Any]
 
@@ -76,8 +77,24 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[Captured
         if isinstance(example, torch.nn.Parameter) or _is_leaf(example):
             parameters.append((position, _qualified_name(node, names)))
             real.append(example)
-    captured = Captured(_copy(gm), tuple(fakes), TracingContext.try_get(), CompileContext.try_get(), tuple(parameters))
+    captured = Captured(_copy(gm), tuple(fakes), _tracing_context(), CompileContext.try_get(), tuple(parameters))
     return captured, tuple(real)
+
+
+def are_known(parameters: Sequence[Tensor]) -> bool:
+    """Whether these are the real ones. Where ``DDPOptimizer`` splits a graph, backends are given fake ones."""
+    return not any(isinstance(parameter, FakeTensor) for parameter in parameters)
+
+
+def _tracing_context() -> TracingContext | None:
+    """Dynamo's, for one graph. The parts of a graph that ``DDPOptimizer`` splits have one in common, and torch counts how many
+    backwards it compiles for them, and runs what a backend returns with fake tensors first. Here each part is compiled when it is
+    called, as often as it takes."""
+    context: Any = TracingContext.try_get()
+    if getattr(context, "ddp_optimizer_ctx", None) is not None:
+        context = copy.copy(context)
+        context.ddp_optimizer_ctx, context.fakify_first_call = None, False
+    return context  # type: ignore[no-any-return]
 
 
 def _is_leaf(example: Any) -> bool:

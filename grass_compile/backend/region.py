@@ -85,7 +85,7 @@ class Region:
         self.trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in real)
         self.variants = Variants(self.captured, options)
         self._warned = False
-        if compile_now:
+        if compile_now and _dynamo.are_known(real):
             self._compile_first(real)
 
     def _compile_first(self, parameters: Sequence[Tensor]) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import re
 import unittest.mock
+import warnings
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import grass_compile
-from grass_compile import ConfigError, StateError
+from grass_compile import ConfigError, GrassWarning, StateError
 from grass_compile.runtime import manager
 
 from ..pairs import every_value
@@ -111,6 +112,48 @@ def test_resuming_on_another_number_of_ranks(ranks: Ranks, selection: str) -> No
 @pytest.mark.exhaustive
 def test_under_inductor(ranks: Ranks) -> None:
     compare(ranks, Training(how(step_in_backward=True), compiler="inductor", steps=4))
+
+
+class Wide(nn.Module):
+    """Blocks of more than half a MiB, of which DDP's first bucket takes one or two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.norm = nn.Embedding(16, 384), nn.LayerNorm(384)
+        self.layers = nn.ModuleList([nn.Linear(384, 384) for _ in range(4)])
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = x + layer(self.norm(x)).relu()
+        return x
+
+
+def split_by_default(optimize_ddp: bool) -> list[torch.Tensor]:
+    """Some steps of a model that torch compiles in several graphs, one for each of DDP's buckets of their default sizes."""
+    dist._DEFAULT_FIRST_BUCKET_BYTES = 2**20
+    model = Wide()
+    optimizer = grass_compile.AdamW(model.named_parameters(), rank=8, seed=0, eps=1e-6)
+    run = torch.compile(DistributedDataParallel(model), backend="grass", options={"compiler": "aot_eager"})
+    with torch._dynamo.config.patch(optimize_ddp=optimize_ddp), warnings.catch_warnings():
+        warnings.simplefilter("error", GrassWarning)
+        for step in range(4):
+            tokens = torch.randint(16, (2, 8), generator=torch.Generator().manual_seed(step + 10 * dist.get_rank()))
+            run(tokens).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert [name for name, p in model.named_parameters() if "index" in optimizer.state[p]] == [
+        f"layers.{number}.weight" for number in range(4)
+    ]
+    return [p.detach() for p in model.parameters()]
+
+
+def test_buckets_of_the_default_size(ranks: Ranks) -> None:
+    """Without a warning that nobody holds the parameters, and as if torch had compiled all of it in one graph."""
+    split, whole = result_of(ranks(split_by_default, True)), result_of(ranks(split_by_default, False))
+    for found, same, expected in zip(*split, whole[0], strict=True):
+        assert torch.equal(found, same)
+        torch.testing.assert_close(found, expected)
 
 
 # ------------------------------------------------------------------------------------------------------------ agreement
