@@ -132,6 +132,7 @@ class Wide(nn.Module):
 def split_by_default(optimize_ddp: bool) -> list[torch.Tensor]:
     """Some steps of a model that torch compiles in several graphs, one for each of DDP's buckets of their default sizes."""
     dist._DEFAULT_FIRST_BUCKET_BYTES = 2**20
+    torch.manual_seed(0)
     model = Wide()
     optimizer = grass_compile.AdamW(model.named_parameters(), rank=8, seed=0, eps=1e-6)
     run = torch.compile(DistributedDataParallel(model), backend="grass", options={"compiler": "aot_eager"})
