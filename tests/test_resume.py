@@ -30,7 +30,7 @@ KILLS = {"fused": 8, "deferred": 3, "accumulated": 3, "adopted": 3}  # each cost
 # ---------------------------------------------------------------------------------------------------------------- killed
 
 
-MARKS = {"fused": [pytest.mark.slow], "adopted": [pytest.mark.exhaustive], "accumulated": [pytest.mark.exhaustive]}
+MARKS = {"fused": [pytest.mark.slow], **dict.fromkeys(("adopted", "accumulated", "deferred"), [pytest.mark.exhaustive])}
 
 
 @pytest.mark.parametrize("variant", [pytest.param(variant, marks=MARKS.get(variant, ())) for variant in KEYWORDS])

@@ -211,7 +211,7 @@ def _adopt(manager: ProjectionManager, parameter: Tensor, group: dict[str, Any],
         record.resume(assigned, state)
     record.assign(assigned, wished.kernel)
     made = reduce(record)
-    if before.keys() >= set(rule.state_names) and wished.options.projection == "grass":
+    if before and before.keys() >= set(rule.state_names) and wished.options.projection == "grass":
         _go_on(record, made, before)
 
 
@@ -221,7 +221,7 @@ def _go_on(record: ProjectedParameter, gradient: CompactGrad, before: Mapping[st
     record.choose(gradient.rows)
     for name in record.rule.state_names:
         record.state[name].copy_(before[name].index_select(record.assigned.dim, gradient.rows))
-    record.state["step"].fill_(float(before["step"]))
+    record.state["step"].fill_(float(before.get("step", 1)))
     record.state["updates"] = 1
     gradient.fresh, record.chosen = False, (gradient.rows, False, None)
 

@@ -72,7 +72,10 @@ def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
         except Exception as error:
             error.add_note(traceback.format_exc()) if hasattr(error, "add_note") else None
             result = error
-        pipe.send(result)
+        try:
+            pipe.send(result)
+        except Exception as error:  # not everything can be pickled, some exceptions among it
+            pipe.send(RuntimeError(f"{error!r} when sending {result!r}"))
     torch.distributed.destroy_process_group()
 
 

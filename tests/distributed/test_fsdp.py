@@ -75,7 +75,9 @@ FEATURES = [
     pytest.param(sharded(optimizer="Lion"), marks=pytest.mark.exhaustive),
     pytest.param(sharded(optimizer="SGD"), marks=pytest.mark.exhaustive),
     sharded(optimizer="Muon", hidden=25),
-    sharded(how(axis="rows", step_in_backward=True, rank=12), optimizer="Muon", fsdp=how(dim=1)),
+    pytest.param(
+        sharded(how(axis="rows", step_in_backward=True, rank=12), optimizer="Muon", fsdp=how(dim=1)), marks=pytest.mark.exhaustive
+    ),
     sharded(how(max_grad_norm=0.05, selection="top"), optimizer="Muon", micro=2),
     pytest.param(sharded(optimizer="adopted", place="around"), marks=pytest.mark.exhaustive),
     pytest.param(sharded(how(axis="rows"), optimizer="adopted", fsdp=how(dim=1), micro=2), marks=pytest.mark.exhaustive),
@@ -100,7 +102,8 @@ def test_an_unmodified_script(mesh: tuple[int, ...], request: pytest.FixtureRequ
 
 
 @pytest.mark.inductor
-@pytest.mark.parametrize("selection", ["uniform", pytest.param("top", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("selection", ["uniform", "top"])
 def test_inductor(ranks: Ranks, selection: str) -> None:
     compare(ranks, sharded(how(selection=selection, step_in_backward=True), compiler="inductor", hidden=25, steps=4))
 

@@ -339,9 +339,11 @@ def save_and_go_on(training: Training, folder: str, at: int) -> dict[str, Tensor
 
 
 def load_and_go_on(training: Training, folder: str, at: int) -> dict[str, Tensor]:
-    """Load into an optimizer that has taken no step, and go on."""
+    """Load into an optimizer that has taken no step, and go on; an unmodified script's is taken over in its first."""
     run = Trained(training)
     data = batches(training.steps)
+    if run.adopted:
+        step_of(run, data[-1])
     weights, state = get_state_dict(run.model, run.optimizer)
     dcp.load({"weights": weights, "state": state}, checkpoint_id=folder)
     set_state_dict(run.model, run.optimizer, model_state_dict=weights, optim_state_dict=state)

@@ -198,7 +198,8 @@ def test_refresh_needs_one_full_gradient_at_a_time(run: Run) -> None:
         assert before.stop <= after.start, "a full gradient is still needed when the next is formed"
 
 
-@pytest.mark.parametrize("axis", ["rows", pytest.param("columns", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("axis", ["rows", "columns"])
 def test_estimated_scores_need_no_other_graph(axis: str) -> None:
     """Whether new rows are due stands on the host, in an input of the one backward; no full gradient is formed."""
     forward, backward, _ = generate(train, axis, "estimate")

@@ -311,6 +311,7 @@ def test_no_bit_changes_in_bf16(mode: str, compiler: str) -> None:
 
 
 @pytest.mark.inductor
+@pytest.mark.exhaustive
 def test_inductor_equals_a_run_without_that_step() -> None:
     keywords = dict(compiler="inductor", dtype=torch.float32, weight_decay=0.1, max_grad_norm=0.05, on_refresh="carry")
     one, other = Run(**keywords), Run(**keywords)

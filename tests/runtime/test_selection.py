@@ -271,7 +271,8 @@ def test_a_seed_is_drawn_unless_given() -> None:
 
 
 @pytest.mark.inductor
-@pytest.mark.parametrize("axis", ["rows", pytest.param("columns", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("axis", ["rows", "columns"])
 def test_sampled_selection_under_inductor(axis: str) -> None:
     torch.manual_seed(0)
     run = pair(

@@ -110,7 +110,7 @@ def eager_steps(run: Run, steps: int, carry: bool) -> list[dict[str, list[int]]]
         ("aot_eager", False, "carry"),
         pytest.param("aot_eager", True, "carry", marks=pytest.mark.exhaustive),
         pytest.param("aot_eager", False, "reset", marks=pytest.mark.exhaustive),
-        pytest.param("inductor", True, "carry", marks=pytest.mark.inductor),
+        pytest.param("inductor", True, "carry", marks=[pytest.mark.inductor, pytest.mark.exhaustive]),
         pytest.param("inductor", False, "reset", marks=[pytest.mark.inductor, pytest.mark.exhaustive]),
         pytest.param("inductor", True, "reset", marks=[pytest.mark.inductor, pytest.mark.exhaustive]),
         pytest.param("inductor", False, "carry", marks=[pytest.mark.inductor, pytest.mark.exhaustive]),
