@@ -30,7 +30,7 @@ KILLS = {"fused": 8, "deferred": 3, "accumulated": 3, "adopted": 3}  # each cost
 # ---------------------------------------------------------------------------------------------------------------- killed
 
 
-MARKS = {"fused": [pytest.mark.slow], **dict.fromkeys(("adopted", "accumulated", "deferred"), [pytest.mark.exhaustive])}
+MARKS = {name: [pytest.mark.slow] if name == "fused" else [pytest.mark.exhaustive] for name in KEYWORDS}
 
 
 @pytest.mark.parametrize("variant", [pytest.param(variant, marks=MARKS.get(variant, ())) for variant in KEYWORDS])
