@@ -178,7 +178,7 @@ class GrassOptimizer(torch.optim.Optimizer):
         manager.drop_guesses()
         check_step(manager)
         self._warn_uncompiled()
-        if self._initialises():
+        if manager.unread and self._initialises():
             manager.guess_states()
         manager.warn_of_nothing()
         if manager.max_norm is not None and not manager.clipped:

@@ -92,11 +92,16 @@ class ProjectionManager:
         self.records[parameter] = record
         registry.register(record)
 
+    @property
+    def unread(self) -> bool:
+        """Whether no compiled region has read any of the parameters yet."""
+        return self._looked_at == 0
+
     def guess_states(self) -> None:
-        """Give parameters the state that they will most likely have, if no compiled region has read any of them yet, so that a
-        checkpoint can be loaded into it. The next region, or step, or loaded state, takes its place."""
+        """Give parameters that no compiled region has read yet the state that they will most likely have, so that a checkpoint can
+        be loaded into it. The next region, or step, or loaded state, takes its place."""
         records = self.records.values()
-        if self._looked_at or any(record.optimizer_state() for record in records):
+        if any(record.optimizer_state() for record in records):
             return
         if any(bool(record.gradient.any()) for record in records if record.gradient is not None):
             return
