@@ -171,10 +171,10 @@ class Region:
                     record.name = record.name or name
                     asked.append((position, name, record))
         for manager in managers.values():  # those that project nothing, too: on another rank they may
-            manager.drop_guesses()
-            manager.meet_owners()
+            manager.note_reading()
+            manager.ranks.meet_owners()
             if module is not None:
-                manager.meet([ddp.ranks_of(module)])
+                manager.ranks.meet([ddp.ranks_of(module)])
         hooks = _autograd.have_hooks([record.parameter for _, _, record in asked])
         for (position, name, record), hooked in zip(asked, hooks, strict=True):
             if module is not None:
@@ -183,7 +183,7 @@ class Region:
             if own and refusal(record.name or name, record.parameter, record.options, hooked) is None:
                 record.spread(tensor_parallel.layout_of(record.parameter))
             if record.layout is not None:
-                manager_of(record).meet(record.layout.mesh)
+                manager_of(record).ranks.meet(record.layout.mesh)
             weights.append(WeightInput(record.name, position, record.config(), record.refusal(name, hooked)))
             records[position] = record
         if self.options.project is not None:

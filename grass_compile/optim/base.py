@@ -47,7 +47,7 @@ class GrassOptimizer(torch.optim.Optimizer):
         check_names(own, type(self).__name__)
         self._given = _with_seed(own)
         self._manager = ProjectionManager(self, False)
-        self._manager.seed_drawn = own.get("seed") is None
+        self._manager.ranks.seed_drawn = own.get("seed") is None
         self._warned = False
         try:
             super().__init__(params, **torch_keywords)
@@ -273,7 +273,7 @@ class GrassOptimizer(torch.optim.Optimizer):
         Raises:
             StateError: on all of them, with what differs.
         """
-        self._manager.check_agreement()
+        self._manager.ranks.check()
 
     def share_rows(self, mesh: Sequence[MeshDim]) -> None:
         """Have workers with batches of their own select the same rows, as `grass_compile.distributed.diloco` needs it; all of
@@ -285,7 +285,7 @@ class GrassOptimizer(torch.optim.Optimizer):
         Raises:
             ConfigError: on all ranks, if their settings differ; or a weight's rows are chosen by its gradient.
         """
-        self._manager.agree(mesh)
+        self._manager.ranks.agree(mesh)
         for record in self._manager.records.values():
             record.check_blind()
 

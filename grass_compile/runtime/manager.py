@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _autograd, _dynamo
-from .._version import __version__
 from ..config import GroupOptions
-from ..distributed.agreement import check_settings, check_tensors
-from ..distributed.layout import MeshDim, is_sharded, local_part, mesh_of, spread_not_finite
+from ..distributed.layout import MeshDim, spread_not_finite
 from ..errors import GrassWarning
 from ..math.finite import clip_, total_norm
 from ..math.rule import Rule
@@ -29,10 +26,8 @@ from .hyper import HyperTensors
 from .moved import MovedGrad
 from .nonfinite import NonFinite
 from .parameter import ProjectedParameter
+from .ranks import RankAgreement
 from .watch import LoopWatch, Mode
-
-COMPARED_EVERY = 500
-"""Updates of a weight between two looks at whether all ranks train the same rows."""
 
 
 class ProjectionManager:
@@ -47,7 +42,8 @@ class ProjectionManager:
         clipped: whether the gradients of this step have been clipped inside the backward.
         grad_norm: the gradient norm at the last clipping, 0-d, on the device.
         hidden: gradients that are taken out of ``.grad`` while torch's own code takes its step.
-        seed_drawn: whether the seed was drawn rather than given.
+        ranks: what the ranks have to have in common.
+        unread: whether no compiled region has read any of the parameters yet.
         guessed: the parameters that have a state, but only as a place to load a checkpoint into.
         broken: what to do after a backward that broke off when some weights had moved, or "".
     """
@@ -63,9 +59,8 @@ class ProjectionManager:
         self.hidden: dict[Tensor, Tensor] = {}
         self.guessed: list[ProjectedParameter] = []
         self.broken = ""
-        self.seed_drawn = False
-        self._met: tuple[MeshDim, ...] = ()
-        self._looked_at = 0
+        self.ranks = RankAgreement(self.records)
+        self.unread = True
         self._norm_leaf: Tensor | None = None
         self._accumulating = 0
         self._task = -1
@@ -92,14 +87,9 @@ class ProjectionManager:
         self.records[parameter] = record
         registry.register(record)
 
-    @property
-    def unread(self) -> bool:
-        """Whether no compiled region has read any of the parameters yet."""
-        return self._looked_at == 0
-
     def guess_states(self) -> None:
-        """Give parameters that no compiled region has read yet the state that they will most likely have, so that a checkpoint can
-        be loaded into it. The next region, or step, or loaded state, takes its place."""
+        """Give parameters that no compiled region has read yet the state that they will most likely have, so that a checkpoint
+        can be loaded into it. The next region, or step, or loaded state, takes its place."""
         records = self.records.values()
         if any(record.optimizer_state() for record in records):
             return
@@ -107,85 +97,16 @@ class ProjectionManager:
             return
         self.guessed = [record for record in records if record.guess()]
 
+    def note_reading(self) -> None:
+        """Note that a compiled region reads parameters."""
+        self.unread = False
+        self.drop_guesses()
+
     def drop_guesses(self) -> None:
         """Be as before `guess_states`."""
         guessed, self.guessed = self.guessed, []
         for record in guessed:
             record.drop_guess()
-
-    def meet_owners(self) -> None:
-        """Compare settings with all ranks that own parts of any parameter, see `meet`. What is no ``DTensor`` is the same on all
-        of these."""
-        if self._looked_at != len(self.records):
-            self.meet([dim for parameter, record in self.records.items() if record.sharded for dim in mesh_of(parameter)])
-            self._looked_at = len(self.records)  # if they differ, all ranks come here again: an error while tracing is repeated
-
-    def meet(self, mesh: Sequence[MeshDim]) -> None:
-        """Compare settings with the other ranks, once, and take their seed if it was drawn; all of them have to call this.
-
-        Args:
-            mesh: the dimensions of the mesh of ranks.
-
-        Raises:
-            ConfigError: on all ranks, with what differs.
-        """
-        mesh = tuple(dict.fromkeys(MeshDim(dim.group, dim.size) for dim in mesh))
-        if not set(mesh) <= set(self._met):
-            self.agree(mesh)
-            self._met = tuple(dict.fromkeys((*self._met, *mesh)))  # in an order that all ranks share
-
-    def agree(self, mesh: Sequence[MeshDim]) -> None:
-        """Compare settings with other ranks, and take their seed if it was drawn; all of them have to call this.
-
-        Args:
-            mesh: the dimensions of the mesh of ranks.
-
-        Raises:
-            ConfigError: on all ranks, with what differs.
-        """
-        facts: dict[str, Any] = {"the torch version": torch.__version__, "the version of grass_compile": __version__}
-        hooked = _autograd.have_hooks([record.parameter for record in self.records.values()])
-        for number, record in enumerate(self.records.values()):
-            facts[f"parameter {number}"] = f"{record.name} {list(record.parameter.shape)} {record.parameter.dtype}"
-            facts |= {f"{record.label}: {name}": value for name, value in _settings(record).items()}
-            facts[f"why {record.label} stays dense"] = record.refusal(record.name, hooked[number])
-        seeds = tuple(record.options.seed for record in self.records.values())
-        common = check_settings(mesh, facts, seeds, self.seed_drawn)
-        if seeds != common:
-            for record, seed in zip(self.records.values(), common, strict=True):
-                dict.__setitem__(record.group, "seed", seed)
-                record.change(dataclasses.replace(record.options, seed=seed))
-
-    def check_agreement(self) -> None:
-        """Compare projected weights and their state on all ranks; all of them have to call this.
-
-        Raises:
-            StateError: on all ranks, with what differs.
-        """
-        compared: dict[MeshDim, dict[str, Tensor]] = {dim: {} for dim in self._met}
-        for record in self.records.values():
-            over = {dim.group for dim in mesh_of(record.parameter) if dim.shards is not None} if record.sharded else set()
-            tensors = {name: value for name, value in record.optimizer_state().items() if isinstance(value, Tensor)}
-            of_parts = {name for name, value in tensors.items() if record.owns_part_of(name) or is_sharded(value)}
-            for dim, found in compared.items():
-                if dim.group not in over:
-                    found[record.label] = record.weight
-                for name, value in tensors.items():
-                    if dim.group not in over or name not in of_parts:
-                        found[f"{record.label}: {name}"] = local_part(value)
-        check_tensors(compared)
-
-    def _compare_rows(self) -> None:
-        """At every `COMPARED_EVERY`-th update, compare which rows the ranks train; all of them are at the same one.
-
-        Raises:
-            StateError: on all ranks, with what differs.
-        """
-        spread = [record for record in self.records.values() if record.layout is not None and record.assigned is not None]
-        if not spread or spread[0].state["updates"] % COMPARED_EVERY or not (spread[0].moved or spread[0].chosen is not None):
-            return
-        rows = {f"{record.label}: {record.selector}": record.state[record.selector] for record in spread}
-        check_tensors(dict.fromkeys(self._met, rows))
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -406,8 +327,7 @@ class ProjectionManager:
                 one before.
             StateError: the ranks have come to train different rows.
         """
-        if self._met:
-            self._compare_rows()
+        self.ranks.compare_now_and_then()
         if any(record.moved or record.chosen is not None for record in self.records.values()):
             self.watch.passed()
         self._end()
@@ -422,14 +342,6 @@ class ProjectionManager:
             record.moved, record.chosen = False, None
             if (gradient := record.pending) is not None:
                 gradient.applied = False
-
-
-def _settings(record: ProjectedParameter) -> dict[str, str]:
-    """What all ranks have to have in common of what one weight is asked, by keyword; but for the seed. (Torch's own optimizers
-    have no keywords of ours in their groups.)"""
-    own = {**vars(record.options), **record.group}
-    own = {name: value for name, value in own.items() if name not in ("params", "param_names", "seed")}
-    return {"the rule": repr(record.rule), **{name: repr(value) for name, value in own.items()}}
 
 
 @_dynamo.outside_dynamo

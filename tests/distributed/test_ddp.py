@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import grass_compile
 from grass_compile import ConfigError, GrassWarning, StateError
-from grass_compile.runtime import manager
+from grass_compile.runtime import ranks as runtime_ranks
 
 from ..pairs import every_value
 from .compare import COMPACT, SCORES, SHAPES, compare, how
@@ -226,7 +226,7 @@ def train_other_rows() -> tuple[int, str]:
     model = Small()
     optimizer = grass_compile.AdamW(model.named_parameters(), rank=2, update_proj_gap=100)
     run = torch.compile(DistributedDataParallel(model), backend="grass", options={"compiler": "aot_eager"})
-    with unittest.mock.patch.object(manager, "COMPARED_EVERY", 3):
+    with unittest.mock.patch.object(runtime_ranks, "COMPARED_EVERY", 3):
         for updates in range(1, 9):
             run(torch.randn(3, 8)).square().mean().backward()
             try:

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import grass_compile
 from grass_compile import ConfigError
-from grass_compile.runtime import manager
+from grass_compile.runtime import ranks as runtime_ranks
 
 from .breaking import AtCollective, kill_this_process, raise_on_purpose
 from .compare import how
@@ -59,7 +59,7 @@ def train_differently(mesh: tuple[int, ...], **differs: Any) -> tuple[str, float
     training = Training(how(**mine), optimizer=optimizer, mesh=mesh, place="blocks", steps=3)
     with (
         mock.patch.object(torch, "__version__", torch_version),
-        mock.patch.object(manager, "__version__", version),
+        mock.patch.object(runtime_ranks, "__version__", version),
     ):
         return said_by(lambda: train(training))
 
