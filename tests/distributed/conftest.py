@@ -1,4 +1,4 @@
-"""Groups of processes, started once."""
+"""Groups of processes, started once for each file of tests: what one leaves in a process must not meet another."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from .ranks import Ranks
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     """Two."""
     group = Ranks(2, tmp_path_factory.mktemp("ranks"))
@@ -17,7 +17,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     group.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     """Four."""
     group = Ranks(4, tmp_path_factory.mktemp("ranks"))

@@ -12,11 +12,16 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+PRELOADED = ["tests.distributed.training", "torch._inductor.compile_fx"]
+"""Modules that a server of processes imports once, before anything is computed; each process is forked from it."""
+
+
 class Ranks:
     """A group of processes over loopback. Calling it runs a function of a module on each of them."""
 
     def __init__(self, size: int, folder: Path) -> None:
-        context = multiprocessing.get_context("spawn")  # what torch has begun does not always survive a fork
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
         self.size, self._pipes, self._processes = size, [], []
         for rank in range(size):
             here, there = context.Pipe()
