@@ -1,4 +1,4 @@
-"""Groups of processes, started once for each file of tests: what one leaves in a process must not meet another."""
+"""Groups of processes, started once for each file of tests."""
 
 from __future__ import annotations
 
