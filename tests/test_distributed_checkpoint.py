@@ -329,6 +329,20 @@ def test_a_guess_does_not_make_an_eager_run_compact() -> None:
     assert run.projected == [] and run.optimizer.state[run.model.up.weight]["exp_avg"].shape == (32, 24)
 
 
+@pytest.mark.parametrize("how", ["loaded", "copied"])
+def test_a_guess_that_was_saved_before_the_first_step_stays_a_guess(how: str) -> None:
+    first, second = Run(), Run()
+    state = copy.deepcopy(get_optimizer_state_dict(first.model, first.optimizer))
+    assert "index" in state["state"]["up.weight"]
+    if how == "loaded":
+        set_optimizer_state_dict(second.model, second.optimizer, state)
+    else:
+        second.model, second.optimizer = copy.deepcopy((first.model, first.optimizer))
+    second.model(forms.batch(torch.float32, 0)).square().sum().backward()  # nothing is compiled
+    second.optimizer.step()
+    assert second.projected == [] and second.optimizer.state[second.model.up.weight]["exp_avg"].shape == (32, 24)
+
+
 # ---------------------------------------------------------------------------------------------------- unmodified scripts
 
 

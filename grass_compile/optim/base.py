@@ -18,8 +18,9 @@ from ..errors import ConfigError, GrassWarning, StateError
 from ..keywords import COMMON, PROJECT, check_names, completed
 from ..math.rule import Rule
 from ..runtime.checkpoint import check_dense, fitting, local, placed, unprotect
-from ..runtime.compact import is_compact
+from ..runtime.compact import Assigned, is_compact
 from ..runtime.manager import ProjectionManager
+from ..runtime.parameter import ProjectedParameter
 from ..runtime.step_checks import check_idle, check_rows, check_step
 from ..runtime.watch import Fusion
 from .live import ParamGroup, check_flags
@@ -86,7 +87,14 @@ class GrassOptimizer(torch.optim.Optimizer):
         self._settle()
         for parameter, record in self._manager.records.items():
             if is_compact(entry := self.state.get(parameter, {})):
-                record.resume(*fitting(record, entry))
+                self._resume(record, *fitting(record, entry))
+
+    def _resume(self, record: ProjectedParameter, assigned: Assigned, state: dict[str, Any]) -> None:
+        """Go on from a state that fits. Before its first update one holds nothing, and may be no more than a guess."""
+        if state["updates"]:
+            record.resume(assigned, state)
+        else:
+            self.state.pop(record.parameter, None)
 
     # ------------------------------------------------------------------------------------------------------- groups
 
@@ -390,7 +398,7 @@ class GrassOptimizer(torch.optim.Optimizer):
                 record.group, record.options, record.assigned = group, options, None
                 record.forget()
                 if parameter in loaded:
-                    record.resume(*loaded[parameter])
+                    self._resume(record, *loaded[parameter])
         self._manager.guessed.clear()
         self._manager.forget_numbers()
         self._settle()
