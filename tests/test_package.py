@@ -20,7 +20,10 @@ from grass_compile.passes.pipeline import PASSES
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "grass_compile"
 PRIVATE = ("_aot", "_autograd", "_dynamo", "_fsdp", "_inductor")
-LEAVES = ("_version", "errors", "checks", "keywords", "config", "report", "distributed.layout", "distributed.moving", *PRIVATE)
+LEAVES = (
+    "_version", "errors", "checks", "keywords", "config", "report",
+    *(f"distributed.{name}" for name in ("collectives", "layout", "moving")), *PRIVATE,
+)  # fmt: skip
 MATH_OPERATORS = ("ops.once", "ops.rank_update", "ops.row_update")
 ALLOWED = {
     "_autograd": (), "_dynamo": (), "_fsdp": (), "_inductor": (), "_aot": ("_autograd", "_dynamo"),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, StateError
+from .collectives import process_group
 from .layout import MeshDim
 
 Facts = dict[str, Any]
@@ -24,10 +25,8 @@ SAME = "All ranks have to train the same model with the same optimizer."
 
 def everyone(dim: MeshDim, mine: Any) -> list[Any]:
     """What each rank of a group has; all of them have to call this."""
-    c10d: Any = torch.distributed.distributed_c10d
-    group = c10d._resolve_process_group(dim.group)
     theirs: list[Any] = [None] * dim.size
-    torch.distributed.all_gather_object(theirs, mine, group=group)
+    torch.distributed.all_gather_object(theirs, mine, group=process_group(dim.group))
     return theirs
 
 

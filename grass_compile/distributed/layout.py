@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .collectives import c10d, summed
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshDim:
@@ -101,19 +103,14 @@ class Layout:
         """Replace a tensor by its mean over all ranks; all of them have to call this."""
         tensor.div_(self.size)
         for dim in self.mesh:
-            reduced = torch.ops._c10d_functional.all_reduce_(tensor, "sum", dim.group)
-            torch.ops._c10d_functional.wait_tensor(reduced)
+            c10d.wait_tensor(c10d.all_reduce_(tensor, "sum", dim.group))
         return tensor
 
     def norms(self, parts: Tensor) -> Tensor:
         """Norms of whole vectors, of which each rank knows those of its part; all ranks have to call this."""
         if not self.parts:
             return parts
-        squares = parts.square()
-        for dim in self.parts:
-            squares = torch.ops._c10d_functional.all_reduce(squares, "sum", dim.group)
-            squares = torch.ops._c10d_functional.wait_tensor(squares)
-        return squares.sqrt()
+        return summed(parts.square(), [dim.group for dim in self.parts]).sqrt()
 
 
 def why_left_out(layout: Layout | None) -> str | None:
@@ -127,8 +124,7 @@ def spread_not_finite(dim: MeshDim, parts: Sequence[Tensor]) -> None:
     """Make each tensor NaN of which another rank has a part that is not finite; all ranks of a group have to call this."""
     wide = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts]
     flags = torch.stack([(part * part).sum() for part in wide]) * 0.0
-    reduced = torch.ops._c10d_functional.all_reduce_(flags, "sum", dim.group)
-    for part, flag in zip(parts, torch.ops._c10d_functional.wait_tensor(reduced).unbind(), strict=True):
+    for part, flag in zip(parts, summed(flags, [dim.group]).unbind(), strict=True):
         part.add_(flag)
 
 
@@ -145,11 +141,8 @@ def anywhere(flags: Tensor, parameters: Sequence[Tensor]) -> Tensor:
             meshes.setdefault(parameter.device_mesh, []).append(number)  # type: ignore[attr-defined]
     flags = flags.clone() if meshes else flags
     for mesh, numbers in meshes.items():
-        counts = flags[numbers].to(torch.int32)
-        for dim in range(mesh.ndim):
-            sent = torch.ops._c10d_functional.all_reduce_(counts, "sum", mesh.get_group(dim).group_name)
-            torch.ops._c10d_functional.wait_tensor(sent)
-        flags[numbers] = counts > 0
+        groups = [mesh.get_group(dim).group_name for dim in range(mesh.ndim)]
+        flags[numbers] = summed(flags[numbers].to(torch.int32), groups) > 0
     return flags
 
 

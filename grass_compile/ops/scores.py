@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from .. import _inductor
+from ..distributed.collectives import process_group, summed, summed_part
 from ..math import selection
 from ..math.noise import rounding_noise
-from .collectives import group, summed, summed_part
 from .library import library
 
 STRIDE = 8
@@ -88,7 +88,7 @@ def _sketched_energy(
 ) -> Tensor:
     if not due:
         return _like_energy(own).fill_(0)
-    first = 0 if parts is None else group(parts).rank() * widest
+    first = 0 if parts is None else process_group(parts).rank() * widest
     signs = (rounding_noise((other.shape[1], SKETCH), hyper[-2], first) & 2).to(other.dtype) - 1
     sketch = own.t() @ (other @ signs)
     if not groups:
@@ -98,7 +98,7 @@ def _sketched_energy(
 
 
 def _ranks(groups: Sequence[str]) -> int:
-    return math.prod(group(name).size() for name in groups)
+    return math.prod(process_group(name).size() for name in groups)
 
 
 def _propose_(

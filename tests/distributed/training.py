@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import unittest.mock
 from collections import Counter
 from typing import Any
@@ -25,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import grass_compile
-from grass_compile.ops import collectives
+from grass_compile.ops import scores
 
 WORLD = 2
 WIDTH, HIDDEN, VOCABULARY, BATCH, LENGTH, RANK, GAP = 16, 24, 32, 8, 6, 4, 3
@@ -78,6 +79,7 @@ class Sent(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.numbers: Counter[str] = Counter()
+        self._stack = contextlib.ExitStack()
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -91,22 +93,18 @@ class Sent(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
     def __enter__(self) -> Sent:
-        self._patch = unittest.mock.patch.object(collectives, "c10d", self)  # what operators send, no mode sees
-        self._patch.start()
+        for name, groups_of in (("summed", len), ("summed_part", lambda group: 1)):  # what operators send, no mode sees
+            counted = functools.partial(self._counted, getattr(scores, name), groups_of)
+            self._stack.enter_context(unittest.mock.patch.object(scores, name, counted))
         return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:
-        self._patch.stop()
+        self._stack.close()
         super().__exit__(*exception)
 
-    def __getattr__(self, name: str) -> Any:
-        operator = getattr(torch.ops._c10d_functional, name)
-
-        def counted(tensor: Tensor, *args: Any) -> Tensor:
-            self.numbers["_c10d_functional"] += 0 if "wait" in name else tensor.numel()
-            return operator(tensor, *args)  # type: ignore[no-any-return]
-
-        return counted
+    def _counted(self, function: Any, groups_of: Any, tensor: Tensor, groups: Any) -> Tensor:
+        self.numbers["_c10d_functional"] += tensor.numel() * groups_of(groups)
+        return function(tensor, groups)  # type: ignore[no-any-return]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ... import _aot
+from ...distributed.collectives import summed
 from ...math.rule import Rule
 
 
@@ -131,10 +132,7 @@ def orthogonalize_parts(
         coefficients: as there.
         eps: as there.
     """
-    collectives = torch.ops._c10d_functional
-    gram = part @ part.t()
-    for group in groups:
-        gram = collectives.wait_tensor(collectives.all_reduce(gram, "sum", group))
+    gram = summed(part @ part.t(), groups)
     norm = gram.diagonal().sum().sqrt().clamp(min=eps)
     gram = gram / (norm * norm)
     a, b, c = coefficients

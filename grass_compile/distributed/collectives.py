@@ -1,4 +1,4 @@
-"""Sums over ranks inside of operators, which send something only where they have something to do."""
+"""Sums over the ranks of process groups, by functional collectives, which compiled graphs may hold."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 c10d = torch.ops._c10d_functional
 
 
-def group(name: str) -> Any:
+def process_group(name: str) -> Any:
     """The process group that functional collectives know by this name."""
     functions: Any = torch.distributed.distributed_c10d
     return functions._resolve_process_group(name)
@@ -27,6 +27,6 @@ def summed(tensor: Tensor, groups: Sequence[str]) -> Tensor:
 
 def summed_part(tensor: Tensor, name: str) -> Tensor:
     """This rank's part, along dimension 0, of the sum over the ranks of a group; parts are of equal length, with zeros behind."""
-    ranks = group(name).size()
+    ranks = process_group(name).size()
     whole = F.pad(tensor, (0, 0, 0, -tensor.shape[0] % ranks)).contiguous()
     return c10d.wait_tensor(c10d.reduce_scatter_tensor(whole, "sum", ranks, name))  # type: ignore[no-any-return]
