@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch._inductor.utils import run_and_get_code
 from torch.nn.parallel import DistributedDataParallel
 
 from grass_compile.passes.backward import reduce
+from grass_compile.passes.fx_utils import PROVENANCE
 
 from .. import forms, paper
 
@@ -120,6 +123,43 @@ def test_a_bucket_travels_while_the_next_is_computed(graphs: list[Any], monkeypa
         (wait,) = start.users
         between = [node for node in backward.graph.nodes if place[start] < place[node] < place[wait]]
         assert following in between and any(node.target is torch.ops.aten.mm.default for node in between)
+    others = [node for node in backward.graph.nodes if node.op == "call_function" and PROVENANCE not in node.meta]
+    (wait,) = starts[-1].users
+    assert place[wait] > place[others[-1]]
+
+
+@pytest.mark.usefixtures("alone")
+def test_what_one_bucket_would_hold_travels_in_four(graphs: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that three of them travel while a block that is compiled by itself is computed; small ones stay together."""
+    monkeypatch.setattr(reduce, "SPLIT_BYTES", 24 * 4 * 4)
+    model = nn.Sequential(*(nn.Linear(24, 24, bias=False) for _ in range(8)))
+    optimizer = paper.AdamW(model.named_parameters(), rank=4, axis="columns", selection="uniform", step_in_backward=True)
+    compiled = torch.compile(DistributedDataParallel(Through(model)), backend="grass", options={"compiler": "aot_eager"})
+    compiled(torch.ones(5, 24)).square().sum().backward()
+    optimizer.step()
+    assert [shape for _, backward in graphs for shape in sent(backward)] == [(24 * 4 * 2,)] * 4
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_generated_code_computes_while_a_bucket_travels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor's own order of kernels leaves a product between each start but the last and its wait."""
+    monkeypatch.setattr(reduce, "BUCKET_BYTES", 1)
+    model = nn.Sequential(*(nn.Linear(24, 24, bias=False) for _ in range(4)))
+    optimizer = paper.AdamW(model.named_parameters(), rank=4, axis="columns", selection="uniform", step_in_backward=True)
+    compiled = torch.compile(DistributedDataParallel(Through(model)), backend="grass")
+
+    def train() -> None:
+        compiled(torch.ones(5, 24)).square().sum().backward()
+        optimizer.step()
+
+    _, codes = run_and_get_code(train)
+    (code,) = (code for code in codes if "all_reduce_" in code)
+    calls = re.findall(r"(all_reduce_|wait_tensor)\.default\((\w+)|extern_kernels\.(mm)\(", code)
+    starts = {buffer: place for place, (call, buffer, _) in enumerate(calls) if call == "all_reduce_"}
+    waits = {buffer: place for place, (call, buffer, _) in enumerate(calls) if call == "wait_tensor"}
+    assert len(starts) == 4 and set(starts) == set(waits)
+    for buffer in list(starts)[:-1]:
+        assert "mm" in [product for _, _, product in calls[starts[buffer] : waits[buffer]]]
 
 
 def test_one_process_sends_nothing(graphs: list[Any]) -> None:

@@ -33,6 +33,7 @@ since the halves are apart already.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -55,7 +56,10 @@ STARTS_BUCKET = "grass_starts_bucket"
 """Marks the first collective of a bucket. It is waited for behind that of the next, see `schedule_steps`."""
 
 BUCKET_BYTES = 25 * 2**20
-"""How much travels together, as in ``DistributedDataParallel``."""
+"""How much travels together at most, as in ``DistributedDataParallel``."""
+
+SPLIT_BYTES = 2**20
+"""More than this travels in four buckets even if one would hold it, so that a region that is one block has little to wait for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,9 +131,12 @@ def _buckets(shares: Sequence[Share]) -> list[list[Share]]:
     """Gradients that travel together, those that are computed first in front."""
     buckets: list[list[Share]] = []
     open_: dict[Any, list[Share]] = {}
+    total = collections.Counter[Any]()
     for share in shares:
-        bucket = open_.get(share.kind)
-        if bucket is None or sum(other.bytes for other in bucket) + share.bytes > BUCKET_BYTES:
+        total[share.kind] += share.bytes
+    for share in shares:
+        bucket, limit = open_.get(share.kind), min(BUCKET_BYTES, max(SPLIT_BYTES, total[share.kind] // 4))
+        if bucket is None or sum(other.bytes for other in bucket) + share.bytes > limit:
             bucket = open_[share.kind] = []
             buckets.append(bucket)
         bucket.append(share)

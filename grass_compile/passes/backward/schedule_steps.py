@@ -10,10 +10,10 @@ After, ``step_`` stands right behind ``mm_9``.
 
 Contract: a write stands after every other reader of the tensors that it writes (be it through a view), and otherwise as
 early as its inputs allow, so that a layer's compact step can run (and ``dY``, ``X`` and ``G`` be freed) as soon as its
-gradient exists. The first collective of a bucket of gradients is waited for behind that of the next bucket, so that the backward
-goes on while it travels; but not in a backward that chooses new rows, where CUDA graphs are cut. What is made from a selector
-alone (a random basis) stands right before its first reader: its inputs would allow it anywhere, and all of them at once would
-take memory.
+gradient exists. The first collective of a bucket of gradients is waited for behind that of the next bucket, and that of the
+last one behind all that is not ours, so that the backward goes on while it travels; but not in a backward that chooses new
+rows, where CUDA graphs are cut. What is made from a selector alone (a random basis) stands right before its first reader: its
+inputs would allow it anywhere, and all of them at once would take memory.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _hoist(gm: fx.GraphModule) -> None:
     last: dict[fx.Node, fx.Node] = {}
     refreshed = {source: node for node in refreshes(gm) for source in written(node)}  # read them after that
     starts = [node for node in gm.graph.nodes if STARTS_BUCKET in node.meta and not refreshed]
-    following = dict(itertools.pairwise(starts))
+    following = dict(itertools.pairwise([*starts, *_last_of_others(gm)] if starts else []))
     for node in list(gm.graph.nodes):
         if PROVENANCE not in node.meta or node.op != "call_function":
             continue
@@ -89,3 +89,15 @@ def _hoist(gm: fx.GraphModule) -> None:
         anchor = max((anchors.get(source, source) for source in before), key=lambda source: order[source])
         last.get(anchor, anchor).append(node)
         anchors[node], last[anchor] = anchor, node
+
+
+def _last_of_others(gm: fx.GraphModule) -> list[fx.Node]:
+    """The last node that is not ours and reads nothing of ours, if there is one."""
+    ours: set[fx.Node] = set()
+    last: list[fx.Node] = []
+    for node in gm.graph.nodes:
+        if PROVENANCE in node.meta or not ours.isdisjoint(node.all_input_nodes):
+            ours.add(node)
+        elif node.op == "call_function":
+            last = [node]
+    return last
