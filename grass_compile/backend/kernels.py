@@ -47,7 +47,7 @@ class _Step:
         compiled = self._compiled.get(specs)
         if compiled is None:
             plain = tuple((tuple(shape), *rest) for shape, *rest in specs)
-            compiled = self._compiled[specs] = _compiled_step(*self._settings, plain)
+            compiled = self._compiled[specs] = compiled_step(*self._settings, plain)
         with _autograd.without_autocast():
             compiled(*tensors)
 
@@ -63,7 +63,8 @@ would be as large as what the codes are there to save."""
 
 
 @functools.cache
-def _compiled_step(options: BackendOptions, config: SiteConfig, dim: int, specs: Any) -> Callable[..., Any]:
+def compiled_step(options: BackendOptions, config: SiteConfig, dim: int, specs: Any) -> Callable[..., Any]:
+    """The step of weights of one configuration and shape."""
     log.info("compiling a step: rank %d along dimension %d of %s", specs[0][0][dim], dim, list(specs[1][0]))
     with _autograd.without_autocast():  # whoever calls this first must not decide in which dtype a rule's products are
         unsafe = not _aot.CPP_LOOPS_ARE_SAFE and specs[1][3].type == "cpu"

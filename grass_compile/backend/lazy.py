@@ -126,7 +126,7 @@ class LazyGraph:
         for number, stride in enumerate(strides or []):
             value = values[number]
             if stride is not None and isinstance(value, Tensor) and tuple(value.stride()) != tuple(stride):
-                values[number] = value.as_strided(value.size(), stride)
+                values[number] = _aot.restrided(value, stride)
         self.values[key] = values
         self._compiled[key] = compiled
 

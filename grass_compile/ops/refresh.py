@@ -20,9 +20,10 @@ library.define(
 )
 
 
-def _refresh_(
+def run_refresh(
     gradient: Tensor, index: Tensor, noise: Tensor | None, state: Sequence[Tensor], dim: int, rank: int, *how: Any
 ) -> Tensor:
+    """Refresh by the operators that it is made of, as ``refresh_`` does."""
     compact, chosen, rest = choose_anew(gradient, index, noise, state, dim, rank, *how)
     with writing(index, "refreshed"), _autograd.unversioned((index, *state)):
         index.copy_(chosen)
@@ -39,7 +40,7 @@ def _fake_refresh_(
     return gradient.new_empty(shape)
 
 
-library.impl("refresh_", _refresh_, "CompositeExplicitAutograd")
+library.impl("refresh_", run_refresh, "CompositeExplicitAutograd")
 torch.library.register_fake("grass_compile::refresh_", _fake_refresh_)
 
 refresh_ = torch.ops.grass_compile.refresh_.default

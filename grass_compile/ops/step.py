@@ -18,12 +18,13 @@ kernels: dict[str, Callable[..., None]] = {}
 """Compiled steps by name; each takes ``(gradient, weight, hyper, selector, *state)``. Filled by the backend."""
 
 
-def _step_(gradient: Tensor, weight: Tensor, hyper: Tensor, selector: Tensor, state: Sequence[Tensor], kernel: str) -> None:
+def run_step(gradient: Tensor, weight: Tensor, hyper: Tensor, selector: Tensor, state: Sequence[Tensor], kernel: str) -> None:
+    """Run the step by its operators, as ``step_`` does."""
     with writing(weight, "stepped"):
         kernels[kernel](gradient, weight, hyper, selector, *state)
 
 
-library.impl("step_", _step_, "CompositeExplicitAutograd")
+library.impl("step_", run_step, "CompositeExplicitAutograd")
 torch.library.register_fake("grass_compile::step_", lambda *args: None)
 
 step_ = torch.ops.grass_compile.step_.default

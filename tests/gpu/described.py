@@ -24,36 +24,19 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_map_only
+
+from grass_compile._described import described_device, retarget
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 TIMEOUT = 300
 """Seconds after which a child process is given up. A graph takes it about two seconds on one core of a Xeon."""
-
-H200 = types.SimpleNamespace(
-    name="NVIDIA H200",
-    major=9,
-    minor=0,
-    multi_processor_count=132,
-    regs_per_multiprocessor=65536,
-    max_threads_per_multi_processor=2048,
-    max_threads_per_block=1024,
-    shared_memory_per_block_optin=232448,
-    warp_size=32,
-    total_memory=141 << 30,
-    L2_cache_size=50 << 20,
-    gcnArchName="",
-)
-"""The described device, in the words of ``torch.cuda.get_device_properties``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,53 +122,6 @@ def main(found: str, module: str, function: str, *args: str) -> None:
     pathlib.Path(found).write_text(json.dumps([dataclasses.asdict(graph) for graph in graphs]))
 
 
-class Driver:
-    """What Triton asks of a driver before it launches anything."""
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", H200.major * 10 + H200.minor, H200.warp_size)
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cuda", 0)
-
-    def get_current_device(self) -> int:
-        return 0
-
-
-@contextlib.contextmanager
-def described_device() -> Iterator[None]:
-    """Make torch, Inductor and Triton believe in one `H200`, as far as generating code goes; nothing can run."""
-    from torch._dynamo.device_interface import CudaInterface
-    from torch._inductor.runtime import triton_helpers, triton_heuristics
-    from torch.utils._triton import has_triton
-    from triton.runtime import driver
-
-    answers = {
-        "is_available": True,
-        "device_count": 1,
-        "current_device": 0,
-        "get_device_properties": H200,
-        "get_rng_state": torch.zeros(0, dtype=torch.uint8),
-        "_exchange_device": 0,
-        "_maybe_exchange_device": 0,
-    }
-    with contextlib.ExitStack() as stack:
-        for name, answer in answers.items():
-            replacement = mock.Mock(return_value=answer)
-            stack.enter_context(mock.patch.object(torch.cuda, name, replacement))
-            if name in vars(CudaInterface):
-                stack.enter_context(mock.patch.object(CudaInterface, name, replacement))
-        # Generated modules import it by this name.
-        stack.enter_context(mock.patch.object(torch._C, "_cuda_getCurrentRawStream", mock.Mock(), create=True))
-        stack.enter_context(mock.patch.object(triton_helpers, "set_driver_to_gpu"))
-        stack.enter_context(mock.patch.object(triton_heuristics.CachingAutotuner, "_make_launchers"))
-        stack.enter_context(mock.patch.object(driver, "_active", Driver()))
-        has_triton.cache_clear()  # Dynamo has asked before
-        yield
-
-
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Generated]]:
     """Compile every graph of the grass backend for the described device, keep what was generated, and run none."""
@@ -223,32 +159,6 @@ def _compile_inner(
     inputs = {name: Input(str(value.dtype), tuple(value.shape), value.stride()) for name, value in values.items()}
     graphs.append(Generated(keywords.get("is_backward", False), code[0], ptx, inputs))
     return _zeros(results)
-
-
-def retarget(gm: fx.GraphModule) -> list[Any]:
-    """Move the fake values of a graph to ``cuda:0``, and with them every ``device=`` argument. A truth value that goes in stays
-    on the host, where the operators that read it look.
-
-    Args:
-        gm: a forward or backward graph made by AOTAutograd, changed in place.
-
-    Returns:
-        The fake inputs.
-    """
-    device = torch.device("cuda", 0)
-
-    def moved(value: FakeTensor) -> torch.Tensor:
-        with value.fake_mode:
-            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
-
-    for node in gm.graph.nodes:
-        value = node.meta.get("val")
-        on_host = node.op == "placeholder" and isinstance(value, torch.Tensor) and value.dtype == torch.bool and value.dim() == 0
-        if value is not None and not on_host:
-            node.meta["val"] = tree_map_only(FakeTensor, moved, node.meta["val"])
-        node.kwargs = tree_map_only(torch.device, lambda _: device, node.kwargs)
-    gm.recompile()
-    return [node.meta["val"] for node in _placeholders(gm)]
 
 
 @contextlib.contextmanager

@@ -1,0 +1,187 @@
+"""Running training on tensors without memory, through the very code that Inductor generates.
+
+Inductor's product is a Python module: a function ``call`` that allocates buffers, launches kernels and deletes buffers again.
+Under `simulated` its kernels do nothing and its buffers are fake, so that running it shows each allocation and each release in
+the order in which they will come, and costs neither memory nor a compiler. Nothing that is made inside outlives it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, fx
+from torch._inductor import config
+from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.codecache import PyCodeCache
+from torch._inductor.compile_fx import compile_fx_inner
+from torch._ops import _higher_order_ops
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from . import _aot
+from ._described import described_device, retarget
+
+aten = torch.ops.aten
+
+ALL = (aten.all.default, aten.all.dim, aten.all.dims)
+
+Called = Callable[[Sequence[Tensor]], contextlib.AbstractContextManager[None]]
+
+
+class SimulationMode(FakeTensorMode):
+    """Fake tensors, of which `watch` hears whenever an operator makes one.
+
+    Reading a number off a tensor that has none gives zero, so that a check for non-finite gradients finds nothing; whether all of
+    them are true gives yes, so that a check whether a batch is padded or packed finds that it is not.
+
+    Attributes:
+        watch: told of every tensor that an operator makes, or None.
+        running: whether generated code runs, rather than a trace.
+    """
+
+    def __init__(self, operators: Mapping[Any, Callable[..., Any]]) -> None:
+        """Set up the mode.
+
+        Args:
+            operators: what to call in place of some operators when generated code runs them: those that are made of others.
+        """
+        super().__init__(allow_non_fake_inputs=True)
+        self.watch: Callable[[Tensor], None] | None = None
+        self.running = False
+        self.operators = operators
+        self._depth = 0
+
+    def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operator."""
+        if func is aten._local_scalar_dense.default and getattr(args[0], "constant", None) is None:
+            answer = getattr(args[0], "grass_answer", False)
+            return answer if args[0].dtype == torch.bool else torch.zeros((), dtype=args[0].dtype).item()
+        if func in ALL:
+            result = super().dispatch(func, types, args, kwargs)
+            result.grass_answer = True
+            return result
+        if self.running and func in self.operators:
+            return self.operators[func](*args, **(kwargs or {}))
+        if self.watch is None or self._depth:
+            return super().dispatch(func, types, args, kwargs)
+        self._depth += 1  # what an operator is made of on fake tensors is no memory of the real one
+        try:
+            result = super().dispatch(func, types, args, kwargs)
+        finally:
+            self._depth -= 1
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.watch(leaf)
+        return result
+
+
+def outside() -> contextlib.AbstractContextManager[object]:
+    """Inside, tensors are real."""
+    return _disable_current_modes()
+
+
+@contextlib.contextmanager
+def simulated(mode: SimulationMode, called: Called, device: str) -> Iterator[None]:
+    """Inside, generated code runs on fake tensors and its kernels do nothing; Dynamo forgets all graphs before and after.
+
+    Args:
+        mode: the mode that makes fake tensors, which say that they are on a CPU; active inside.
+        called: entered with the inputs of each generated function for as long as it runs.
+        device: what code is generated for, ``cpu`` or ``cuda``. There need not be a GPU.
+    """
+    guards = torch._C._dynamo.guards
+    load: Any = PyCodeCache.load_by_key_path.__func__  # type: ignore[attr-defined]
+
+    def loaded(cls: Any, *args: Any, **keywords: Any) -> types.ModuleType:
+        module: types.ModuleType = load(cls, *args, **keywords)
+        if hasattr(module, "extern_kernels"):
+            vars(module)["extern_kernels"] = _ExternKernels(module.extern_kernels)
+        if hasattr(module, "call"):
+            vars(module)["call"] = _watched(module.call, mode, called, device)
+        return module
+
+    def nothing(*args: Any, **keywords: Any) -> Any:
+        return _Kernel()
+
+    for operator in _higher_order_ops.values():  # they look their rules up by the type of the mode
+        if FakeTensorMode in operator.python_key_table:
+            operator.python_key_table.setdefault(SimulationMode, operator.python_key_table[FakeTensorMode])
+    torch._dynamo.reset()
+    with contextlib.ExitStack() as stack:
+        replaced = {"_empty_strided_cpu": _empty, "_empty_strided_cuda": _empty, "_reinterpret_tensor": _reinterpret}
+        for name, function in replaced.items():
+            stack.enter_context(mock.patch.object(guards, name, function, create=True))
+        for name in ("cpp", "cpp_pybinding", "triton", "multi_kernel"):
+            stack.enter_context(mock.patch.object(AsyncCompile, name, nothing))
+        stack.enter_context(mock.patch.object(PyCodeCache, "load_by_key_path", classmethod(loaded)))
+        stack.enter_context(mock.patch.object(PyCodeCache, "modules_no_attr", {}))
+        stack.enter_context(config.patch(force_disable_caches=True, compile_threads=1))
+        stack.callback(torch._dynamo.reset)
+        if device == "cuda":
+            stack.enter_context(mock.patch.object(_aot, "compile_fx_inner", _for_described_device))
+        stack.enter_context(mode)
+        yield
+
+
+def _for_described_device(gm: fx.GraphModule, example_inputs: Sequence[Any], **keywords: Any) -> Callable[..., Any]:
+    """Take the place of Inductor's ``compile_fx_inner``."""
+    for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
+        if isinstance(value, Tensor):
+            node.meta["val"] = value  # with the strides that the forward was compiled to return
+    with described_device():
+        compiled: Callable[..., Any] = compile_fx_inner(gm, retarget(gm), **keywords)
+    return compiled
+
+
+def _empty(size: Any, stride: Any, dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(size, stride, dtype=dtype, device="cpu")
+
+
+def _reinterpret(tensor: Tensor, size: Any, stride: Any, offset: int) -> Tensor:
+    return torch.as_strided(tensor, size, stride, tensor.storage_offset() + offset)
+
+
+class _Kernel:
+    """Stands for a kernel, C++ or Triton."""
+
+    def __call__(self, *args: Any, **keywords: Any) -> None:
+        pass
+
+    def run(self, *args: Any, **keywords: Any) -> None:
+        pass
+
+
+class _ExternKernels:
+    """The library's products; those that write into a buffer do nothing."""
+
+    def __init__(self, real: Any) -> None:
+        self._real = real
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        function = getattr(self._real, name)
+
+        def call(*args: Any, **keywords: Any) -> Any:
+            out = keywords.get("out")
+            return function(*args, **keywords) if out is None else out
+
+        return call
+
+
+def _watched(call: Callable[[list[Any]], Any], mode: SimulationMode, called: Called, device: str) -> Callable[..., Any]:
+    believed = described_device if device == "cuda" else contextlib.nullcontext
+
+    def watched(args: list[Any]) -> Any:
+        mode.running, before = True, mode.running
+        try:
+            with believed(), mode, called([arg for arg in args if isinstance(arg, Tensor)]):
+                return call(args)
+        finally:
+            mode.running = before
+
+    return watched

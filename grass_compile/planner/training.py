@@ -1,0 +1,264 @@
+"""A few steps of training on tensors without memory, and what lived in them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+from .. import _simulate, ops
+from ..backend import kernels
+from ..errors import ConfigError
+from ..runtime.compact import is_compact
+from ..runtime.gradient import CompactGrad
+from .ledger import Ledger, Peak
+from .models import unnoticed
+
+Compile = Literal["blocks", "whole"]
+
+STEPS = 4
+"""So many are simulated: two that "auto" defers, and two that it may fuse."""
+
+ROUNDING = {"cpu": 1, "cuda": 512}
+"""Bytes to whose multiples a device's allocator rounds up."""
+
+OUTSIDE = "outside of compiled blocks"
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What is simulated.
+
+    Attributes:
+        build: makes the model, of fake tensors, in training mode.
+        inputs: makes the keyword arguments that the model is called with.
+        loss: makes the loss of what the model returns.
+        optimizer: makes the optimizer, or None: gradients stay as a backward leaves them.
+        device: ``cpu`` or ``cuda``: whose allocator.
+        compile: the model as a whole or by its blocks; None: not at all.
+        release: drop each dense gradient as soon as it is there, as an optimizer in the backward does.
+    """
+
+    build: Callable[[], nn.Module]
+    inputs: Callable[[], dict[str, Any]]
+    loss: Callable[[Any], Tensor]
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None
+    device: str = "cpu"
+    compile: Compile | None = "blocks"
+    release: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One simulated step.
+
+    Attributes:
+        forward: the peak while the model runs.
+        backward: the peak of the backward.
+        update: the peak of the optimizer's call.
+        saved: bytes that autograd keeps between forward and backward.
+    """
+
+    forward: Peak
+    backward: Peak
+    update: Peak
+    saved: int
+
+    @property
+    def peak(self) -> Peak:
+        """The largest of the three."""
+        return max((self.forward, self.backward, self.update), key=lambda peak: peak.bytes + peak.slack)
+
+    @property
+    def phase(self) -> str:
+        """Where the peak is."""
+        return next(name for name in ("forward", "backward", "update") if getattr(self, name) is self.peak)
+
+
+@dataclasses.dataclass(frozen=True)
+class Simulated:
+    """What came out: the steps in order, how many numbers the model holds, and what is trained densely and why."""
+
+    steps: tuple[Step, ...]
+    parameters: int
+
+
+def simulate(setup: Setup, steps: int = STEPS) -> Simulated:
+    """Train on tensors without memory.
+
+    Every step is run twice: all of them once, in which everything is compiled, and again with a fresh optimizer, watched.
+
+    Args:
+        setup: what is simulated.
+        steps: how many.
+
+    Raises:
+        ConfigError: the model's forward or the optimizer needs the numbers in a tensor.
+    """
+    mode = _simulate.SimulationMode({ops.step_: ops.run_step, ops.refresh_: ops.run_refresh})
+    ledger = Ledger(ROUNDING[torch.device(setup.device).type])
+    with (
+        _fresh_kernels(),
+        _operators_for(setup.device),
+        unnoticed(),
+        warnings.catch_warnings(),
+        _simulate.simulated(mode, lambda inputs: _owned(ledger, inputs), setup.device),
+    ):
+        warnings.simplefilter("ignore")
+        model = setup.build()
+        blocks = _compile(model, setup)
+        _train(model, setup, steps, lambda *_: None)
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            ledger.see(tensor, "parameters", _part(name, blocks))
+        watcher = _Watcher(ledger, model, blocks)
+        mode.watch = ledger.see
+        _train(model, setup, steps, watcher.note)
+        mode.watch = None
+        return Simulated(tuple(watcher.steps), sum(parameter.numel() for parameter in model.parameters()))
+
+
+def blocks_of(model: nn.Module) -> list[str]:
+    """The names of the blocks of a model, which are compiled one by one: the items of the ``ModuleList`` with the most parameters
+    whose items are of one class; none if there is no such list."""
+
+    def size(module: nn.Module) -> int:
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len({type(item) for item in module}) == 1
+    ]
+    chosen: list[str] = []
+    for name, module in sorted(lists, key=lambda entry: -size(entry[1])):
+        if not any(name.startswith(f"{block}.") for block in chosen) and (not chosen or 4 * size(module) > size(model)):
+            chosen += [f"{name}.{number}" for number in range(len(module))]
+    return chosen
+
+
+class _Watcher:
+    """Notes what each storage is, and the peaks of each step."""
+
+    def __init__(self, ledger: Ledger, model: nn.Module, blocks: Sequence[str]) -> None:
+        self.ledger, self.model, self.blocks = ledger, model, blocks
+        self.steps: list[Step] = []
+        self._marks: list[int] = []
+        self._saved = 0
+
+    def note(self, phase: str, optimizer: torch.optim.Optimizer | None) -> None:
+        """A phase of a step begins (``start``) or has come to its end."""
+        self._marks = [*self._marks, self.ledger.now] if phase != "start" else [self.ledger.now]
+        if phase == "forward":
+            self._saved = self.ledger.saved()
+        elif phase == "backward":
+            self._note_gradients()
+        if optimizer is not None:
+            self._note_state(optimizer)
+        if phase == "update":
+            peaks = [self.ledger.peak(start, end - 1) for start, end in zip(self._marks, self._marks[1:], strict=False)]
+            self.steps.append(Step(*peaks, self._saved))
+
+    def _note_gradients(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            gradient = parameter.grad
+            if isinstance(gradient, CompactGrad):
+                self.ledger.see(gradient.compact, "compact gradients", _part(name, self.blocks))
+            elif type(gradient) is type(parameter.data):
+                self.ledger.see(gradient, "dense gradients", _part(name, self.blocks))
+
+    def _note_state(self, optimizer: torch.optim.Optimizer) -> None:
+        for name, parameter in self.model.named_parameters():
+            state = optimizer.state.get(parameter, {})
+            kind = "compact state" if is_compact(state) else "dense state"
+            for tensor in state.values():
+                if isinstance(tensor, Tensor):
+                    self.ledger.see(tensor, kind, _part(name, self.blocks))
+
+
+def _part(name: str, blocks: Sequence[str]) -> str:
+    """The block that a parameter belongs to, or the module that holds it."""
+    return next((block for block in blocks if name.startswith(f"{block}.")), name.rpartition(".")[0] or name)
+
+
+def _owned(ledger: Ledger, inputs: Sequence[Tensor]) -> contextlib.AbstractContextManager[None]:
+    """What a generated function makes belongs where the first weight that it reads does. (It must not be kept from releasing its
+    inputs, so nothing here holds on to them.)"""
+    weights = (tensor for tensor in inputs if ledger.kind_of(tensor) == "parameters")
+    return ledger.owned_by(next((ledger.owner_of(weight) for weight in weights), OUTSIDE))
+
+
+@contextlib.contextmanager
+def _fresh_kernels() -> Iterator[None]:
+    """Inside, compiled steps are others than outside, where they are real."""
+    caches = (kernels.named, kernels.compiled_step)
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        with mock.patch.dict(ops.kernels, clear=True):
+            yield
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+
+
+@contextlib.contextmanager
+def _operators_for(device: str) -> Iterator[None]:
+    """Inside, operators lay out their results as on ``device``."""
+
+    def on_cpu(tensor: Tensor) -> bool:
+        return device == "cpu"
+
+    with contextlib.ExitStack() as stack:
+        for name in ("library", "gather"):
+            module = importlib.import_module(f"{ops.__name__}.{name}")
+            stack.enter_context(mock.patch.object(module, "on_cpu", on_cpu))
+        stack.enter_context(mock.patch.object(ops, "on_cpu", on_cpu))
+        yield
+
+
+def _compile(model: nn.Module, setup: Setup) -> list[str]:
+    blocks = blocks_of(model) if setup.compile == "blocks" else []
+    if setup.compile == "blocks" and not blocks:
+        raise ConfigError(f"{type(model).__name__} has no ModuleList of equal blocks; compile it as a whole (compile='whole').")
+    for name in blocks:
+        model.get_submodule(name).compile(backend="grass")
+    if setup.compile == "whole":
+        model.compile(backend="grass")
+    if setup.release:
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(_drop)
+    return blocks
+
+
+def _drop(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _train(model: nn.Module, setup: Setup, steps: int, note: Callable[[str, torch.optim.Optimizer | None], None]) -> None:
+    optimizer = setup.optimizer(model) if setup.optimizer is not None else None
+    try:
+        for _ in range(steps):
+            inputs = setup.inputs()
+            note("start", optimizer)
+            loss = setup.loss(model(**inputs))
+            note("forward", optimizer)
+            loss.backward()
+            del loss
+            note("backward", optimizer)
+            if optimizer is not None:
+                optimizer.step()
+            note("update", optimizer)
+            (model if optimizer is None else optimizer).zero_grad()
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise ConfigError(
+            f"{type(model).__name__} cannot be planned without data: {error.func} needs the numbers in a tensor, and a plan has "
+            "none. Plan a model of the same shapes without it (a mixture of experts: the dense model of as many active weights)."
+        ) from error
