@@ -33,7 +33,7 @@ from grass_compile.planner import plan
 from grass_compile.planner.models import load
 from grass_compile.planner.training import blocks_of
 
-WIDTH, HEADS, LAYERS, VOCABULARY, RANK, BATCH, SEQ, STEPS = 256, 4, 4, 4096, 32, 4, 128, 4
+WIDTH, HEADS, LAYERS, VOCABULARY, RANK, BATCH, SEQ, STEPS = 256, 4, 2, 4096, 32, 4, 128, 4
 
 PLAIN = {
     "hidden_size": WIDTH,

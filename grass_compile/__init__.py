@@ -20,5 +20,7 @@ from .optim.optimizers import Lion as Lion
 from .optim.optimizers import Muon as Muon
 from .optim.optimizers import Sketchy as Sketchy
 from .optim.param_groups import param_groups as param_groups
+from .planner import Plan as Plan
+from .planner import plan as plan
 from .report import Report as Report
 from .train_step import train_step as train_step

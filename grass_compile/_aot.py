@@ -89,7 +89,7 @@ def reported_strides() -> contextlib.AbstractContextManager[list[Any] | None]:
 
 
 def outside_of_tracing() -> contextlib.AbstractContextManager[object]:
-    """Inside, tensors are real although a graph is being traced."""
+    """Inside, no mode is active: tensors are real although a graph is being traced or a fake mode is on."""
     return _disable_current_modes()
 
 
@@ -241,14 +241,8 @@ def compile_kernel(gm: fx.GraphModule, *, compiler: str, mode: str, patches: Map
         ):  # fmt: skip
             boxed = compile_fx_inner(gm, inputs, static_input_idxs=range(len(inputs)))
         for node, stride in zip(results, strides or [], strict=False):
-            node.meta["val"] = restrided(node.meta["val"], stride)
+            node.meta["val"] = node.meta["val"].as_strided(node.meta["val"].shape, stride)
     return lambda *args: boxed(list(args))
-
-
-def restrided(value: Any, stride: Sequence[int]) -> Any:
-    """A fake value with other strides, in its own mode, whichever is active."""
-    with value.fake_mode:
-        return value.as_strided(value.shape, stride)
 
 
 def cpu_has_bf16() -> bool:

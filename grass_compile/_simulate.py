@@ -21,7 +21,6 @@ from torch._inductor.codecache import PyCodeCache
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._ops import _higher_order_ops
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from . import _aot
@@ -43,6 +42,7 @@ class SimulationMode(FakeTensorMode):
     Attributes:
         watch: told of every tensor that an operator makes, or None.
         running: whether generated code runs, rather than a trace.
+        reads: how many numbers were read off tensors that have none, those aside whose answer is known.
     """
 
     def __init__(self, operators: Mapping[Any, Callable[..., Any]]) -> None:
@@ -54,16 +54,17 @@ class SimulationMode(FakeTensorMode):
         super().__init__(allow_non_fake_inputs=True)
         self.watch: Callable[[Tensor], None] | None = None
         self.running = False
+        self.reads = 0
         self.operators = operators
         self._depth = 0
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operator."""
         if func is aten._local_scalar_dense.default and getattr(args[0], "constant", None) is None:
-            answer = getattr(args[0], "grass_answer", False)
-            return answer if args[0].dtype == torch.bool else torch.zeros((), dtype=args[0].dtype).item()
+            self.reads += not hasattr(args[0], "grass_answer")
+            return getattr(args[0], "grass_answer", _zero(args[0].dtype))
         if func in ALL:
-            result = super().dispatch(func, types, args, kwargs)
+            result: Any = super().dispatch(func, types, args, kwargs)
             result.grass_answer = True
             return result
         if self.running and func in self.operators:
@@ -81,9 +82,8 @@ class SimulationMode(FakeTensorMode):
         return result
 
 
-def outside() -> contextlib.AbstractContextManager[object]:
-    """Inside, tensors are real."""
-    return _disable_current_modes()
+def _zero(dtype: torch.dtype) -> Any:
+    return False if dtype == torch.bool else 0.0 if dtype.is_floating_point else 0
 
 
 @contextlib.contextmanager

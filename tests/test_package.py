@@ -19,7 +19,7 @@ from grass_compile.passes.pipeline import PASSES
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "grass_compile"
-PRIVATE = ("_aot", "_autograd", "_dynamo", "_fsdp", "_inductor")
+PRIVATE = ("_aot", "_autograd", "_described", "_dynamo", "_fsdp", "_inductor", "_simulate")
 LEAVES = (
     "_version", "errors", "checks", "keywords", "config", "report",
     *(f"distributed.{name}" for name in ("collectives", "layout", "moving")), *PRIVATE,
@@ -27,6 +27,7 @@ LEAVES = (
 MATH_OPERATORS = ("ops.once", "ops.rank_update", "ops.row_update")
 ALLOWED = {
     "_autograd": (), "_dynamo": (), "_fsdp": (), "_inductor": (), "_aot": ("_autograd", "_dynamo"),
+    "_described": (), "_simulate": ("_aot", "_described"),
     "_version": (), "errors": (), "report": ("errors",), "checks": ("errors",),
     "keywords": ("errors", "checks"),
     "config": ("errors", "checks", "keywords", "distributed.layout"),
@@ -37,6 +38,8 @@ ALLOWED = {
     "runtime": (*LEAVES, "distributed", "math", "ops", "runtime"),
     "optim": (*LEAVES, "math", "ops", "runtime", "optim"),
     "backend": (*LEAVES, "distributed", "math", "ops", "passes", "runtime", "optim", "backend"),
+    "planner": (*LEAVES, "ops", "runtime", "optim", "backend", "planner"),
+    "cli": (*LEAVES, "planner", "cli"),
 }  # fmt: skip
 """What each part may import. The step is traced with the operators that it ends in."""
 
@@ -101,7 +104,7 @@ def test_public_names() -> None:
     names = {name for name in vars(grass_compile) if not name.startswith("_")}
     optimizers = {"Adafactor", "AdamW", "AdamW8bit", "Apollo", "Lion", "Muon", "Optimizer", "Rule", "SGD", "Sketchy"}
     errors = {"ConfigError", "GrassError", "GrassWarning", "GraphError", "NonFiniteError", "StateError"}
-    public = {*optimizers, *errors, "Report", "explain", "param_groups", "register_rule", "train_step"}
+    public = {*optimizers, *errors, "Plan", "Report", "explain", "param_groups", "plan", "register_rule", "train_step"}
     modules = {
         "backend",
         "checks",
@@ -115,6 +118,7 @@ def test_public_names() -> None:
         "ops",
         "optim",
         "passes",
+        "planner",
         "report",
         "runtime",
     }

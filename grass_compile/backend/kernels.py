@@ -47,7 +47,8 @@ class _Step:
         compiled = self._compiled.get(specs)
         if compiled is None:
             plain = tuple((tuple(shape), *rest) for shape, *rest in specs)
-            compiled = self._compiled[specs] = compiled_step(*self._settings, plain)
+            with _aot.outside_of_tracing():
+                compiled = self._compiled[specs] = compiled_step(*self._settings, plain)
         with _autograd.without_autocast():
             compiled(*tensors)
 

@@ -103,7 +103,7 @@ class LazyGraph:
             self._waiting().pop()
         if run.key not in self._compiled:
             assert self._contexts is not None
-            with self._lock, self._contexts.entered():
+            with self._lock, _aot.outside_of_tracing(), self._contexts.entered():
                 self._prepare(run.key)
         compiled = self._compiled[run.key]
         if run.broke_off is None:
@@ -126,7 +126,7 @@ class LazyGraph:
         for number, stride in enumerate(strides or []):
             value = values[number]
             if stride is not None and isinstance(value, Tensor) and tuple(value.stride()) != tuple(stride):
-                values[number] = _aot.restrided(value, stride)
+                values[number] = value.as_strided(value.size(), stride)
         self.values[key] = values
         self._compiled[key] = compiled
 

@@ -140,7 +140,7 @@ def _from_config(fields: dict[str, Any], name: str, dtype: torch.dtype | None) -
         import transformers
     except ImportError as error:
         raise ConfigError(f"{name} is built by transformers, which is not installed: pip install transformers") from error
-    kind = fields.get("model_type")
+    kind = str(fields.get("model_type"))
     if kind not in transformers.CONFIG_MAPPING:
         raise ConfigError(f"{name} has model_type {kind!r}, which transformers {transformers.__version__} does not know.")
     try:

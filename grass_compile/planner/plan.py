@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -116,36 +117,62 @@ def plan(
 @functools.lru_cache(maxsize=256)
 def of_request(request: Request) -> Plan:
     """`plan`; the same request is planned once."""
-    dtype = DTYPES[request.dtype] if request.dtype is not None else None
-    model = load(request.model, dtype, request.checkpointing)
-    keywords, notes = dict(request.keywords), []
-    setup = Setup(
-        build=lambda: as_fake(model, dtype).train(),
+    keywords = dict(request.keywords)
+    if request.optimizer == "lora":
+        return _plan(request, _adapted(dataclasses.replace(request, optimizer="lora"), keywords.get("rank", 16)), 0, ())
+    if isinstance(request.optimizer, str) and request.optimizer in methods.DENSE:
+        model = _loaded(request)
+        state = methods.DENSE[request.optimizer](model, blocks_of(model), keywords.get("rank", 128))
+        note = f"the state of {request.optimizer} is counted by its shapes, and what its step needs beside it is not"
+        shared = dataclasses.replace(request, optimizer="adamw", keywords=())
+        return _plan(request, _dense(shared, request.optimizer == "flashoptim"), state, (note,))
+    model = _loaded(request)
+    if isinstance(rank := keywords.get("rank"), int) and rank > (width := width_of(model)):
+        raise ConfigError(f"rank={rank} is above the width of the model, {width}: there would be nothing to save.")
+    found = simulate(dataclasses.replace(_setup(request, model), optimizer=_factory(request, keywords)), STEPS)
+    return _plan(request, found, 0, ())
+
+
+def width_of(model: nn.Module) -> int:
+    """The shorter side that most matrices of a model have: its width."""
+    sides = [min(p.shape) for p in model.parameters() if p.dim() == 2]
+    if not sides:
+        raise ConfigError(f"{type(model).__name__} has no matrix, so there is nothing to project.")
+    return max(set(sides), key=sides.count)
+
+
+def _loaded(request: Request) -> nn.Module:
+    return load(request.model, _dtype(request), request.checkpointing)
+
+
+def _dtype(request: Request) -> torch.dtype | None:
+    return DTYPES[request.dtype] if request.dtype is not None else None
+
+
+def _setup(request: Request, model: nn.Module) -> Setup:
+    return Setup(
+        build=lambda: as_fake(model, _dtype(request)).train(),
         inputs=functools.partial(_inputs, request),
         loss=request.loss or _loss,
         optimizer=None,
         device=request.device,
         compile=request.compile,
     )
-    if request.optimizer == "lora":
-        rank = keywords.get("rank", 16)
-        found = simulate(
-            dataclasses.replace(
-                setup,
-                build=lambda: methods.with_adapters(as_fake(model, dtype).train(), blocks_of(model), rank),
-                optimizer=methods.adapter_optimizer,
-            ),
-            2,
-        )
-        return _plan(request, model, found, 0, ())
-    if isinstance(request.optimizer, str) and request.optimizer in methods.DENSE:
-        release = request.optimizer == "flashoptim"
-        found = simulate(dataclasses.replace(setup, release=release), 2)
-        state = methods.DENSE[request.optimizer](model, blocks_of(model), keywords.get("rank", 128))
-        notes.append(f"the state of {request.optimizer} is counted by its shapes, and what its step needs beside it is not")
-        return _plan(request, model, found, state, notes)
-    found = simulate(dataclasses.replace(setup, optimizer=_factory(request, keywords)), STEPS)
-    return _plan(request, model, found, 0, notes)
+
+
+@functools.lru_cache(maxsize=32)
+def _dense(request: Request, release: bool) -> Simulated:
+    """A model whose gradients are formed whole, and dropped one by one or left where they are; shared by all such methods."""
+    return simulate(dataclasses.replace(_setup(request, _loaded(request)), release=release), 2)
+
+
+def _adapted(request: Request, rank: int) -> Simulated:
+    model = _loaded(request)
+
+    def build() -> nn.Module:
+        return methods.with_adapters(as_fake(model, _dtype(request)).train(), blocks_of(model), rank)
+
+    return simulate(dataclasses.replace(_setup(request, model), build=build, optimizer=methods.adapter_optimizer), 2)
 
 
 def _factory(request: Request, keywords: Mapping[str, Any]) -> OptimizerFactory:
@@ -153,6 +180,8 @@ def _factory(request: Request, keywords: Mapping[str, Any]) -> OptimizerFactory:
         return request.optimizer
     made: Any = getattr(optimizers, request.optimizer)
     given = {"lr": 1e-3, **keywords}
+    if request.device == "cuda" and "foreach" in inspect.signature(made).parameters:
+        given.setdefault("foreach", not given.get("fused", False))  # as torch decides on a GPU, and would not for a CPU's tensors
     if given.get("rank") is None:
         raise ConfigError("rank= is missing: how many rows or columns of each weight are to be trained at a time, or a fraction.")
 
@@ -166,7 +195,15 @@ def _factory(request: Request, keywords: Mapping[str, Any]) -> OptimizerFactory:
     return make
 
 
-def _plan(request: Request, model: nn.Module, found: Simulated, state: int, notes: Sequence[str]) -> Plan:
+def _plan(request: Request, found: Simulated, state: int, notes: Sequence[str]) -> Plan:
+    ours = not isinstance(request.optimizer, str) or request.optimizer in OPTIMIZERS
+    if ours and found.dense:
+        some = ", ".join(found.dense[:4]) + (", ..." if len(found.dense) > 4 else "")
+        notes = (*notes, f"{len(found.dense)} matrices of blocks are trained densely ({some}); grass_compile.explain says why")
+    if found.reads:
+        notes = (*notes, "the forward reads numbers, which were taken for zero: what it does upon others is not in this plan")
+    if request.device == "cuda":
+        notes = (*notes, "the context of the GPU and the workspaces of its libraries come on top")
     largest = max(found.steps, key=lambda step: step.peak.bytes + step.peak.slack)
     peak = largest.peak
     kinds = {**peak.kinds, SLACK: peak.slack}
@@ -182,7 +219,7 @@ def _plan(request: Request, model: nn.Module, found: Simulated, state: int, note
         **dict(request.keywords),
     }
     return Plan(
-        model=request.model if isinstance(request.model, str) else type(model).__name__,
+        model=request.model if isinstance(request.model, str) else type(request.model).__name__,
         method=f"grass {method}" if method in OPTIMIZERS else method,
         settings=settings,
         parameters=found.parameters,

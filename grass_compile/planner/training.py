@@ -85,10 +85,19 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Simulated:
-    """What came out: the steps in order, how many numbers the model holds, and what is trained densely and why."""
+    """What came out.
+
+    Attributes:
+        steps: in order.
+        parameters: how many numbers the model holds.
+        dense: the matrices of blocks that a grass optimizer trains densely.
+        reads: how many numbers the forward read, which were taken for zero.
+    """
 
     steps: tuple[Step, ...]
     parameters: int
+    dense: tuple[str, ...]
+    reads: int
 
 
 def simulate(setup: Setup, steps: int = STEPS) -> Simulated:
@@ -118,11 +127,12 @@ def simulate(setup: Setup, steps: int = STEPS) -> Simulated:
         _train(model, setup, steps, lambda *_: None)
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             ledger.see(tensor, "parameters", _part(name, blocks))
-        watcher = _Watcher(ledger, model, blocks)
+        watcher = _Watcher(ledger, mode, model, blocks)
         mode.watch = ledger.see
         _train(model, setup, steps, watcher.note)
         mode.watch = None
-        return Simulated(tuple(watcher.steps), sum(parameter.numel() for parameter in model.parameters()))
+        numbers = sum(parameter.numel() for parameter in model.parameters())
+        return Simulated(tuple(watcher.steps), numbers, tuple(watcher.dense), watcher.reads)
 
 
 def blocks_of(model: nn.Module) -> list[str]:
@@ -147,24 +157,30 @@ def blocks_of(model: nn.Module) -> list[str]:
 class _Watcher:
     """Notes what each storage is, and the peaks of each step."""
 
-    def __init__(self, ledger: Ledger, model: nn.Module, blocks: Sequence[str]) -> None:
-        self.ledger, self.model, self.blocks = ledger, model, blocks
+    def __init__(self, ledger: Ledger, mode: _simulate.SimulationMode, model: nn.Module, blocks: Sequence[str]) -> None:
+        self.ledger, self.mode, self.model, self.blocks = ledger, mode, model, blocks
         self.steps: list[Step] = []
+        self.dense: list[str] = []
+        self.reads = 0
         self._marks: list[int] = []
-        self._saved = 0
+        self._saved = self._reads = 0
 
     def note(self, phase: str, optimizer: torch.optim.Optimizer | None) -> None:
         """A phase of a step begins (``start``) or has come to its end."""
         self._marks = [*self._marks, self.ledger.now] if phase != "start" else [self.ledger.now]
-        if phase == "forward":
+        if phase == "start":
+            self._reads = self.mode.reads
+        elif phase == "forward":
+            self.reads += self.mode.reads - self._reads
             self._saved = self.ledger.saved()
         elif phase == "backward":
             self._note_gradients()
         if optimizer is not None:
             self._note_state(optimizer)
         if phase == "update":
-            peaks = [self.ledger.peak(start, end - 1) for start, end in zip(self._marks, self._marks[1:], strict=False)]
-            self.steps.append(Step(*peaks, self._saved))
+            spans = zip(self._marks, self._marks[1:], strict=False)
+            forward, backward, update = (self.ledger.peak(start, end - 1) for start, end in spans)
+            self.steps.append(Step(forward, backward, update, self._saved))
 
     def _note_gradients(self) -> None:
         for name, parameter in self.model.named_parameters():
@@ -175,9 +191,12 @@ class _Watcher:
                 self.ledger.see(gradient, "dense gradients", _part(name, self.blocks))
 
     def _note_state(self, optimizer: torch.optim.Optimizer) -> None:
+        self.dense = []
         for name, parameter in self.model.named_parameters():
             state = optimizer.state.get(parameter, {})
             kind = "compact state" if is_compact(state) else "dense state"
+            if kind == "dense state" and parameter.dim() > 1 and any(name.startswith(f"{block}.") for block in self.blocks):
+                self.dense.append(name)
             for tensor in state.values():
                 if isinstance(tensor, Tensor):
                     self.ledger.see(tensor, kind, _part(name, self.blocks))

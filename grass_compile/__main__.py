@@ -1,0 +1,7 @@
+"""``python -m grass_compile``."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,37 @@
+"""``grass-compile``, and ``python -m grass_compile``: what fits (``plan``), what is projected (``explain``), what is installed
+(``doctor``)."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+
+from ..errors import GrassError
+from . import doctor, plan
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand.
+
+    Args:
+        arguments: those of the command line; None: the process's own.
+
+    Returns:
+        0; 1 if a plan does not fit or doctor found what will not work; 2 for input that makes no sense.
+    """
+    parser = argparse.ArgumentParser(prog="grass-compile", description=__doc__)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for module in (plan, doctor):
+        module.add(commands)
+    parsed = parser.parse_args(arguments)
+    try:
+        code: int = parsed.run(parsed)
+        return code
+    except GrassError as error:
+        if parsed.debug:
+            traceback.print_exc()
+        print(f"grass-compile {parsed.command}: {error}", file=sys.stderr)
+        return 2
