@@ -87,6 +87,20 @@ def _zero(dtype: torch.dtype) -> Any:
 
 
 @contextlib.contextmanager
+def fake(mode: SimulationMode) -> Iterator[None]:
+    """Inside, tensors have no memory; Dynamo forgets all graphs before and after."""
+    for operator in _higher_order_ops.values():  # they look their rules up by the type of the mode
+        if FakeTensorMode in operator.python_key_table:
+            operator.python_key_table.setdefault(SimulationMode, operator.python_key_table[FakeTensorMode])
+    torch._dynamo.reset()
+    try:
+        with mode:
+            yield
+    finally:
+        torch._dynamo.reset()
+
+
+@contextlib.contextmanager
 def simulated(mode: SimulationMode, called: Called, device: str) -> Iterator[None]:
     """Inside, generated code runs on fake tensors and its kernels do nothing; Dynamo forgets all graphs before and after.
 
@@ -109,10 +123,6 @@ def simulated(mode: SimulationMode, called: Called, device: str) -> Iterator[Non
     def nothing(*args: Any, **keywords: Any) -> Any:
         return _Kernel()
 
-    for operator in _higher_order_ops.values():  # they look their rules up by the type of the mode
-        if FakeTensorMode in operator.python_key_table:
-            operator.python_key_table.setdefault(SimulationMode, operator.python_key_table[FakeTensorMode])
-    torch._dynamo.reset()
     with contextlib.ExitStack() as stack:
         replaced = {"_empty_strided_cpu": _empty, "_empty_strided_cuda": _empty, "_reinterpret_tensor": _reinterpret}
         for name, function in replaced.items():
@@ -122,10 +132,9 @@ def simulated(mode: SimulationMode, called: Called, device: str) -> Iterator[Non
         stack.enter_context(mock.patch.object(PyCodeCache, "load_by_key_path", classmethod(loaded)))
         stack.enter_context(mock.patch.object(PyCodeCache, "modules_no_attr", {}))
         stack.enter_context(config.patch(force_disable_caches=True, compile_threads=1))
-        stack.callback(torch._dynamo.reset)
         if device == "cuda":
             stack.enter_context(mock.patch.object(_aot, "compile_fx_inner", _for_described_device))
-        stack.enter_context(mode)
+        stack.enter_context(fake(mode))
         yield
 
 

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 
 from ..errors import GrassError
-from . import doctor, plan
+from . import doctor, explain, plan
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="grass-compile", description=__doc__)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (plan, doctor):
+    for module in (plan, explain, doctor):
         module.add(commands)
     parsed = parser.parse_args(arguments)
     try:

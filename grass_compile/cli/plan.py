@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from ..planner.picture import draw
 from ..planner.plan import DTYPES, OTHERS, Request, of_request
 from ..planner.result import Plan
 from ..planner.sizes import in_words, parse_bytes
+from .arguments import request_of
 
 DESCRIPTION = """Say how many bytes training needs, without a GPU, without weights and without memory. Exits with 0 if it fits
 (or if no --memory is given), with 1 if it does not, with 2 if the input makes no sense."""
@@ -70,38 +70,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _request(arguments: argparse.Namespace) -> Request:
-    keywords = dict(_keyword(text) for text in arguments.set)
-    if arguments.rank is not None:
-        keywords["rank"] = _literal(arguments.rank)
-    elif not (arguments.best or arguments.largest == "rank" or arguments.optimizer in OTHERS):
+    if arguments.rank is None and (arguments.best or arguments.largest == "rank"):
+        arguments.rank = str(questions.STEPS["rank"])
+    if arguments.rank is None and arguments.optimizer not in OTHERS:
         raise ConfigError("--rank is missing: how many rows or columns of each weight are trained at a time.")
-    if arguments.best or arguments.largest == "rank":
-        keywords.setdefault("rank", questions.STEPS["rank"])
-    return Request(
-        arguments.model,
-        arguments.batch,
-        arguments.seq,
-        arguments.optimizer,
-        arguments.dtype,
-        arguments.device,
-        arguments.compile,
-        arguments.checkpointing,
-        keywords=tuple(sorted(keywords.items())),
-    )
-
-
-def _keyword(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ConfigError(f"--set {text} is not NAME=VALUE.")
-    return name, _literal(value)
-
-
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+    return request_of(arguments)
 
 
 def _best(request: Request, arguments: argparse.Namespace, limit: int | None) -> int:

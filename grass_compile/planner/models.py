@@ -81,6 +81,10 @@ NAMES: dict[str, dict[str, Any]] = {
 """Built-in names, and their configurations in the words of `transformers`."""
 
 
+CHECKPOINTING = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+"""What models of transformers call it, the newer name first."""
+
+
 def load(model: str | nn.Module, dtype: torch.dtype | None, checkpointing: bool) -> nn.Module:
     """Make the model that is to be planned, on the ``meta`` device where it can be.
 
@@ -95,13 +99,14 @@ def load(model: str | nn.Module, dtype: torch.dtype | None, checkpointing: bool)
     """
     found = model if isinstance(model, nn.Module) else _named(model, dtype)
     if checkpointing:
-        if not hasattr(found, "gradient_checkpointing_enable"):
+        enable = next((name for name in CHECKPOINTING if hasattr(found, name)), None)
+        if enable is None:
             raise ConfigError(
                 f"{type(found).__name__} has no gradient_checkpointing_enable(), which checkpointing=True would call. Put "
                 "checkpoints into the model yourself and leave it out."
             )
         found = found if found is not model else copy.deepcopy(found)
-        found.gradient_checkpointing_enable()  # type: ignore[operator]
+        getattr(found, enable)()
     return found
 
 

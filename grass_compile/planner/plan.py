@@ -121,15 +121,15 @@ def of_request(request: Request) -> Plan:
     if request.optimizer == "lora":
         return _plan(request, _adapted(dataclasses.replace(request, optimizer="lora"), keywords.get("rank", 16)), 0, ())
     if isinstance(request.optimizer, str) and request.optimizer in methods.DENSE:
-        model = _loaded(request)
+        model = loaded(request)
         state = methods.DENSE[request.optimizer](model, blocks_of(model), keywords.get("rank", 128))
         note = f"the state of {request.optimizer} is counted by its shapes, and what its step needs beside it is not"
         shared = dataclasses.replace(request, optimizer="adamw", keywords=())
         return _plan(request, _dense(shared, request.optimizer == "flashoptim"), state, (note,))
-    model = _loaded(request)
+    model = loaded(request)
     if isinstance(rank := keywords.get("rank"), int) and rank > (width := width_of(model)):
         raise ConfigError(f"rank={rank} is above the width of the model, {width}: there would be nothing to save.")
-    found = simulate(dataclasses.replace(_setup(request, model), optimizer=_factory(request, keywords)), STEPS)
+    found = simulate(dataclasses.replace(_setup(request, model), optimizer=factory(request)), STEPS)
     return _plan(request, found, 0, ())
 
 
@@ -141,7 +141,8 @@ def width_of(model: nn.Module) -> int:
     return max(set(sides), key=sides.count)
 
 
-def _loaded(request: Request) -> nn.Module:
+def loaded(request: Request) -> nn.Module:
+    """The model of a request, without memory where it can be."""
     return load(request.model, _dtype(request), request.checkpointing)
 
 
@@ -152,7 +153,7 @@ def _dtype(request: Request) -> torch.dtype | None:
 def _setup(request: Request, model: nn.Module) -> Setup:
     return Setup(
         build=lambda: as_fake(model, _dtype(request)).train(),
-        inputs=functools.partial(_inputs, request),
+        inputs=functools.partial(step_inputs, request),
         loss=request.loss or _loss,
         optimizer=None,
         device=request.device,
@@ -163,11 +164,11 @@ def _setup(request: Request, model: nn.Module) -> Setup:
 @functools.lru_cache(maxsize=32)
 def _dense(request: Request, release: bool) -> Simulated:
     """A model whose gradients are formed whole, and dropped one by one or left where they are; shared by all such methods."""
-    return simulate(dataclasses.replace(_setup(request, _loaded(request)), release=release), 2)
+    return simulate(dataclasses.replace(_setup(request, loaded(request)), release=release), 2)
 
 
 def _adapted(request: Request, rank: int) -> Simulated:
-    model = _loaded(request)
+    model = loaded(request)
 
     def build() -> nn.Module:
         return methods.with_adapters(as_fake(model, _dtype(request)).train(), blocks_of(model), rank)
@@ -175,11 +176,16 @@ def _adapted(request: Request, rank: int) -> Simulated:
     return simulate(dataclasses.replace(_setup(request, model), build=build, optimizer=methods.adapter_optimizer), 2)
 
 
-def _factory(request: Request, keywords: Mapping[str, Any]) -> OptimizerFactory:
+def factory(request: Request) -> OptimizerFactory:
+    """What makes the optimizer of a request.
+
+    Raises:
+        ConfigError: ``rank`` is missing; what is returned raises it for keywords that the optimizer does not take.
+    """
     if not isinstance(request.optimizer, str):
         return request.optimizer
     made: Any = getattr(optimizers, request.optimizer)
-    given = {"lr": 1e-3, **keywords}
+    given = {"lr": 1e-3, **dict(request.keywords)}
     if request.device == "cuda" and "foreach" in inspect.signature(made).parameters:
         given.setdefault("foreach", not given.get("fused", False))  # as torch decides on a GPU, and would not for a CPU's tensors
     if given.get("rank") is None:
@@ -237,7 +243,8 @@ def _by_part(step: Step, state: int) -> dict[str, int]:
     return {name: getattr(step, name).bytes + getattr(step, name).slack + state for name in ("forward", "backward", "update")}
 
 
-def _inputs(request: Request) -> dict[str, Any]:
+def step_inputs(request: Request) -> dict[str, Any]:
+    """The keyword arguments of the model."""
     if request.inputs is not None:
         return dict(request.inputs())
     tokens = torch.zeros(request.batch, request.seq, dtype=torch.long)
