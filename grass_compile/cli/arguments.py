@@ -7,7 +7,7 @@ import ast
 from typing import Any
 
 from ..errors import ConfigError
-from ..planner.plan import Request
+from ..planner.request import Request, hashable
 
 
 def request_of(arguments: argparse.Namespace) -> Request:
@@ -32,7 +32,7 @@ def request_of(arguments: argparse.Namespace) -> Request:
         arguments.device,
         arguments.compile,
         arguments.checkpointing,
-        keywords=tuple(sorted(keywords.items())),
+        keywords=hashable(keywords),
     )
 
 

@@ -10,7 +10,7 @@ from .._version import __version__
 from ..errors import ConfigError
 from ..planner.examine import examine
 from ..planner.models import NAMES
-from ..planner.plan import DTYPES, OPTIMIZERS
+from ..planner.request import DTYPES, OPTIMIZERS
 from ..planner.sizes import in_words
 from ..report import Report, Row
 from .arguments import request_of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,9 +13,11 @@ from ..errors import ConfigError
 from ..planner import questions
 from ..planner.models import NAMES
 from ..planner.picture import draw
-from ..planner.plan import DTYPES, OTHERS, Request, of_request
+from ..planner.plan import of_request
+from ..planner.request import DTYPES, OTHERS, Request
 from ..planner.result import Plan
 from ..planner.sizes import in_words, parse_bytes
+from ..planner.spread import SHARDINGS, World
 from .arguments import request_of
 
 DESCRIPTION = """Say how many bytes training needs, without a GPU, without weights and without memory. Exits with 0 if it fits
@@ -39,6 +42,8 @@ def add(commands: Any) -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default cuda; there need not be one")
     parser.add_argument("--compile", choices=("blocks", "whole"), default="blocks", help="default blocks")
     parser.add_argument("--checkpointing", action="store_true", help="compute activations again in the backward")
+    parser.add_argument("--world", default="1", help="ranks, or replicas x shards: 8, 2x4 (default 1)")
+    parser.add_argument("--sharding", choices=SHARDINGS, help="how they share the work")
     parser.add_argument("--compare", nargs="*", choices=OTHERS, metavar="METHOD", help=f"beside it: {', '.join(OTHERS)} (all)")
     parser.add_argument("--largest", choices=list(questions.STEPS), help="the largest that fits into --memory")
     parser.add_argument("--best", action="store_true", help="the best rule and rank that fit into --memory")
@@ -74,7 +79,7 @@ def _request(arguments: argparse.Namespace) -> Request:
         arguments.rank = str(questions.STEPS["rank"])
     if arguments.rank is None and arguments.optimizer not in OTHERS:
         raise ConfigError("--rank is missing: how many rows or columns of each weight are trained at a time.")
-    return request_of(arguments)
+    return dataclasses.replace(request_of(arguments), world=World.parse(arguments.world, arguments.sharding))
 
 
 def _best(request: Request, arguments: argparse.Namespace, limit: int | None) -> int:

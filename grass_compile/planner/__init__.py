@@ -2,7 +2,9 @@
 
 ::
 
-    models -> training (simulate, ledger) -> plan -> result
+    models -> request -> training (with ledger) -> plan -> spread -> result
+                                                    |
+                                                questions
 """
 
 from .models import NAMES as NAMES

@@ -9,7 +9,7 @@ from ..errors import ConfigError
 from ..explain import explain
 from ..report import Report
 from .models import as_fake, unnoticed
-from .plan import Request, factory, loaded, step_inputs
+from .request import Request, factory, loaded, step_inputs
 
 
 def examine(request: Request) -> Report:

@@ -110,6 +110,12 @@ def load(model: str | nn.Module, dtype: torch.dtype | None, checkpointing: bool)
     return found
 
 
+def changed_at(name: str) -> int:
+    """When the file behind a name was last written; 0 for what is no file."""
+    path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
+    return path.stat().st_mtime_ns if path.is_file() else 0
+
+
 def _named(name: str, dtype: torch.dtype | None) -> nn.Module:
     path = Path(name)
     if name.lower() in NAMES:

@@ -4,65 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import ParamSpec
 
 from ..errors import ConfigError
-from ..optim import optimizers
 from . import methods
-from .models import as_fake, load
+from .ledger import Peak
+from .models import as_fake, changed_at
+from .request import OPTIMIZERS, OptimizerFactory, Request, dtype_of, factory, hashable, loaded, loss_of, step_inputs, width_of
 from .result import SLACK, Plan
+from .spread import COMPACT, World, of_rank, sent
 from .training import STEPS, Compile, Setup, Simulated, Step, blocks_of, simulate
 
-OPTIMIZERS = ("AdamW", "AdamW8bit", "Muon", "Lion", "SGD", "Adafactor", "Apollo", "Sketchy")
-"""Those of this package."""
+P, T = ParamSpec("P"), TypeVar("T")
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-OTHERS = (*methods.DENSE, "lora")
-"""What others train with."""
-
-OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What is to be planned; see `plan`."""
-
-    model: str | nn.Module
-    batch: int
-    seq: int
-    optimizer: str | OptimizerFactory = "AdamW"
-    dtype: str | None = "bf16"
-    device: str = "cuda"
-    compile: Compile = "blocks"
-    checkpointing: bool = False
-    inputs: Callable[[], Mapping[str, Any]] | None = None
-    loss: Callable[[Any], Tensor] | None = None
-    keywords: tuple[tuple[str, Any], ...] = ()
-
-    def __post_init__(self) -> None:
-        for name in ("batch", "seq"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name}={value!r} must be a positive integer.")
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise ConfigError(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}, or None for a model as it comes.")
-        if self.device not in ("cpu", "cuda"):
-            raise ConfigError(f"device={self.device!r} must be 'cpu' or 'cuda'.")
-        if self.compile not in ("blocks", "whole"):
-            raise ConfigError(f"compile={self.compile!r} must be 'blocks' or 'whole'.")
-        if isinstance(self.optimizer, str) and self.optimizer not in (*OPTIMIZERS, *OTHERS):
-            raise ConfigError(
-                f"optimizer={self.optimizer!r} must be one of this package's, {', '.join(OPTIMIZERS)}, one to compare with, "
-                f"{', '.join(OTHERS)}, or a function that makes an optimizer of the model."
-            )
-        if self.device == "cuda" and not torch.cuda.is_available():
-            _need_triton()
+PHASES = ("forward", "backward", "update")
 
 
 def plan(
@@ -77,6 +37,8 @@ def plan(
     checkpointing: bool = False,
     inputs: Callable[[], Mapping[str, Any]] | None = None,
     loss: Callable[[Any], Tensor] | None = None,
+    world: int | str = 1,
+    sharding: str | None = None,
     **keywords: Any,
 ) -> Plan:
     """Say how many bytes training needs, without a GPU, without weights and without memory.
@@ -100,6 +62,9 @@ def plan(
         checkpointing: compute activations again in the backward, block by block (``model.gradient_checkpointing_enable()``).
         inputs: makes the keyword arguments of the model; by default ``input_ids`` and ``labels``, ``[batch, seq]``.
         loss: makes the loss of what the model returns; by default its ``.loss``.
+        world: ranks; ``"2x4"``, replicas times shards, for ``sharding="hsdp"``. The plan is then that of each rank, by arithmetic
+            upon that of one process, with the bytes that it sends; ``batch`` is that of a rank.
+        sharding: ``"ddp"``, ``"fsdp2"``, ``"hsdp"`` or ``"tp"``.
         **keywords: of the optimizer, ``rank`` first of all. (``rank`` is also that of galore, apollo and lora.)
 
     Returns:
@@ -109,59 +74,79 @@ def plan(
         ConfigError: no such model, optimizer or keyword; a model that needs numbers to run; Triton is missing.
     """
     request = Request(
-        model, batch, seq, optimizer, dtype, device, compile, checkpointing, inputs, loss, tuple(sorted(keywords.items()))
+        model,
+        batch,
+        seq,
+        optimizer,
+        dtype,
+        device,
+        compile,
+        checkpointing,
+        inputs,
+        loss,
+        hashable(keywords),
+        World.parse(world, sharding),
     )
     return of_request(request)
 
 
-@functools.lru_cache(maxsize=256)
 def of_request(request: Request) -> Plan:
-    """`plan`; the same request is planned once."""
-    keywords = dict(request.keywords)
+    """`plan`; what differs in ``world`` alone is simulated once."""
+    return _plan(request, *_simulated(dataclasses.replace(request, world=None)))
+
+
+def _once(function: Callable[P, T]) -> Callable[P, T]:
+    """Keep what was simulated of a model that is named. A module may change between two plans, and a file too, which is seen by its
+    time."""
+
+    @functools.lru_cache(maxsize=256)
+    def kept(time: int, *args: P.args, **keywords: P.kwargs) -> T:
+        return function(*args, **keywords)
+
+    @functools.wraps(function)
+    def once(*args: P.args, **keywords: P.kwargs) -> T:
+        request = args[0]
+        assert isinstance(request, Request)
+        if isinstance(request.model, nn.Module):
+            return function(*args, **keywords)
+        return kept(changed_at(request.model), *args, **keywords)
+
+    return once
+
+
+@_once
+def _simulated(request: Request) -> tuple[Simulated, int, tuple[str, ...]]:
+    """What came out, the bytes of a state that was not simulated, and notes."""
+    rank = dict(request.keywords).get("rank")
     if request.optimizer == "lora":
-        return _plan(request, _adapted(dataclasses.replace(request, optimizer="lora"), keywords.get("rank", 16)), 0, ())
+        return _adapted(request, rank or 16), 0, ()
     if isinstance(request.optimizer, str) and request.optimizer in methods.DENSE:
         model = loaded(request)
-        state = methods.DENSE[request.optimizer](model, blocks_of(model), keywords.get("rank", 128))
+        state = methods.DENSE[request.optimizer](model, blocks_of(model), rank or 128)
         note = f"the state of {request.optimizer} is counted by its shapes, and what its step needs beside it is not"
-        shared = dataclasses.replace(request, optimizer="adamw", keywords=())
-        return _plan(request, _dense(shared, request.optimizer == "flashoptim"), state, (note,))
+        return (
+            _dense(dataclasses.replace(request, optimizer="adamw", keywords=()), request.optimizer == "flashoptim"),
+            state,
+            (note,),
+        )
     model = loaded(request)
-    if isinstance(rank := keywords.get("rank"), int) and rank > (width := width_of(model)):
+    if isinstance(rank, int) and rank > (width := width_of(model)):
         raise ConfigError(f"rank={rank} is above the width of the model, {width}: there would be nothing to save.")
-    found = simulate(dataclasses.replace(_setup(request, model), optimizer=factory(request)), STEPS)
-    return _plan(request, found, 0, ())
-
-
-def width_of(model: nn.Module) -> int:
-    """The shorter side that most matrices of a model have: its width."""
-    sides = [min(p.shape) for p in model.parameters() if p.dim() == 2]
-    if not sides:
-        raise ConfigError(f"{type(model).__name__} has no matrix, so there is nothing to project.")
-    return max(set(sides), key=sides.count)
-
-
-def loaded(request: Request) -> nn.Module:
-    """The model of a request, without memory where it can be."""
-    return load(request.model, _dtype(request), request.checkpointing)
-
-
-def _dtype(request: Request) -> torch.dtype | None:
-    return DTYPES[request.dtype] if request.dtype is not None else None
+    return simulate(dataclasses.replace(_setup(request, model), optimizer=factory(request)), STEPS), 0, ()
 
 
 def _setup(request: Request, model: nn.Module) -> Setup:
     return Setup(
-        build=lambda: as_fake(model, _dtype(request)).train(),
+        build=lambda: as_fake(model, dtype_of(request)).train(),
         inputs=functools.partial(step_inputs, request),
-        loss=request.loss or _loss,
+        loss=request.loss or loss_of,
         optimizer=None,
         device=request.device,
         compile=request.compile,
     )
 
 
-@functools.lru_cache(maxsize=32)
+@_once
 def _dense(request: Request, release: bool) -> Simulated:
     """A model whose gradients are formed whole, and dropped one by one or left where they are; shared by all such methods."""
     return simulate(dataclasses.replace(_setup(request, loaded(request)), release=release), 2)
@@ -171,49 +156,14 @@ def _adapted(request: Request, rank: int) -> Simulated:
     model = loaded(request)
 
     def build() -> nn.Module:
-        return methods.with_adapters(as_fake(model, _dtype(request)).train(), blocks_of(model), rank)
+        return methods.with_adapters(as_fake(model, dtype_of(request)).train(), blocks_of(model), rank)
 
     return simulate(dataclasses.replace(_setup(request, model), build=build, optimizer=methods.adapter_optimizer), 2)
 
 
-def factory(request: Request) -> OptimizerFactory:
-    """What makes the optimizer of a request.
-
-    Raises:
-        ConfigError: ``rank`` is missing; what is returned raises it for keywords that the optimizer does not take.
-    """
-    if not isinstance(request.optimizer, str):
-        return request.optimizer
-    made: Any = getattr(optimizers, request.optimizer)
-    given = {"lr": 1e-3, **dict(request.keywords)}
-    if request.device == "cuda" and "foreach" in inspect.signature(made).parameters:
-        given.setdefault("foreach", not given.get("fused", False))  # as torch decides on a GPU, and would not for a CPU's tensors
-    if given.get("rank") is None:
-        raise ConfigError("rank= is missing: how many rows or columns of each weight are to be trained at a time, or a fraction.")
-
-    def make(model: nn.Module) -> torch.optim.Optimizer:
-        try:
-            optimizer: torch.optim.Optimizer = made(model.named_parameters(), **given)
-        except TypeError as error:
-            raise ConfigError(f"{request.optimizer} does not take these keywords: {error}") from error
-        return optimizer
-
-    return make
-
-
 def _plan(request: Request, found: Simulated, state: int, notes: Sequence[str]) -> Plan:
-    ours = not isinstance(request.optimizer, str) or request.optimizer in OPTIMIZERS
-    if ours and found.dense:
-        some = ", ".join(found.dense[:4]) + (", ..." if len(found.dense) > 4 else "")
-        notes = (*notes, f"{len(found.dense)} matrices of blocks are trained densely ({some}); grass_compile.explain says why")
-    if found.reads:
-        notes = (*notes, "the forward reads numbers, which were taken for zero: what it does upon others is not in this plan")
-    if request.device == "cuda":
-        notes = (*notes, "the context of the GPU and the workspaces of its libraries come on top")
-    largest = max(found.steps, key=lambda step: step.peak.bytes + step.peak.slack)
-    peak = largest.peak
-    kinds = {**peak.kinds, SLACK: peak.slack}
-    kinds["dense state"] += state
+    moments = [_moment(request.world, found, step, phase, state) for step in found.steps for phase in PHASES]
+    largest = max(moments, key=lambda moment: moment.bytes)
     method = request.optimizer if isinstance(request.optimizer, str) else getattr(request.optimizer, "__name__", "an optimizer")
     settings = {
         "batch": request.batch,
@@ -224,45 +174,69 @@ def _plan(request: Request, found: Simulated, state: int, notes: Sequence[str]) 
         "checkpointing": request.checkpointing,
         **dict(request.keywords),
     }
+    if request.world is not None:
+        settings |= {"sharding": request.world.sharding, "replicas": request.world.replicas, "shards": request.world.shards}
     return Plan(
         model=request.model if isinstance(request.model, str) else type(request.model).__name__,
         method=f"grass {method}" if method in OPTIMIZERS else method,
         settings=settings,
         parameters=found.parameters,
-        peak_bytes=peak.bytes + peak.slack + state,
-        phase=f"the {largest.phase} of step {found.steps.index(largest) + 1}",
-        bytes=kinds,
-        steps=tuple(_by_part(step, state) for step in found.steps),
+        peak_bytes=largest.bytes,
+        phase=f"the {largest.phase} of step {found.steps.index(largest.step) + 1}",
+        bytes=largest.kinds,
+        steps=tuple({m.phase: m.bytes for m in moments if m.step is step} for step in found.steps),
         saved_bytes=found.steps[-1].saved,
-        layers=peak.owners,
-        notes=tuple(notes),
+        layers=getattr(largest.step, largest.phase).owners,
+        notes=(*notes, *_notes(request, found)),
+        sent=_sent(request, found),
     )
 
 
-def _by_part(step: Step, state: int) -> dict[str, int]:
-    return {name: getattr(step, name).bytes + getattr(step, name).slack + state for name in ("forward", "backward", "update")}
+@dataclasses.dataclass(frozen=True)
+class _Moment:
+    """The peak of a part of a step, on a rank."""
+
+    step: Step
+    phase: str
+    kinds: Mapping[str, int]
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.kinds.values())
 
 
-def step_inputs(request: Request) -> dict[str, Any]:
-    """The keyword arguments of the model."""
-    if request.inputs is not None:
-        return dict(request.inputs())
-    tokens = torch.zeros(request.batch, request.seq, dtype=torch.long)
-    return {"input_ids": tokens, "labels": tokens}
+def _moment(world: World | None, found: Simulated, step: Step, phase: str, state: int) -> _Moment:
+    peak: Peak = getattr(step, phase)
+    kinds = {**peak.kinds, SLACK: peak.slack}
+    kinds["dense state"] += state
+    if world is not None:
+        kinds = of_rank(kinds, _weights(found), found.steps[0].update.kinds["dense gradients"], phase, world)
+    return _Moment(step, phase, kinds)
 
 
-def _loss(result: Any) -> Tensor:
-    loss = getattr(result, "loss", result)
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        raise ConfigError(f"the model returns {type(result).__name__} without a loss; say loss= how one is made of it.")
-    return loss
+def _weights(found: Simulated) -> dict[str, int]:
+    return {name: kinds.get("parameters", 0) for name, kinds in found.steps[0].forward.owners.items()}
 
 
-def _need_triton() -> None:
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(
-            "device='cuda' plans the code that Inductor generates for a GPU, which needs Triton: pip install triton. Without it, "
-            "device='cpu' plans the code for a CPU, which differs by a few percent."
-        ) from error
+def _sent(request: Request, found: Simulated) -> dict[str, int]:
+    if request.world is None:
+        return {}
+    kinds = found.steps[0].update.kinds
+    itemsize = (dtype_of(request) or torch.float32).itemsize
+    compact = kinds["compact gradients"] // COMPACT * itemsize
+    return sent(kinds["parameters"], compact, kinds["dense gradients"], request.world)
+
+
+def _notes(request: Request, found: Simulated) -> list[str]:
+    notes = []
+    ours = not isinstance(request.optimizer, str) or request.optimizer in OPTIMIZERS
+    if ours and found.dense:
+        some = ", ".join(found.dense[:4]) + (", ..." if len(found.dense) > 4 else "")
+        notes.append(f"{len(found.dense)} matrices of blocks are trained densely ({some}); grass_compile.explain says why")
+    if found.reads:
+        notes.append("the forward reads numbers, which were taken for zero: what it does upon others is not in this plan")
+    if request.world is not None:
+        notes.append("the plan of a rank is arithmetic upon that of one process, and has not been measured")
+    if request.device == "cuda":
+        notes.append("the context of the GPU and the workspaces of its libraries come on top")
+    return notes

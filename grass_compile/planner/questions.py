@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from ..errors import ConfigError
 from .models import load
-from .plan import OTHERS, Request, of_request, width_of
+from .plan import of_request
+from .request import OTHERS, Request, width_of
 from .result import Plan
 from .sizes import parse_bytes
 
@@ -33,7 +34,9 @@ def compare(request: Request, others: tuple[str, ...] = OTHERS) -> dict[str, Pla
     """The same model and batch under other methods, ours first, by name."""
     plans = {"grass": of_request(request)}
     rank = dict(request.keywords).get("rank")
-    keywords = (("rank", rank),) if isinstance(rank, int) else ()
+    if isinstance(rank, float):
+        rank = max(1, int(_width(request) * rank))
+    keywords = (("rank", rank),) if rank is not None else ()
     return plans | {name: of_request(dataclasses.replace(request, optimizer=name, keywords=keywords)) for name in others}
 
 

@@ -29,6 +29,7 @@ class Plan:
         saved_bytes: what autograd keeps between forward and backward in a regular step.
         layers: bytes by kind at the peak, for each block, and for what is outside of blocks.
         notes: what a reader should know: assumptions, and parts that were not seen.
+        sent: bytes that each rank sends in a regular step, by collective; empty for one process.
     """
 
     model: str
@@ -42,9 +43,10 @@ class Plan:
     saved_bytes: int
     layers: Mapping[str, Mapping[str, int]]
     notes: tuple[str, ...] = ()
+    sent: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("settings", "bytes", "layers"):
+        for name in ("settings", "bytes", "layers", "sent"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
     def fits(self, memory: str | int | float) -> bool:
@@ -70,6 +72,7 @@ class Plan:
         ]
         lines += [f"  {in_words(size):>12}  {kind}" for kind, size in self.bytes.items() if size]
         lines += [f"  {in_words(self.saved_bytes):>12}  are kept between forward and backward"]
+        lines += [f"  {in_words(size):>12}  are sent by each rank in a step: {name}" for name, size in self.sent.items()]
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 

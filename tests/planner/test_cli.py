@@ -16,7 +16,7 @@ from grass_compile.cli import doctor
 from grass_compile.cli import plan as command
 from grass_compile.planner import questions
 from grass_compile.planner.ledger import KINDS
-from grass_compile.planner.plan import OTHERS, Request
+from grass_compile.planner.request import OTHERS, Request
 from grass_compile.planner.result import SLACK, Plan
 
 SIZES = {"AdamW": 3 * 10**9, "adamw": 9 * 10**9}

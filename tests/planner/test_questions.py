@@ -7,7 +7,7 @@ from torch import nn
 
 from grass_compile import ConfigError
 from grass_compile.planner import questions
-from grass_compile.planner.plan import Request
+from grass_compile.planner.request import Request
 from grass_compile.planner.result import Plan
 from grass_compile.planner.sizes import in_words, parse_bytes
 
