@@ -20,7 +20,8 @@ from .result import SLACK, Plan
 from .spread import COMPACT, World, of_rank, sent
 from .training import STEPS, Compile, Setup, Simulated, Step, blocks_of, simulate
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 PHASES = ("forward", "backward", "update")
 
@@ -96,8 +97,7 @@ def of_request(request: Request) -> Plan:
 
 
 def _once(function: Callable[P, T]) -> Callable[P, T]:
-    """Keep what was simulated of a model that is named. A module may change between two plans, and a file too, which is seen by its
-    time."""
+    """Keep what was simulated of a model that is named. A module may change between two plans; that a file has, its time says."""
 
     @functools.lru_cache(maxsize=256)
     def kept(time: int, *args: P.args, **keywords: P.kwargs) -> T:
