@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import ParamSpec
 
 from ..errors import ConfigError
 from . import methods
@@ -20,7 +19,6 @@ from .result import SLACK, Plan
 from .spread import COMPACT, World, of_rank, sent
 from .training import STEPS, Compile, Setup, Simulated, Step, blocks_of, simulate
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 PHASES = ("forward", "backward", "update")
@@ -96,20 +94,18 @@ def of_request(request: Request) -> Plan:
     return _plan(request, *_simulated(dataclasses.replace(request, world=None)))
 
 
-def _once(function: Callable[P, T]) -> Callable[P, T]:
+def _once(function: Callable[..., T]) -> Callable[..., T]:
     """Keep what was simulated of a model that is named. A module may change between two plans; that a file has, its time says."""
 
     @functools.lru_cache(maxsize=256)
-    def kept(time: int, *args: P.args, **keywords: P.kwargs) -> T:
-        return function(*args, **keywords)
+    def kept(time: int, request: Request, *rest: Any) -> T:
+        return function(request, *rest)
 
     @functools.wraps(function)
-    def once(*args: P.args, **keywords: P.kwargs) -> T:
-        request = args[0]
-        assert isinstance(request, Request)
+    def once(request: Request, *rest: Any) -> T:
         if isinstance(request.model, nn.Module):
-            return function(*args, **keywords)
-        return kept(changed_at(request.model), *args, **keywords)
+            return function(request, *rest)
+        return kept(changed_at(request.model), request, *rest)
 
     return once
 
