@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -50,13 +50,22 @@ class Driver:
         return 0
 
 
+def _caches() -> list[Callable[[], None]]:
+    """What makes Inductor forget the device that it has asked."""
+    from torch._inductor import utils
+    from torch._inductor.runtime.hints import DeviceProperties
+    from torch.utils._triton import has_triton
+
+    functions = [has_triton, DeviceProperties.create, *vars(utils).values()]
+    return [function.cache_clear for function in functions if hasattr(function, "cache_clear")]
+
+
 @contextlib.contextmanager
 def described_device() -> Iterator[None]:
     """Make torch, Inductor and Triton believe in one `H200`, as far as generating code goes; nothing can run."""
     from torch._dynamo.device_interface import CudaInterface
     from torch._inductor.fx_passes import reinplace
     from torch._inductor.runtime import triton_helpers, triton_heuristics
-    from torch.utils._triton import has_triton
     from triton.runtime import driver
 
     answers = {
@@ -82,9 +91,10 @@ def described_device() -> Iterator[None]:
         stack.enter_context(mock.patch.object(triton_helpers, "set_driver_to_gpu"))
         stack.enter_context(mock.patch.object(triton_heuristics.CachingAutotuner, "_make_launchers"))
         stack.enter_context(mock.patch.object(driver, "_active", Driver()))
-        has_triton.cache_clear()  # Dynamo has asked before
+        for forget in _caches():  # Dynamo and Inductor have asked before
+            stack.callback(forget)
+            forget()
         yield
-    has_triton.cache_clear()
 
 
 def retarget(gm: fx.GraphModule) -> list[Any]:

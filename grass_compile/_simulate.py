@@ -8,6 +8,7 @@ the order in which they will come, and costs neither memory nor a compiler. Noth
 from __future__ import annotations
 
 import contextlib
+import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -131,6 +132,8 @@ def simulated(mode: SimulationMode, called: Called, device: str) -> Iterator[Non
             stack.enter_context(mock.patch.object(AsyncCompile, name, nothing))
         stack.enter_context(mock.patch.object(PyCodeCache, "load_by_key_path", classmethod(loaded)))
         stack.enter_context(mock.patch.object(PyCodeCache, "modules_no_attr", {}))
+        stack.enter_context(mock.patch.object(PyCodeCache, "modules", []))
+        stack.enter_context(mock.patch.dict(sys.modules))
         stack.enter_context(config.patch(force_disable_caches=True, compile_threads=1))
         if device == "cuda":
             stack.enter_context(mock.patch.object(_aot, "compile_fx_inner", _for_described_device))

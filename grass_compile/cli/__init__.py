@@ -35,3 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"grass-compile {parsed.command}: {error}", file=sys.stderr)
         return 2
+    except Exception as error:  # whatever a model, torch or Inductor raises: 1 would say that it does not fit
+        if parsed.debug:
+            traceback.print_exc()
+        what = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        print(f"grass-compile {parsed.command}: {what} (grass-compile --debug {parsed.command} shows where)", file=sys.stderr)
+        return 2

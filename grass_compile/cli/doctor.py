@@ -48,7 +48,10 @@ def run(arguments: argparse.Namespace) -> int:
 def versions() -> Iterator[Finding]:
     """This package, torch and Python."""
     yield Finding("fine", f"grass_compile {__version__}, Python {platform.python_version()}, {platform.platform()}")
-    wanted = next((text for text in importlib.metadata.requires("grass-compile") or () if text.startswith("torch")), "")
+    try:
+        wanted = next(text for text in importlib.metadata.requires("grass-compile") or () if text.startswith("torch"))
+    except importlib.metadata.PackageNotFoundError:
+        wanted = "one that is"
     found = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if (2, 11) <= found < (2, 14):
         yield Finding("fine", f"torch {torch.__version__}")

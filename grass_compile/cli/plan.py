@@ -87,7 +87,7 @@ def _best(request: Request, arguments: argparse.Namespace, limit: int | None) ->
     found = questions.best(request, limit)
     if found is None:
         tried = ", ".join(f"{name} at {share:g} of the width" for name, share in questions.PREFERENCE)
-        print(f"None fits into {in_words(limit)}: {tried}. Try --checkpointing, a smaller --batch or --seq.")
+        _nothing(arguments, limit, f"None fits into {in_words(limit)}: {tried}. Try --checkpointing, a smaller --batch or --seq.")
         return 1
     _show({"grass": found[0]}, arguments, limit)
     return 0
@@ -97,7 +97,9 @@ def _largest(request: Request, arguments: argparse.Namespace, limit: int | None)
     assert limit is not None
     found = questions.largest(request, arguments.largest, limit)
     if found is None:
-        print(f"Not even {arguments.largest}={questions.STEPS[arguments.largest]} fits into {in_words(limit)}.")
+        _nothing(
+            arguments, limit, f"Not even {arguments.largest}={questions.STEPS[arguments.largest]} fits into {in_words(limit)}."
+        )
         return 1
     if not arguments.json:
         print(f"the largest {arguments.largest} that fits into {in_words(limit)}: {found[0]}")
@@ -105,13 +107,21 @@ def _largest(request: Request, arguments: argparse.Namespace, limit: int | None)
     return 0
 
 
+def _nothing(arguments: argparse.Namespace, limit: int, sentence: str) -> None:
+    print(json.dumps({"memory_bytes": limit, "methods": {}, "reason": sentence}) if arguments.json else sentence)
+
+
 def _show(plans: Mapping[str, Plan], arguments: argparse.Namespace, limit: int | None) -> None:
-    if arguments.png:
-        draw(plans, arguments.png, limit)
     if arguments.json:
         found = {name: _with_verdict(plan, limit) for name, plan in plans.items()}
         print(json.dumps({"memory_bytes": limit, "methods": found}, indent=1))
-        return
+    else:
+        _print(plans, arguments, limit)
+    if arguments.png:
+        draw(plans, arguments.png, limit)
+
+
+def _print(plans: Mapping[str, Plan], arguments: argparse.Namespace, limit: int | None) -> None:
     print(plans["grass"])
     if arguments.layers:
         for name, kinds in plans["grass"].layers.items():

@@ -9,7 +9,7 @@ from ..errors import ConfigError
 from ..explain import explain
 from ..report import Report
 from .models import as_fake, unnoticed
-from .request import Request, factory, loaded, step_inputs
+from .request import Request, dtype_of, factory, loaded, step_inputs
 
 
 def examine(request: Request) -> Report:
@@ -24,7 +24,7 @@ def examine(request: Request) -> Report:
     model = loaded(request)
     with unnoticed(), warnings.catch_warnings(), _simulate.fake(_simulate.SimulationMode({})):
         warnings.simplefilter("ignore")
-        shadow = as_fake(model, None).train()
+        shadow = as_fake(model, dtype_of(request)).train()
         optimizer = factory(request)(shadow)
         report = explain(shadow, optimizer=optimizer, **step_inputs(request))  # type: ignore[arg-type]
     if not report.projected:

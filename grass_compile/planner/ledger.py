@@ -124,12 +124,12 @@ class Ledger:
         change: Counter[int] = Counter()
         for storage in self.storages:
             if storage.born <= end and (storage.died is None or storage.died >= start):
-                change[max(storage.born, start)] += self._rounded(storage)
+                change[max(storage.born, start - 1)] += self._rounded(storage)  # what lives before counts before
                 if storage.died is not None and storage.died <= end:
                     change[storage.died] -= self._rounded(storage)
         moments = sorted(change)
         totals = list(itertools.accumulate(change[moment] for moment in moments))
-        at = moments[totals.index(max(totals))] if totals else start
+        at = moments[totals.index(max(totals))] if totals else start - 1
         alive = [s for s in self.storages if s.born <= at and (s.died is None or s.died > at)]
         kinds: Counter[str] = Counter()
         owners: dict[str, Counter[str]] = {}

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import importlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -98,16 +99,18 @@ def load(model: str | nn.Module, dtype: torch.dtype | None, checkpointing: bool)
         ConfigError: there is no such model, transformers is missing or does not know it, or the function raised.
     """
     found = model if isinstance(model, nn.Module) else _named(model, dtype)
-    if checkpointing:
-        enable = next((name for name in CHECKPOINTING if hasattr(found, name)), None)
-        if enable is None:
-            raise ConfigError(
-                f"{type(found).__name__} has no gradient_checkpointing_enable(), which checkpointing=True would call. Put "
-                "checkpoints into the model yourself and leave it out."
-            )
-        found = found if found is not model else copy.deepcopy(found)
-        getattr(found, enable)()
+    if checkpointing and not any(hasattr(found, name) for name in CHECKPOINTING):
+        raise ConfigError(
+            f"{type(found).__name__} has no gradient_checkpointing_enable(), which checkpointing=True would call. Put "
+            "checkpoints into the model yourself and leave it out."
+        )
     return found
+
+
+def checkpoint(model: nn.Module) -> nn.Module:
+    """Have a model compute its activations again, in place."""
+    getattr(model, next(name for name in CHECKPOINTING if hasattr(model, name)))()
+    return model
 
 
 def changed_at(name: str) -> int:
@@ -123,9 +126,14 @@ def _named(name: str, dtype: torch.dtype | None) -> nn.Module:
     if (path / "config.json").is_file() or (path.is_file() and path.suffix == ".json"):
         path = path / "config.json" if path.is_dir() else path
         try:
-            return _from_config(json.loads(path.read_text()), name, dtype)
+            fields = json.loads(path.read_text())
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} is not JSON: {error}") from error
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}: {error}") from error
+        if not isinstance(fields, dict):
+            raise ConfigError(f"{path} holds {type(fields).__name__} and not the fields of a configuration.")
+        return _from_config(fields, name, dtype)
     if ":" in name:
         return _from_function(name)
     raise ConfigError(
@@ -137,13 +145,23 @@ def _named(name: str, dtype: torch.dtype | None) -> nn.Module:
 def _from_function(name: str) -> nn.Module:
     module, _, function = name.partition(":")
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _current_folder():
             made = getattr(importlib.import_module(module), function)()
-    except Exception as error:  # whatever it raises, it is the user's code and the user's to mend
+    except (Exception, SystemExit) as error:  # whatever it raises, it is the user's code and the user's to mend
         raise ConfigError(f"{name} raised {type(error).__name__}: {error}") from error
     if not isinstance(made, nn.Module):
         raise ConfigError(f"{name} returned {type(made).__name__}, and has to return a torch.nn.Module.")
     return made
+
+
+@contextlib.contextmanager
+def _current_folder() -> Iterator[None]:
+    """Inside, modules of the current folder are found, as by ``python -m``."""
+    sys.path.insert(0, os.getcwd())
+    try:
+        yield
+    finally:
+        sys.path.remove(os.getcwd())
 
 
 def _from_config(fields: dict[str, Any], name: str, dtype: torch.dtype | None) -> nn.Module:
@@ -189,20 +207,32 @@ def unnoticed() -> Iterator[None]:
         yield
 
 
-def as_fake(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+def as_fake(model: nn.Module, dtype: torch.dtype | None, checkpointing: bool = False) -> nn.Module:
     """A copy of a model whose tensors have no memory; called inside of a fake mode.
 
     Args:
         model: with tensors of any device; they are not touched.
-        dtype: of its floating-point tensors; None: as they are.
+        dtype: of its floating-point parameters; None: as they are.
+        checkpointing: whether the copy computes its activations again.
     """
     memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        memo[id(tensor)] = _fake(tensor, dtype if isinstance(tensor, nn.Parameter) else None)
-    return copy.deepcopy(model, memo)
+    for tensor in _tensors([module.__dict__ for module in model.modules()]):
+        memo[id(tensor)] = fake_like(tensor, dtype if isinstance(tensor, nn.Parameter) else None)
+    shadow = copy.deepcopy(model, memo)
+    return checkpoint(shadow) if checkpointing else shadow
 
 
-def _fake(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Those in dicts, lists and tuples: parameters, buffers, and what a module holds beside them."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple, set)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
+
+
+def fake_like(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A tensor of the same shape and strides without memory; called inside of a fake mode."""
     dtype = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
     empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device="cpu")
     return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty

@@ -31,13 +31,13 @@ def draw(plans: Mapping[str, Plan], path: Path, limit: int | None = None) -> Non
     for kind in next(iter(plans.values())).bytes:
         sizes = [plan.bytes.get(kind, 0) / 1e9 for plan in plans.values()]
         if any(sizes):
-            axes.bar(names, sizes, bottom=below, label=kind)
+            axes.bar(range(len(names)), sizes, bottom=below, label=kind)
             below = [low + size for low, size in zip(below, sizes, strict=True)]
     if limit is not None:
         axes.axhline(limit / 1e9, color="black", linestyle="--", label="memory")
     axes.set_ylabel("GB at the peak")
     axes.set_title(next(iter(plans.values())).model)
-    axes.tick_params(axis="x", rotation=30)
+    axes.set_xticks(range(len(names)), names, rotation=30)
     axes.legend(fontsize="small")
     try:
         figure.savefig(path)

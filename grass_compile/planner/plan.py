@@ -7,16 +7,16 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
+from .. import _simulate
 from ..errors import ConfigError
 from . import methods
 from .ledger import Peak
 from .models import as_fake, changed_at
 from .request import OPTIMIZERS, OptimizerFactory, Request, dtype_of, factory, hashable, loaded, loss_of, step_inputs, width_of
 from .result import SLACK, Plan
-from .spread import COMPACT, World, of_rank, sent
+from .spread import World, of_rank, sent
 from .training import STEPS, Compile, Setup, Simulated, Step, blocks_of, simulate
 
 T = TypeVar("T")
@@ -98,14 +98,14 @@ def _once(function: Callable[..., T]) -> Callable[..., T]:
     """Keep what was simulated of a model that is named. A module may change between two plans; that a file has, its time says."""
 
     @functools.lru_cache(maxsize=256)
-    def kept(time: int, request: Request, *rest: Any) -> T:
+    def kept(time: int, keywords: str, request: Request, *rest: Any) -> T:
         return function(request, *rest)
 
     @functools.wraps(function)
     def once(request: Request, *rest: Any) -> T:
         if isinstance(request.model, nn.Module):
             return function(request, *rest)
-        return kept(changed_at(request.model), request, *rest)
+        return kept(changed_at(request.model), repr(request.keywords), request, *rest)  # True equals 1, and means something else
 
     return once
 
@@ -113,19 +113,22 @@ def _once(function: Callable[..., T]) -> Callable[..., T]:
 @_once
 def _simulated(request: Request) -> tuple[Simulated, int, tuple[str, ...]]:
     """What came out, the bytes of a state that was not simulated, and notes."""
+    model = loaded(request)
     rank = dict(request.keywords).get("rank")
+    if isinstance(rank, float):
+        rank = max(1, int(width_of(model) * rank))
     if request.optimizer == "lora":
         return _adapted(request, rank or 16), 0, ()
     if isinstance(request.optimizer, str) and request.optimizer in methods.DENSE:
-        model = loaded(request)
-        state = methods.DENSE[request.optimizer](model, blocks_of(model), rank or 128)
+        with _simulate.fake(_simulate.SimulationMode({})):
+            shadow = as_fake(model, dtype_of(request))
+            state = methods.DENSE[request.optimizer](shadow, blocks_of(shadow), rank or 128)
         note = f"the state of {request.optimizer} is counted by its shapes, and what its step needs beside it is not"
         return (
             _dense(dataclasses.replace(request, optimizer="adamw", keywords=()), request.optimizer == "flashoptim"),
             state,
             (note,),
         )
-    model = loaded(request)
     if isinstance(rank, int) and rank > (width := width_of(model)):
         raise ConfigError(f"rank={rank} is above the width of the model, {width}: there would be nothing to save.")
     return simulate(dataclasses.replace(_setup(request, model), optimizer=factory(request)), STEPS), 0, ()
@@ -133,7 +136,7 @@ def _simulated(request: Request) -> tuple[Simulated, int, tuple[str, ...]]:
 
 def _setup(request: Request, model: nn.Module) -> Setup:
     return Setup(
-        build=lambda: as_fake(model, dtype_of(request)).train(),
+        build=lambda: as_fake(model, dtype_of(request), request.checkpointing).train(),
         inputs=functools.partial(step_inputs, request),
         loss=request.loss or loss_of,
         optimizer=None,
@@ -152,7 +155,8 @@ def _adapted(request: Request, rank: int) -> Simulated:
     model = loaded(request)
 
     def build() -> nn.Module:
-        return methods.with_adapters(as_fake(model, dtype_of(request)).train(), blocks_of(model), rank)
+        shadow = as_fake(model, dtype_of(request), request.checkpointing).train()
+        return methods.with_adapters(shadow, blocks_of(shadow), rank)
 
     return simulate(dataclasses.replace(_setup(request, model), build=build, optimizer=methods.adapter_optimizer), 2)
 
@@ -206,21 +210,16 @@ def _moment(world: World | None, found: Simulated, step: Step, phase: str, state
     kinds = {**peak.kinds, SLACK: peak.slack}
     kinds["dense state"] += state
     if world is not None:
-        kinds = of_rank(kinds, _weights(found), found.steps[0].update.kinds["dense gradients"], phase, world)
+        kinds = of_rank(kinds, found.inside, found.outside, found.gradients, phase, world)
     return _Moment(step, phase, kinds)
-
-
-def _weights(found: Simulated) -> dict[str, int]:
-    return {name: kinds.get("parameters", 0) for name, kinds in found.steps[0].forward.owners.items()}
 
 
 def _sent(request: Request, found: Simulated) -> dict[str, int]:
     if request.world is None:
         return {}
-    kinds = found.steps[0].update.kinds
-    itemsize = (dtype_of(request) or torch.float32).itemsize
-    compact = kinds["compact gradients"] // COMPACT * itemsize
-    return sent(kinds["parameters"], compact, kinds["dense gradients"], request.world)
+    weights = found.outside + sum(found.inside.values())
+    itemsize = round(weights / found.parameters)  # they travel in the dtype of the weights
+    return sent(weights, found.compact * itemsize, found.gradients, request.world)
 
 
 def _notes(request: Request, found: Simulated) -> list[str]:
@@ -232,6 +231,10 @@ def _notes(request: Request, found: Simulated) -> list[str]:
     if found.reads:
         notes.append("the forward reads numbers, which were taken for zero: what it does upon others is not in this plan")
     if request.world is not None:
+        if request.world.sharding == "tp":
+            notes.append(
+                "activations are counted, and not sent, as on one process: tensor parallelism divides them, and sends them"
+            )
         notes.append("the plan of a rank is arithmetic upon that of one process, and has not been measured")
     if request.device == "cuda":
         notes.append("the context of the GPU and the workspaces of its libraries come on top")

@@ -18,6 +18,9 @@ Quantity = Literal["batch", "seq", "rank"]
 STEPS: dict[Quantity, int] = {"batch": 1, "seq": 128, "rank": 8}
 """In which a quantity is looked for."""
 
+FAR = 2**24
+"""No quantity is looked for beyond so many steps."""
+
 PREFERENCE: tuple[tuple[str, float], ...] = (
     ("Muon", 1 / 2),
     ("Muon", 1 / 4),
@@ -34,8 +37,6 @@ def compare(request: Request, others: tuple[str, ...] = OTHERS) -> dict[str, Pla
     """The same model and batch under other methods, ours first, by name."""
     plans = {"grass": of_request(request)}
     rank = dict(request.keywords).get("rank")
-    if isinstance(rank, float):
-        rank = max(1, int(_width(request) * rank))
     keywords = (("rank", rank),) if rank is not None else ()
     return plans | {name: of_request(dataclasses.replace(request, optimizer=name, keywords=keywords)) for name in others}
 
@@ -43,13 +44,13 @@ def compare(request: Request, others: tuple[str, ...] = OTHERS) -> dict[str, Pla
 def largest(request: Request, quantity: Quantity, memory: str | int | float) -> tuple[int, Plan] | None:
     """The largest ``quantity`` with which training fits, and its plan; None if even the smallest does not.
 
-    Memory grows nearly linearly with each of them, so two plans say where to look; what is returned was planned, and so was the
-    next larger one, which does not fit.
+    Two plans say where to look if memory grows linearly; from there on the strides double. What is returned was planned, and so
+    was the next larger one, which does not fit, unless the rank is the width already.
 
     Raises:
-        ConfigError: ``memory`` is no size; nothing depends on ``quantity``.
+        ConfigError: ``memory`` is no size; the peak does not depend on ``quantity``.
     """
-    limit, step = parse_bytes(memory), STEPS[quantity]
+    limit, step, most = parse_bytes(memory), STEPS[quantity], _most(request, quantity)
 
     def at(number: int) -> Plan:
         return of_request(_with(request, quantity, number * step))
@@ -57,24 +58,28 @@ def largest(request: Request, quantity: Quantity, memory: str | int | float) -> 
     first = at(1)
     if first.peak_bytes > limit:
         return None
-    slope = at(2).peak_bytes - first.peak_bytes
-    if slope <= 0:
-        raise ConfigError(f"the peak does not depend on {quantity}.")
-    return _climb(at, max(1, 1 + (limit - first.peak_bytes) // slope), limit, step, _most(request, quantity))
+    slope = at(2).peak_bytes - first.peak_bytes if most is None or most >= 2 else 0
+    guess = 1 + (limit - first.peak_bytes) // slope if slope > 0 else 2
+    return _search(at, limit, step, guess, most if most is not None else FAR, most is not None)
 
 
-def _climb(at: Callable[[int], Plan], guess: int, limit: int, step: int, most: int | None) -> tuple[int, Plan]:
-    fits, fails = 1, most // step + 1 if most is not None else None
-    guess = min(guess, fails - 1) if fails is not None else guess
-    while fails is None or fails - fits > 1:
-        plan = at(guess)
-        if plan.peak_bytes <= limit:
-            fits = guess
+def _search(at: Callable[[int], Plan], limit: int, step: int, guess: int, most: int, bounded: bool) -> tuple[int, Plan]:
+    """From ``guess`` in strides that double, until one fits and another does not; then between these."""
+    fits, fails = 1, most + 1
+    probe, stride = min(max(2, guess), most), 1
+    while fails - fits > 1:
+        if at(probe).peak_bytes <= limit:
+            fits = probe
         else:
-            fails = guess
-        guess = fits + 1 if fails is None or guess == fits else fails - 1
-        if fails is not None and not fits < guess < fails:
-            break
+            fails = probe
+        if fails > most or fits == 1:  # only one side of it is known
+            probe = fits + stride if fails > most else fails - stride
+            stride *= 2
+        else:
+            probe = (fits + fails) // 2
+        probe = min(max(probe, fits + 1), fails - 1)
+    if fits == most and not bounded:
+        raise ConfigError(f"even {fits * step} fits: the peak does not depend on it.")
     return fits * step, at(fits)
 
 
@@ -85,7 +90,7 @@ def _with(request: Request, quantity: Quantity, value: int) -> Request:
 
 
 def _most(request: Request, quantity: Quantity) -> int | None:
-    return _width(request) if quantity == "rank" else None
+    return _width(request) // STEPS["rank"] if quantity == "rank" else None
 
 
 def _width(request: Request) -> int:

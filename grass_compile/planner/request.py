@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import checks
 from ..errors import ConfigError
 from ..optim import optimizers
 from . import methods
-from .models import load
+from .models import fake_like, load
 from .spread import World
 from .training import Compile
 
@@ -61,13 +62,32 @@ class Request:
                 f"optimizer={self.optimizer!r} must be one of this package's, {', '.join(OPTIMIZERS)}, one to compare with, "
                 f"{', '.join(OTHERS)}, or a function that makes an optimizer of the model."
             )
+        if self.inputs is not None and not callable(self.inputs):
+            raise ConfigError("inputs= must be a function that returns the keyword arguments of the model.")
+        keywords = dict(self.keywords)
+        checks.rank("rank", keywords.get("rank"))
+        others = isinstance(self.optimizer, str) and self.optimizer in OTHERS
+        unused = [name for name in keywords if not isinstance(self.optimizer, str) or (others and name != "rank")]
+        if unused:
+            raise ConfigError(f"{unused[0]}= is not read with optimizer={self.optimizer!r}.")
+        if others and self.world is not None and self.world.sharding == "tp":
+            raise ConfigError("sharding='tp' is planned for the optimizers of this package alone.")
         if self.device == "cuda" and not torch.cuda.is_available():
             _need_triton()
 
 
 def hashable(keywords: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """Keywords of an optimizer, lists as tuples."""
-    return tuple(sorted((name, tuple(value) if isinstance(value, list) else value) for name, value in keywords.items()))
+    """Keywords of an optimizer, lists as tuples.
+
+    Raises:
+        ConfigError: a value can be no keyword.
+    """
+    found = tuple(sorted((name, tuple(value) if isinstance(value, list) else value) for name, value in keywords.items()))
+    try:
+        hash(found)
+    except TypeError as error:
+        raise ConfigError(f"keywords of an optimizer are numbers, texts and lists of these, got {dict(found)}.") from error
+    return found
 
 
 def loaded(request: Request) -> nn.Module:
@@ -116,7 +136,7 @@ def factory(request: Request) -> OptimizerFactory:
 def step_inputs(request: Request) -> dict[str, Any]:
     """The keyword arguments of the model."""
     if request.inputs is not None:
-        return dict(request.inputs())
+        return {name: fake_like(value, None) if isinstance(value, Tensor) else value for name, value in request.inputs().items()}
     tokens = torch.zeros(request.batch, request.seq, dtype=torch.long)
     return {"input_ids": tokens, "labels": tokens}
 

@@ -27,7 +27,8 @@ class Plan:
         bytes: bytes by kind at that moment; they add up to ``peak_bytes``.
         steps: the peak of each simulated step, by part.
         saved_bytes: what autograd keeps between forward and backward in a regular step.
-        layers: bytes by kind at the peak, for each block, and for what is outside of blocks.
+        layers: bytes by kind at the peak, for each block, and for what is outside of blocks; of one process, and without states
+            that are counted by shapes.
         notes: what a reader should know: assumptions, and parts that were not seen.
         sent: bytes that each rank sends in a regular step, by collective; empty for one process.
     """

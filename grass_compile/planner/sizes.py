@@ -27,7 +27,7 @@ def parse_bytes(text: str | int | float) -> int:
         if size <= 0:
             raise ValueError
         return size
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ConfigError(f"memory={text!r} is no size; write 40GB (10^9 bytes each), 40GiB (2^30) or 4e10.") from None
 
 

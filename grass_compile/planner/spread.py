@@ -18,9 +18,6 @@ PREFETCHED = 2
 
 BUFFERS = "gathered weights and buckets"
 
-COMPACT = 4
-"""Bytes of a number of a compact gradient that waits for ``opt.step()``: it is in fp32."""
-
 
 @dataclasses.dataclass(frozen=True)
 class World:
@@ -47,9 +44,8 @@ class World:
             ConfigError: it makes no sense.
         """
         found = re.fullmatch(r"(\d+)(?:x(\d+))?", str(world))
-        if found is None or "0" in found.groups():
+        if found is None or 0 in (sizes := [int(size) for size in found.groups() if size is not None]):
             raise ConfigError(f"world={world!r} must be a number of ranks, or replicas x shards, as 2x4.")
-        sizes = [int(size) for size in found.groups() if size is not None]
         if sharding is None and sizes == [1]:
             return None
         if sharding not in SHARDINGS:
@@ -62,12 +58,15 @@ class World:
         return cls(sharding, replicas, shards)
 
 
-def of_rank(kinds: Mapping[str, int], layers: Mapping[str, int], gradients: int, phase: str, world: World) -> dict[str, int]:
+def of_rank(
+    kinds: Mapping[str, int], inside: Mapping[str, int], outside: int, gradients: int, phase: str, world: World
+) -> dict[str, int]:
     """Bytes by kind that one rank holds where one process holds ``kinds``.
 
     Args:
         kinds: by kind, of one process.
-        layers: bytes of the weights of each block and of each module outside of them.
+        inside: bytes of the weights of each block.
+        outside: bytes of all other weights.
         gradients: bytes of all dense gradients.
         phase: ``forward``, ``backward`` or ``update``.
         world: how it is spread.
@@ -79,25 +78,16 @@ def of_rank(kinds: Mapping[str, int], layers: Mapping[str, int], gradients: int,
     found[BUFFERS] = 0
     if world.sharding == "ddp":
         found[BUFFERS] = gradients  # the reducer's buckets
-        return found
-    blocks = {name: size for name, size in layers.items() if is_block(name)}
-    if world.sharding == "tp":
-        share = sum(blocks.values()) / max(1, sum(layers.values()))
-        for kind in ("parameters", "compact state", "compact gradients"):
-            inside = kinds[kind] * (share if kind == "parameters" else 1)
-            found[kind] = int(kinds[kind] - inside + inside / world.shards)
-        return found
-    for kind in ("parameters", "compact state", "dense state", "compact gradients", "dense gradients"):
-        found[kind] = -(-kinds[kind] // world.shards)
-    if phase != "update":
-        outside = sum(layers.values()) - sum(blocks.values())
-        found[BUFFERS] = outside + PREFETCHED * max(blocks.values(), default=0)
+    elif world.sharding == "tp":
+        for kind in ("compact state", "compact gradients"):
+            found[kind] = -(-kinds[kind] // world.shards)
+        found["parameters"] = outside - (-sum(inside.values()) // world.shards)
+    else:
+        for kind in ("parameters", "compact state", "dense state", "compact gradients", "dense gradients"):
+            found[kind] = -(-kinds[kind] // world.shards)
+        if phase != "update":
+            found[BUFFERS] = outside + PREFETCHED * max(inside.values(), default=0)
     return found
-
-
-def is_block(name: str) -> bool:
-    """Whether an owner is a block of the model, rather than a module outside of them."""
-    return re.search(r"\.\d+$", name) is not None
 
 
 def sent(parameters: int, compact: int, dense: int, world: World) -> dict[str, int]:
@@ -113,7 +103,7 @@ def sent(parameters: int, compact: int, dense: int, world: World) -> dict[str, i
     if world.sharding == "ddp":
         return {"all-reduce of gradients": int(2 * (world.replicas - 1) / world.replicas * (compact + dense))}
     if world.sharding == "tp":
-        return {"all-reduce of gradients": 0}  # and activations, as of any training
+        return {}  # but activations, as in any training
     found = {
         "all-gather of weights, twice": int(2 * once * parameters),
         "reduce-scatter of gradients": int(once * (compact + dense)),

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import importlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 from unittest import mock
 
@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from .. import _simulate, ops
 from ..backend import kernels
-from ..errors import ConfigError
+from ..errors import ConfigError, GrassError
 from ..runtime.compact import is_compact
 from ..runtime.gradient import CompactGrad
 from .ledger import Ledger, Peak
@@ -92,12 +92,20 @@ class Simulated:
         parameters: how many numbers the model holds.
         dense: the matrices of blocks that a grass optimizer trains densely.
         reads: how many numbers the forward read, which were taken for zero.
+        inside: bytes of the weights of each block.
+        outside: bytes of all other weights.
+        gradients: bytes of all dense gradients.
+        compact: numbers in all compact gradients.
     """
 
     steps: tuple[Step, ...]
     parameters: int
     dense: tuple[str, ...]
     reads: int
+    inside: Mapping[str, int]
+    outside: int
+    gradients: int
+    compact: int
 
 
 def simulate(setup: Setup, steps: int = STEPS) -> Simulated:
@@ -123,7 +131,8 @@ def simulate(setup: Setup, steps: int = STEPS) -> Simulated:
     ):
         warnings.simplefilter("ignore")
         model = setup.build()
-        blocks = _compile(model, setup)
+        blocks = blocks_of(model)
+        _compile(model, setup, blocks)
         _train(model, setup, steps, lambda *_: None)
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             ledger.see(tensor, "parameters", _part(name, blocks))
@@ -131,8 +140,7 @@ def simulate(setup: Setup, steps: int = STEPS) -> Simulated:
         mode.watch = ledger.see
         _train(model, setup, steps, watcher.note)
         mode.watch = None
-        numbers = sum(parameter.numel() for parameter in model.parameters())
-        return Simulated(tuple(watcher.steps), numbers, tuple(watcher.dense), watcher.reads)
+        return watcher.found(setup.release)
 
 
 def blocks_of(model: nn.Module) -> list[str]:
@@ -163,7 +171,7 @@ class _Watcher:
         self.dense: list[str] = []
         self.reads = 0
         self._marks: list[int] = []
-        self._saved = self._reads = 0
+        self._saved = self._reads = self._gradients = self._compact = 0
 
     def note(self, phase: str, optimizer: torch.optim.Optimizer | None) -> None:
         """A phase of a step begins (``start``) or has come to its end."""
@@ -182,20 +190,40 @@ class _Watcher:
             forward, backward, update = (self.ledger.peak(start, end - 1) for start, end in spans)
             self.steps.append(Step(forward, backward, update, self._saved))
 
+    def found(self, released: bool) -> Simulated:
+        """All of it; ``released``: gradients were dropped before they could be seen, and have the sizes of their weights."""
+        weights = list(self.model.named_parameters())
+        inside = {block: sum(p.nbytes for name, p in weights if name.startswith(f"{block}.")) for block in self.blocks}
+        trained = sum(p.nbytes for _, p in weights if p.requires_grad)
+        return Simulated(
+            steps=tuple(self.steps),
+            parameters=sum(p.numel() for _, p in weights),
+            dense=tuple(self.dense),
+            reads=self.reads,
+            inside=inside,
+            outside=sum(p.nbytes for _, p in weights) - sum(inside.values()),
+            gradients=trained if released else self._gradients,
+            compact=self._compact,
+        )
+
     def _note_gradients(self) -> None:
+        first = not self.steps
         for name, parameter in self.model.named_parameters():
             gradient = parameter.grad
             if isinstance(gradient, CompactGrad):
                 self.ledger.see(gradient.compact, "compact gradients", _part(name, self.blocks))
+                self._compact += gradient.compact.numel() if first else 0
             elif type(gradient) is type(parameter.data):
                 self.ledger.see(gradient, "dense gradients", _part(name, self.blocks))
+                self._gradients += gradient.nbytes if first else 0
 
     def _note_state(self, optimizer: torch.optim.Optimizer) -> None:
         self.dense = []
         for name, parameter in self.model.named_parameters():
             state = optimizer.state.get(parameter, {})
             kind = "compact state" if is_compact(state) else "dense state"
-            if kind == "dense state" and parameter.dim() > 1 and any(name.startswith(f"{block}.") for block in self.blocks):
+            in_block = any(name.startswith(f"{block}.") for block in self.blocks)
+            if kind == "dense state" and parameter.requires_grad and parameter.dim() > 1 and in_block:
                 self.dense.append(name)
             for tensor in state.values():
                 if isinstance(tensor, Tensor):
@@ -243,18 +271,16 @@ def _operators_for(device: str) -> Iterator[None]:
         yield
 
 
-def _compile(model: nn.Module, setup: Setup) -> list[str]:
-    blocks = blocks_of(model) if setup.compile == "blocks" else []
+def _compile(model: nn.Module, setup: Setup, blocks: Sequence[str]) -> None:
     if setup.compile == "blocks" and not blocks:
         raise ConfigError(f"{type(model).__name__} has no ModuleList of equal blocks; compile it as a whole (compile='whole').")
-    for name in blocks:
+    for name in blocks if setup.compile == "blocks" else ():
         model.get_submodule(name).compile(backend="grass")
     if setup.compile == "whole":
         model.compile(backend="grass")
     if setup.release:
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(_drop)
-    return blocks
 
 
 def _drop(parameter: Tensor) -> None:
@@ -280,4 +306,13 @@ def _train(model: nn.Module, setup: Setup, steps: int, note: Callable[[str, torc
         raise ConfigError(
             f"{type(model).__name__} cannot be planned without data: {error.func} needs the numbers in a tensor, and a plan has "
             "none. Plan a model of the same shapes without it (a mixture of experts: the dense model of as many active weights)."
+        ) from error
+    except GrassError:
+        raise
+    except (
+        Exception
+    ) as error:  # the user's model, torch's tracing, Inductor: whatever it is, the model cannot be planned as it is
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ConfigError(
+            f"{type(model).__name__} cannot be trained on tensors without memory: {type(error).__name__}: {reason}"
         ) from error

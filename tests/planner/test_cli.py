@@ -70,6 +70,24 @@ def test_a_comparison_says_what_fits(capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.usefixtures("_invented")
+@pytest.mark.parametrize("question", [("--best",), ("--largest", "batch")])
+def test_nothing_fits(question: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*ARGUMENTS, *question, "--memory", "1GB", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["methods"] == {} and "fits" in found["reason"]
+
+
+def test_an_error_that_nobody_foresaw_is_a_sentence(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(request: Request) -> Plan:
+        raise RuntimeError("a GPU is on fire\nin line 3")
+
+    monkeypatch.setattr(command, "of_request", breaks)
+    assert cli.main(ARGUMENTS) == 2
+    err = capsys.readouterr().err
+    assert "RuntimeError: a GPU is on fire" in err and "Traceback" not in err and "line 3" not in err
+
+
+@pytest.mark.usefixtures("_invented")
 def test_a_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     assert cli.main([*ARGUMENTS, "--memory", "4GB", "--png", str(tmp_path / "plan.png")]) == 0

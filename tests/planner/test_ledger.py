@@ -25,6 +25,19 @@ def test_a_peak_is_the_most_that_lives_at_once() -> None:
     assert ledger.peak(end - 1, end - 1).bytes == 120
 
 
+def test_what_lives_before_the_first_event_counts() -> None:
+    """Also where nothing happens at all, and where the first thing that happens is a release."""
+    ledger = Ledger(rounding=1)
+    tensors = [torch.empty(size, dtype=torch.uint8) for size in (100, 7)]
+    for tensor in tensors:
+        ledger.see(tensor)
+    del tensor
+    start = ledger.now
+    assert ledger.peak(start, start - 1).bytes == 107
+    tensors.clear()
+    assert ledger.peak(start, start - 1).bytes == ledger.peak(start, ledger.now).bytes == 107
+
+
 def test_views_are_one_storage_and_a_later_kind_holds_from_the_beginning() -> None:
     ledger = Ledger(rounding=1)
     base = torch.empty(64, dtype=torch.uint8)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from grass_compile import ConfigError
-from grass_compile.planner.models import NAMES, load
+from grass_compile.planner.models import NAMES, as_fake, load
 
 pytest.importorskip("transformers", reason="builds its models")
 
@@ -40,6 +42,10 @@ def raises() -> nn.Module:
     raise RuntimeError("no such luck")
 
 
+def leaves() -> nn.Module:
+    sys.exit(0)
+
+
 def returns_a_number() -> int:
     return 3
 
@@ -48,6 +54,7 @@ BAD = {
     "no-such-model": "neither a built-in name",
     "no_such_module:f": "raised ModuleNotFoundError",
     f"{__name__}:raises": "no such luck",
+    f"{__name__}:leaves": "raised SystemExit",
     f"{__name__}:returns_a_number": "returned int",
 }
 
@@ -62,6 +69,7 @@ def test_names_that_say_nothing(name: str) -> None:
     ("content", "says"),
     [
         ("{", "is not JSON"),
+        ("[1]", "holds list"),
         ('{"model_type": "nonsense"}', "does not know"),
         ('{"model_type": "llama", "hidden_size": "x"}', "cannot build"),
     ],
@@ -75,3 +83,20 @@ def test_configurations_that_say_nothing(content: str, says: str, tmp_path: Path
 def test_checkpointing_needs_a_model_that_knows_it() -> None:
     with pytest.raises(ConfigError, match="gradient_checkpointing_enable"):
         load(nn.Linear(3, 3), None, True)  # type: ignore[arg-type]
+
+
+class Table(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.also = self.linear.weight
+        self.tables = [torch.ones(3), {"cos": torch.ones(5)}]
+
+
+def test_a_copy_without_memory_has_what_a_module_holds_beside_parameters() -> None:
+    model = Table()
+    with FakeTensorMode():
+        shadow = as_fake(model, torch.bfloat16)
+    assert shadow.also is shadow.linear.weight and shadow.also.dtype == torch.bfloat16  # type: ignore[union-attr]
+    assert all(isinstance(tensor, FakeTensor) for tensor in (shadow.tables[0], shadow.tables[1]["cos"]))  # type: ignore[index]
+    assert model.linear.weight.dtype == torch.float32 and torch.equal(model.tables[0], torch.ones(3))  # type: ignore[arg-type]

@@ -135,6 +135,7 @@ def test_others(config: str) -> None:
     low_rank = sum((2 * max(shape) + min(shape)) * RANK for shape in shapes)
     rest = 2 * (2 * 512 * 64 + 5 * 64)
     assert plans["galore"].bytes["dense state"] == 4 * (2 * low_rank + rest)
+    assert plans["adamw"].bytes["dense gradients"] + plans["adamw"].bytes["temporary"] > 0
     adapters = 2 * sum(sum(shape) * RANK for shape in shapes)
     assert plans["lora"].parameters == numbers + adapters
     assert plans["lora"].bytes["dense state"] == pytest.approx(2 * 4 * adapters, rel=1e-2)
@@ -160,6 +161,10 @@ class Small(nn.Module):
         for block in self.blocks:
             x = block(x)
         return x
+
+
+def bf16_inputs() -> dict[str, Tensor]:
+    return {"x": torch.zeros(10, 32, dtype=torch.bfloat16)}
 
 
 def inputs() -> dict[str, Tensor]:
@@ -222,6 +227,38 @@ def test_a_forward_that_reads_numbers_says_so() -> None:
 
 
 @pytest.mark.inductor
+def test_states_are_counted_in_the_dtype_that_is_planned_and_of_what_is_trained() -> None:
+    keywords: dict[str, Any] = {"batch": 1, "seq": 1, "inputs": bf16_inputs, "loss": torch.mean, "dtype": "bf16", "device": "cpu"}
+    module = Small()
+    module.blocks[0].requires_grad_(False)
+    trained = 2 * (32 * 32 + 32)
+    assert grass_compile.plan(module, optimizer="adamw", **keywords).bytes["dense state"] == 2 * 2 * trained
+    lora = grass_compile.plan(module, optimizer="lora", rank=0.25, **keywords)
+    adapters = 3 * 2 * 32 * 8
+    assert lora.bytes["dense state"] == pytest.approx(2 * 4 * adapters, rel=0.01)  # in fp32, as peft has them
+    ddp = grass_compile.plan(module, optimizer="adamw", world=2, sharding="ddp", **keywords)
+    assert ddp.sent["all-reduce of gradients"] == 2 * trained
+
+
+@pytest.mark.inductor
+def test_gpt2_has_linear_layers_of_another_name(tmp_path: Path) -> None:
+    path = tmp_path / "gpt2.json"
+    fields = {
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "vocab_size": 128,
+        "n_positions": SEQ,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+    }
+    path.write_text(json.dumps({"model_type": "gpt2", **fields}))
+    lora = plan(str(path), optimizer="lora", rank=8)
+    per_block = 8 * sum(sum(shape) for shape in ((64, 192), (64, 64), (64, 256), (256, 64)))
+    assert lora.bytes["dense state"] == pytest.approx(2 * 4 * 2 * per_block, rel=0.01)
+
+
+@pytest.mark.inductor
 def test_a_rank_of_eight(config: str) -> None:
     """The weights and the state of one process in eighths, what is gathered beside, and what is sent by the shapes."""
     one, many = plan(config, rank=RANK), plan(config, rank=RANK, world=8, sharding="fsdp2")
@@ -239,6 +276,17 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no rank": ({}, "rank= is missing"),
     "optimizer": ({"optimizer": "adam", "rank": 4}, "must be one of this package's"),
     "keyword": ({"rank": 4, "ranks": 5}, "ranks"),
+    "a keyword of nobody": ({"optimizer": "adamw", "ranks": 5}, "ranks= is not read"),
+    "a keyword beside a function": ({"optimizer": lambda model: None, "rank": 5}, "rank= is not read"),
+    "rank of others": ({"optimizer": "galore", "rank": -5}, "rank"),
+    "rank in words": ({"optimizer": "lora", "rank": "many"}, "rank"),
+    "a set": ({"rank": 4, "betas": {0.9}}, "betas"),
+    "inputs": ({"rank": 4, "inputs": {}}, "inputs= must be a function"),
+    "inputs of another": (
+        {"rank": 4, "inputs": lambda: {"pixels": torch.zeros(1)}},
+        "cannot be trained on tensors without memory",
+    ),
+    "others by tensor parallelism": ({"optimizer": "adamw", "world": 2, "sharding": "tp"}, "for the optimizers of this package"),
     "batch": ({"rank": 4, "batch": 0}, "batch=0 must be a positive integer"),
     "dtype": ({"rank": 4, "dtype": "fp8"}, "dtype='fp8'"),
     "device": ({"rank": 4, "device": "tpu"}, "device='tpu'"),

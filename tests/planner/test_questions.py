@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from torch import nn
 
@@ -36,6 +38,27 @@ def test_the_largest_fits_and_the_next_does_not(quantity: questions.Quantity, me
     assert found[0] % step == 0 and found[1].peak_bytes <= memory
     larger = invented(questions._with(REQUEST, quantity, found[0] + step))
     assert larger.peak_bytes > memory or (quantity == "rank" and found[0] == 64)
+
+
+@pytest.mark.parametrize("memory", [10**6, 10**7 + 3, 10**9])
+def test_a_peak_that_is_flat_at_first(memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step of the optimizer is the peak until the batch is large: two plans say nothing, and a few more everything."""
+    asked = []
+
+    def flat(request: Request) -> Plan:
+        asked.append(request.batch)
+        return dataclasses.replace(invented(REQUEST), peak_bytes=max(500_000, 1000 * request.batch))
+
+    monkeypatch.setattr(questions, "of_request", flat)
+    found = questions.largest(REQUEST, "batch", memory)
+    assert found is not None and found[0] == memory // 1000
+    assert len(asked) < 50
+
+
+def test_what_the_peak_does_not_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(questions, "of_request", lambda request: invented(REQUEST))
+    with pytest.raises(ConfigError, match="does not depend"):
+        questions.largest(REQUEST, "batch", "1GB")
 
 
 def test_nothing_fits() -> None:

@@ -10,7 +10,7 @@ from grass_compile import ConfigError
 from grass_compile.planner.ledger import KINDS
 from grass_compile.planner.spread import BUFFERS, World, of_rank, sent
 
-LAYERS = {"embed": 300, "layers.0": 100, "layers.1": 120, "head": 280}
+INSIDE, OUTSIDE = {"layers.0": 100, "layers.1": 120}, 580
 KINDS_OF_ONE = dict(zip(KINDS, (800, 64, 1200, 32, 600, 50, 40), strict=True))
 GRADIENTS = 600
 
@@ -18,7 +18,7 @@ GRADIENTS = 600
 def rank(world: str, sharding: str, phase: str = "backward") -> dict[str, int]:
     parsed = World.parse(world, sharding)
     assert parsed is not None
-    return of_rank(KINDS_OF_ONE, LAYERS, GRADIENTS, phase, parsed)
+    return of_rank(KINDS_OF_ONE, INSIDE, OUTSIDE, GRADIENTS, phase, parsed)
 
 
 def test_ddp_holds_everything_and_the_buckets_of_the_rest() -> None:
@@ -28,7 +28,7 @@ def test_ddp_holds_everything_and_the_buckets_of_the_rest() -> None:
 def test_fsdp_holds_its_part_and_what_is_gathered() -> None:
     found = rank("4", "fsdp2")
     assert [found[kind] for kind in KINDS] == [200, 16, 300, 8, 150, 50, 40]
-    assert found[BUFFERS] == 300 + 280 + 2 * 120
+    assert found[BUFFERS] == 580 + 2 * 120
     assert rank("4", "fsdp2", "update")[BUFFERS] == 0
     assert rank("2x4", "hsdp") == found
 
@@ -50,7 +50,16 @@ def test_what_is_sent() -> None:
 
 @pytest.mark.parametrize(
     ("world", "sharding"),
-    [("0", "ddp"), ("many", "ddp"), ("2x4", "fsdp2"), ("8", "hsdp"), ("8", None), ("8", "pipeline"), ("x4", "hsdp")],
+    [
+        ("0", "ddp"),
+        ("00", "fsdp2"),
+        ("many", "ddp"),
+        ("2x4", "fsdp2"),
+        ("8", "hsdp"),
+        ("8", None),
+        ("8", "pipeline"),
+        ("x4", "hsdp"),
+    ],
 )
 def test_worlds_that_make_no_sense(world: str, sharding: str | None) -> None:
     with pytest.raises(ConfigError, match=r"world|sharding"):

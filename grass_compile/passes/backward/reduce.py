@@ -59,7 +59,7 @@ BUCKET_BYTES = 25 * 2**20
 """How much travels together at most, as in ``DistributedDataParallel``."""
 
 SPLIT_BYTES = 2**20
-"""More than this travels in four buckets even if one would hold it, so that a region that is one block has little to wait for."""
+"""More than this travels in buckets of a quarter even if one would hold it: a region of one block then has little to wait for."""
 
 
 @dataclasses.dataclass(frozen=True)
