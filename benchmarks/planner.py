@@ -30,7 +30,7 @@ from torch import nn
 import grass_compile
 from benchmarks import record
 from grass_compile.planner import plan
-from grass_compile.planner.models import load
+from grass_compile.planner.models import checkpoint, load
 from grass_compile.planner.training import blocks_of
 
 WIDTH, HEADS, LAYERS, VOCABULARY, RANK, BATCH, SEQ, STEPS = 256, 4, 2, 4096, 32, 4, 128, 4
@@ -109,6 +109,9 @@ def measured(config: str, method: str, mode: str, device: str) -> int:
     compile, checkpointing = MODES[mode]
     model = load(config, torch.float32, checkpointing)
     model = model.to_empty(device=device).train()
+    model.tie_weights()  # `to_empty` makes two of a tied weight
+    if checkpointing:
+        checkpoint(model)
     for tensor in (*model.parameters(), *model.buffers()):
         torch.nn.init.zeros_(tensor) if not tensor.is_floating_point() else torch.nn.init.normal_(tensor, std=0.02)
     for name in blocks_of(model) if compile == "blocks" else ():

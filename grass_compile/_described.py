@@ -63,6 +63,7 @@ def _caches() -> list[Callable[[], None]]:
 @contextlib.contextmanager
 def described_device() -> Iterator[None]:
     """Make torch, Inductor and Triton believe in one `H200`, as far as generating code goes; nothing can run."""
+    from torch._decomp import decomposition_table
     from torch._dynamo.device_interface import CudaInterface
     from torch._inductor.fx_passes import reinplace
     from torch._inductor.runtime import triton_helpers, triton_heuristics
@@ -86,7 +87,10 @@ def described_device() -> Iterator[None]:
                 stack.enter_context(mock.patch.object(CudaInterface, name, replacement))
         # Generated modules import it by this name.
         stack.enter_context(mock.patch.object(torch._C, "_cuda_getCurrentRawStream", mock.Mock(), create=True))
-        # It copies between fake tensors, which asks for the guard of a device that is not there; what it returns is its first.
+        # What runs on fake tensors must not ask for the guard of a device that is not there, as copies do. Of both, the result
+        # looks like the first argument.
+        shapes = {torch.ops.aten._unsafe_masked_index_put_accumulate.default: lambda tensor, *_: torch.empty_like(tensor)}
+        stack.enter_context(mock.patch.dict(decomposition_table, shapes))
         stack.enter_context(mock.patch.object(reinplace, "_inplace_generalized_scatter", lambda inp, src, view_ops: inp))
         stack.enter_context(mock.patch.object(triton_helpers, "set_driver_to_gpu"))
         stack.enter_context(mock.patch.object(triton_heuristics.CachingAutotuner, "_make_launchers"))
