@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -99,6 +99,24 @@ def described_device() -> Iterator[None]:
             stack.callback(forget)
             forget()
         yield
+
+
+def compile_for_described_device(gm: fx.GraphModule, example_inputs: Sequence[Any], **keywords: Any) -> Callable[..., Any]:
+    """Take the place of Inductor's ``compile_fx_inner``: generate code for the described device.
+
+    Args:
+        gm: a graph of fake values of a CPU, changed in place.
+        example_inputs: its inputs, with the strides that the forward was compiled to return.
+        **keywords: as ``compile_fx_inner`` has them.
+    """
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
+        if isinstance(value, torch.Tensor):
+            node.meta["val"] = value
+    with described_device():
+        compiled: Callable[..., Any] = compile_fx_inner(gm, retarget(gm), **keywords)
+    return compiled
 
 
 def retarget(gm: fx.GraphModule) -> list[Any]:

@@ -8,24 +8,25 @@ the order in which they will come, and costs neither memory nor a compiler. Noth
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch._inductor import config
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.codecache import PyCodeCache
-from torch._inductor.compile_fx import compile_fx_inner
 from torch._ops import _higher_order_ops
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from . import _aot
-from ._described import described_device, retarget
+from ._described import compile_for_described_device, described_device
 
 aten = torch.ops.aten
 
@@ -110,11 +111,11 @@ def simulated(mode: SimulationMode, called: Called, device: str) -> Iterator[Non
         called: entered with the inputs of each generated function for as long as it runs.
         device: what code is generated for, ``cpu`` or ``cuda``. There need not be a GPU.
     """
-    guards = torch._C._dynamo.guards
-    load: Any = PyCodeCache.load_by_key_path.__func__  # type: ignore[attr-defined]
+    load = inspect.getattr_static(PyCodeCache, "load_by_key_path").__func__
 
-    def loaded(cls: Any, *args: Any, **keywords: Any) -> types.ModuleType:
-        module: types.ModuleType = load(cls, *args, **keywords)
+    def loaded(cls: Any, key: str, path: str, linemap: Any = None, attrs: Any = None, **keywords: Any) -> types.ModuleType:
+        with _kept_out_of_caches():  # with attributes it is not looked up
+            module: types.ModuleType = load(cls, key, path, linemap, attrs or {}, **keywords)
         if hasattr(module, "extern_kernels"):
             vars(module)["extern_kernels"] = _ExternKernels(module.extern_kernels)
         if hasattr(module, "call"):
@@ -124,31 +125,48 @@ def simulated(mode: SimulationMode, called: Called, device: str) -> Iterator[Non
     def nothing(*args: Any, **keywords: Any) -> Any:
         return _Kernel()
 
+    replaced: list[tuple[Any, str, Callable[..., Any]]] = [
+        (torch._C._dynamo.guards, "_empty_strided_cpu", _empty),
+        (torch._C._dynamo.guards, "_empty_strided_cuda", _empty),
+        (torch._C._dynamo.guards, "_reinterpret_tensor", _reinterpret),
+        (PyCodeCache, "load_by_key_path", loaded),
+        *((AsyncCompile, name, nothing) for name in ("cpp", "cpp_pybinding", "triton", "multi_kernel")),
+        *([(_aot, "compile_fx_inner", compile_for_described_device)] if device == "cuda" else []),
+    ]
     with contextlib.ExitStack() as stack:
-        replaced = {"_empty_strided_cpu": _empty, "_empty_strided_cuda": _empty, "_reinterpret_tensor": _reinterpret}
-        for name, function in replaced.items():
-            stack.enter_context(mock.patch.object(guards, name, function, create=True))
-        for name in ("cpp", "cpp_pybinding", "triton", "multi_kernel"):
-            stack.enter_context(mock.patch.object(AsyncCompile, name, nothing))
-        stack.enter_context(mock.patch.object(PyCodeCache, "load_by_key_path", classmethod(loaded)))
-        stack.enter_context(mock.patch.object(PyCodeCache, "modules_no_attr", {}))
-        stack.enter_context(mock.patch.object(PyCodeCache, "modules", []))
-        stack.enter_context(mock.patch.dict(sys.modules))
+        for owner, name, function in replaced:
+            stack.enter_context(_in_this_thread(owner, name, function))
         stack.enter_context(config.patch(force_disable_caches=True, compile_threads=1))
-        if device == "cuda":
-            stack.enter_context(mock.patch.object(_aot, "compile_fx_inner", _for_described_device))
         stack.enter_context(fake(mode))
         yield
 
 
-def _for_described_device(gm: fx.GraphModule, example_inputs: Sequence[Any], **keywords: Any) -> Callable[..., Any]:
-    """Take the place of Inductor's ``compile_fx_inner``."""
-    for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
-        if isinstance(value, Tensor):
-            node.meta["val"] = value  # with the strides that the forward was compiled to return
-    with described_device():
-        compiled: Callable[..., Any] = compile_fx_inner(gm, retarget(gm), **keywords)
-    return compiled
+@contextlib.contextmanager
+def _in_this_thread(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Inside, this thread gets ``function`` for ``owner.name``, and others what was there: they may be training."""
+    found = inspect.getattr_static(owner, name, None)
+    kind = type(found) if isinstance(found, (classmethod, staticmethod)) else None
+    real: Any = found.__func__ if isinstance(found, (classmethod, staticmethod)) else found
+    thread, inside = threading.get_ident(), True
+
+    def choose(*args: Any, **keywords: Any) -> Any:  # generated code may keep it for longer than the patch is there
+        return (function if inside and threading.get_ident() == thread else real)(*args, **keywords)
+
+    with mock.patch.object(owner, name, choose if kind is None else kind(choose), create=found is None):
+        try:
+            yield
+        finally:
+            inside = False
+
+
+@contextlib.contextmanager
+def _kept_out_of_caches() -> Iterator[None]:
+    """Inside, a generated module is loaded that nobody else may find."""
+    known = len(PyCodeCache.modules)
+    yield
+    for module in PyCodeCache.modules[known:]:
+        sys.modules.pop(module.__name__, None)
+    del PyCodeCache.modules[known:]
 
 
 def _empty(size: Any, stride: Any, dtype: torch.dtype) -> Tensor:

@@ -138,7 +138,7 @@ def test_wheel_holds_nothing_but_the_package(tmp_path: pathlib.Path) -> None:
     (path,) = build.WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
     tops = {name.split("/")[0] for name in zipfile.ZipFile(path).namelist()}
     assert tops == {"grass_compile", f"grass_compile-{grass_compile.__version__}.dist-info"}
-    assert "grass_compile/py.typed" in zipfile.ZipFile(path).namelist()
+    assert {"grass_compile/py.typed", "grass_compile/cli/explain.html.jinja"} <= set(zipfile.ZipFile(path).namelist())
 
 
 def test_names_of_passes_are_their_modules() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import hashlib
 import logging
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -32,6 +34,20 @@ def named(options: BackendOptions, config: SiteConfig, dim: int) -> str:
     return name
 
 
+_apart: contextvars.ContextVar[dict[Any, dict[Any, Callable[..., Any]]] | None]
+_apart = contextvars.ContextVar("grass_steps_apart", default=None)
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Inside, in this thread, steps are compiled anew, and forgotten after: what is compiled does not really run."""
+    token = _apart.set({})
+    try:
+        yield
+    finally:
+        _apart.reset(token)
+
+
 _named_kernels: dict[str, tuple[BackendOptions, SiteConfig, int]] = {}
 
 
@@ -44,11 +60,14 @@ class _Step:
 
     def __call__(self, *tensors: Tensor) -> None:
         specs = tuple([(t.shape, t.stride(), t.dtype, t.device) for t in tensors])
-        compiled = self._compiled.get(specs)
+        apart = _apart.get()
+        known = self._compiled if apart is None else apart.setdefault(self._settings, {})
+        compiled = known.get(specs)
         if compiled is None:
             plain = tuple((tuple(shape), *rest) for shape, *rest in specs)
+            make = _compiled_step if apart is None else _compiled_step.__wrapped__
             with _aot.outside_of_tracing():
-                compiled = self._compiled[specs] = compiled_step(*self._settings, plain)
+                compiled = known[specs] = make(*self._settings, plain)
         with _autograd.without_autocast():
             compiled(*tensors)
 
@@ -64,8 +83,7 @@ would be as large as what the codes are there to save."""
 
 
 @functools.cache
-def compiled_step(options: BackendOptions, config: SiteConfig, dim: int, specs: Any) -> Callable[..., Any]:
-    """The step of weights of one configuration and shape."""
+def _compiled_step(options: BackendOptions, config: SiteConfig, dim: int, specs: Any) -> Callable[..., Any]:
     log.info("compiling a step: rank %d along dimension %d of %s", specs[0][0][dim], dim, list(specs[1][0]))
     with _autograd.without_autocast():  # whoever calls this first must not decide in which dtype a rule's products are
         unsafe = not _aot.CPP_LOOPS_ARE_SAFE and specs[1][3].type == "cpu"

@@ -7,6 +7,7 @@ from . import scores as scores
 from .anchor import anchor as anchor
 from .contiguous import contiguous as contiguous
 from .gather import gather as gather
+from .library import laid_out_for as laid_out_for
 from .library import on_cpu as on_cpu
 from .norm import norm as norm
 from .once import once as once

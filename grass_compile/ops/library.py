@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -22,6 +26,19 @@ def refuse_to_run(*args: object) -> Tensor:
     )
 
 
+_laid_out_for: contextvars.ContextVar[str | None] = contextvars.ContextVar("grass_laid_out_for", default=None)
+
+
 def on_cpu(tensor: Tensor) -> bool:
     """Whether a tensor is in a CPU's memory, where gathers and products want other layouts than on a GPU."""
-    return tensor.device.type == "cpu"
+    return (_laid_out_for.get() or tensor.device.type) == "cpu"
+
+
+@contextlib.contextmanager
+def laid_out_for(device: str) -> Iterator[None]:
+    """Inside, in this thread, operators lay out their results as on ``device``, for which code is generated."""
+    token = _laid_out_for.set(device)
+    try:
+        yield
+    finally:
+        _laid_out_for.reset(token)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from .. import _simulate
+from ..checks import rank_along
 from ..errors import ConfigError
 from . import methods
 from .ledger import Peak
@@ -116,7 +117,7 @@ def _simulated(request: Request) -> tuple[Simulated, int, tuple[str, ...]]:
     model = loaded(request)
     rank = dict(request.keywords).get("rank")
     if isinstance(rank, float):
-        rank = max(1, int(width_of(model) * rank))
+        rank = rank_along(rank, width_of(model))
     if request.optimizer == "lora":
         return _adapted(request, rank or 16), 0, ()
     if isinstance(request.optimizer, str) and request.optimizer in methods.DENSE:

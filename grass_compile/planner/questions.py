@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
+from ..checks import rank_along
 from ..errors import ConfigError
 from .models import load
 from .plan import of_request
@@ -114,6 +115,6 @@ def _preferred(request: Request) -> Iterator[tuple[Plan, int]]:
     width = _width(request)
     rest: dict[str, Any] = {name: value for name, value in request.keywords if name != "rank"}
     for name, share in PREFERENCE:
-        rank = max(1, int(width * share))
+        rank = rank_along(share, width)
         keywords = tuple(sorted({**rest, "rank": rank}.items()))
         yield of_request(dataclasses.replace(request, optimizer=name, keywords=keywords)), rank

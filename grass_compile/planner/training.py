@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -72,16 +70,6 @@ class Step:
     update: Peak
     saved: int
 
-    @property
-    def peak(self) -> Peak:
-        """The largest of the three."""
-        return max((self.forward, self.backward, self.update), key=lambda peak: peak.bytes + peak.slack)
-
-    @property
-    def phase(self) -> str:
-        """Where the peak is."""
-        return next(name for name in ("forward", "backward", "update") if getattr(self, name) is self.peak)
-
 
 @dataclasses.dataclass(frozen=True)
 class Simulated:
@@ -123,8 +111,8 @@ def simulate(setup: Setup, steps: int = STEPS) -> Simulated:
     mode = _simulate.SimulationMode({ops.step_: ops.run_step, ops.refresh_: ops.run_refresh})
     ledger = Ledger(ROUNDING[torch.device(setup.device).type])
     with (
-        _fresh_kernels(),
-        _operators_for(setup.device),
+        kernels.apart(),
+        ops.laid_out_for(setup.device),
         unnoticed(),
         warnings.catch_warnings(),
         _simulate.simulated(mode, lambda inputs: _owned(ledger, inputs), setup.device),
@@ -144,8 +132,8 @@ def simulate(setup: Setup, steps: int = STEPS) -> Simulated:
 
 
 def blocks_of(model: nn.Module) -> list[str]:
-    """The names of the blocks of a model, which are compiled one by one: the items of the ``ModuleList`` with the most parameters
-    whose items are of one class; none if there is no such list."""
+    """The names of the blocks of a model, which are compiled one by one: the items of each ``ModuleList`` of one class that holds
+    the most parameters or more than a quarter of all, and is in no other's block; none if there is no such list."""
 
     def size(module: nn.Module) -> int:
         return sum(parameter.numel() for parameter in module.parameters())
@@ -240,35 +228,6 @@ def _owned(ledger: Ledger, inputs: Sequence[Tensor]) -> contextlib.AbstractConte
     inputs, so nothing here holds on to them.)"""
     weights = (tensor for tensor in inputs if ledger.kind_of(tensor) == "parameters")
     return ledger.owned_by(next((ledger.owner_of(weight) for weight in weights), OUTSIDE))
-
-
-@contextlib.contextmanager
-def _fresh_kernels() -> Iterator[None]:
-    """Inside, compiled steps are others than outside, where they are real."""
-    caches = (kernels.named, kernels.compiled_step)
-    for cache in caches:
-        cache.cache_clear()
-    try:
-        with mock.patch.dict(ops.kernels, clear=True):
-            yield
-    finally:
-        for cache in caches:
-            cache.cache_clear()
-
-
-@contextlib.contextmanager
-def _operators_for(device: str) -> Iterator[None]:
-    """Inside, operators lay out their results as on ``device``."""
-
-    def on_cpu(tensor: Tensor) -> bool:
-        return device == "cpu"
-
-    with contextlib.ExitStack() as stack:
-        for name in ("library", "gather"):
-            module = importlib.import_module(f"{ops.__name__}.{name}")
-            stack.enter_context(mock.patch.object(module, "on_cpu", on_cpu))
-        stack.enter_context(mock.patch.object(ops, "on_cpu", on_cpu))
-        yield
 
 
 def _compile(model: nn.Module, setup: Setup, blocks: Sequence[str]) -> None:

@@ -31,7 +31,7 @@ from unittest import mock
 import torch
 from torch import fx
 
-from grass_compile._described import described_device, retarget
+from grass_compile._described import compile_for_described_device
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -129,11 +129,9 @@ def recorded() -> Iterator[list[Generated]]:
 
     graphs: list[Generated] = []
     inner: Any = functools.partial(_compile_inner, graphs=graphs)
-    gather = sys.modules["grass_compile.ops.gather"]  # the package's attribute of this name is the operator
     with (
         mock.patch.object(_aot, "compile_fx_inner", inner),
-        mock.patch.object(ops, "on_cpu", return_value=False),
-        mock.patch.object(gather, "on_cpu", return_value=False),
+        ops.laid_out_for("cuda"),
     ):
         yield graphs
 
@@ -143,18 +141,16 @@ def _compile_inner(
 ) -> Callable[..., Any]:
     """Take the place of Inductor's ``compile_fx_inner``."""
     from torch._inductor import config
-    from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.graph import GraphLowering
 
     results = [node.meta["val"] if isinstance(node, fx.Node) else node for node in _returned(gm)]
     code: list[str] = []
     with (
-        described_device(),
         mock.patch.object(GraphLowering, "save_output_code", code.append),
         config.patch(force_disable_caches=True),
         _recorded_ptx() as ptx,
     ):
-        compile_fx_inner(gm, retarget(gm), **keywords)
+        compile_for_described_device(gm, example_inputs, **keywords)
     values = {node.name: node.meta["val"] for node in _placeholders(gm)}
     inputs = {name: Input(str(value.dtype), tuple(value.shape), value.stride()) for name, value in values.items()}
     graphs.append(Generated(keywords.get("is_backward", False), code[0], ptx, inputs))

@@ -24,9 +24,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from grass_compile._described import described_device, retarget
+from grass_compile._described import compile_for_described_device, described_device
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -83,12 +83,11 @@ def interpreted() -> Iterator[set[str]]:
     from grass_compile import _aot, ops
 
     ran: set[str] = set()
-    guards, gather = torch._C._dynamo.guards, sys.modules["grass_compile.ops.gather"]
+    guards = torch._C._dynamo.guards
     with contextlib.ExitStack() as stack:
         patch = lambda owner, name, value: stack.enter_context(mock.patch.object(owner, name, value, create=True))  # noqa: E731
         patch(_aot, "compile_fx_inner", _compile_inner)
-        patch(ops, "on_cpu", lambda tensor: False)
-        patch(gather, "on_cpu", lambda tensor: False)
+        stack.enter_context(ops.laid_out_for("cuda"))
         patch(guards, "_empty_strided_cuda", guards._empty_strided_cpu)
         patch(AsyncCompile, "triton", lambda self, name, source, **_: _load(name, source))
         patch(triton_helpers, "libdevice", Libdevice())
@@ -100,13 +99,9 @@ def interpreted() -> Iterator[set[str]]:
 def _compile_inner(gm: fx.GraphModule, example_inputs: Sequence[Any], **keywords: Any) -> Callable[..., Any]:
     """Take the place of Inductor's ``compile_fx_inner``."""
     from torch._inductor import config
-    from torch._inductor.compile_fx import compile_fx_inner
 
-    for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
-        if isinstance(value, Tensor):
-            node.meta["val"] = value
-    with described_device(), config.patch(force_disable_caches=True, size_asserts=False, alignment_asserts=False):
-        compiled = compile_fx_inner(gm, retarget(gm), **keywords)
+    with config.patch(force_disable_caches=True, size_asserts=False, alignment_asserts=False):
+        compiled = compile_for_described_device(gm, example_inputs, **keywords)
 
     def run(args: list[Any]) -> Any:
         with described_device():

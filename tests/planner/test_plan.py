@@ -5,6 +5,9 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -171,31 +174,66 @@ def inputs() -> dict[str, Tensor]:
     return {"x": torch.zeros(10, 32)}
 
 
+def planned(model: nn.Module, device: str = "cpu") -> Plan:
+    return grass_compile.plan(
+        model, batch=1, seq=1, inputs=inputs, loss=lambda y: y.square().mean(), dtype=None, device=device, rank=4
+    )
+
+
+def trained(steps: int = 4, begun: threading.Event | None = None) -> list[list[float]]:
+    """Weights of `Small`, block by block through Inductor."""
+    torch.manual_seed(0)
+    model = Small()
+    optimizer = grass_compile.AdamW(model.named_parameters(), rank=4, seed=1)
+    for block in model.blocks:
+        block.compile(backend="grass")
+    for step in range(steps):
+        if step == 5 and begun is not None:
+            begun.set()
+        model(torch.full((10, 32), 0.1 * (step % 7))).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [parameter.detach().flatten().tolist() for parameter in model.parameters()]
+
+
 @pytest.mark.inductor
-def test_planning_leaves_a_module_and_later_training_as_they_were() -> None:
-    """What is compiled for tensors without memory is never what a training step runs."""
-    results = []
-    for planned in (False, True):
-        torch.manual_seed(0)
-        model = Small()
-        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        if planned:
-            found = grass_compile.plan(
-                model, batch=1, seq=1, inputs=inputs, loss=lambda y: y.square().mean(), dtype=None, device="cpu", rank=4
-            )
-            assert found.bytes["parameters"] == sum(p.nbytes for p in model.parameters())
-            assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-            assert all(p.grad is None for p in model.parameters())
-        torch._dynamo.reset()
-        optimizer = grass_compile.AdamW(model.named_parameters(), rank=4, seed=1)
-        for block in model.blocks:
-            block.compile(backend="grass")
-        for step in range(4):
-            model(torch.full((10, 32), 0.1 * step)).square().sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        results.append([p.detach().clone() for p in model.parameters()])
-    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+def test_planning_leaves_a_module_as_it_was() -> None:
+    model = Small()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert planned(model).bytes["parameters"] == sum(p.nbytes for p in model.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.exhaustive)])
+def test_a_script_that_plans_and_then_trains(device: str) -> None:
+    """In a new process, in which planning is what first imports Inductor: what is compiled for it never runs in training."""
+    code = f"""
+import json, sys
+from tests.planner.test_plan import Small, planned, trained
+planned(Small(), {device!r})
+print(json.dumps(trained()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    torch._dynamo.reset()
+    assert json.loads(done.stdout.splitlines()[-1]) == trained()
+
+
+@pytest.mark.inductor
+def test_another_thread_trains_meanwhile() -> None:
+    """Planning takes its compiled graphs away half-way, and it compiles them again, for real."""
+    right = trained(1000)
+    torch._dynamo.reset()
+    found: list[list[list[float]]] = []
+    begun = threading.Event()
+    thread = threading.Thread(target=lambda: found.append(trained(1000, begun)))
+    thread.start()
+    begun.wait()
+    planned(Small())
+    thread.join()
+    assert found == [right]
 
 
 class Reads(Small):
