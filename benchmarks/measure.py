@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,19 @@ def state_tensors(optimizer: Optimizer) -> list[Tensor]:
 def model_bytes(model: torch.nn.Module) -> int:
     """Bytes of the parameters and buffers, trained or not."""
     return storage_bytes([*model.parameters(), *model.buffers()])
+
+
+def allocated_peak(run: Callable[[], object]) -> int:
+    """The most bytes that torch's CPU allocator held at once for what ``run`` made, inside of library kernels too."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events: Any = profiler.profiler
+    total = peak = 0
+    for event in events.kineto_results.events():
+        if event.name() == "[memory]":
+            total += event.nbytes()
+            peak = max(peak, total)
+    return peak
 
 
 def keep_freed_memory() -> None:

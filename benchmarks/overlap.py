@@ -11,19 +11,15 @@ its collectives in one backward graph; blocks that are compiled one by one have 
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from benchmarks import measure, record
+from benchmarks import record
 from benchmarks.methods import METHODS
-from benchmarks.throttled import RANKS, Together, throttle
+from benchmarks.throttled import Together, join, start, throttle
 
 COLLECTIVE, WAIT = "gloo:all_reduce", "_c10d_functional::wait_tensor"
 
@@ -41,9 +37,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def union(intervals: list[tuple[float, float]]) -> float:
     """Length of the union."""
     total, end = 0.0, float("-inf")
-    for start, stop in sorted(intervals):
-        total += max(0.0, stop - max(start, end))
-        end = max(end, stop)
+    for first, last in sorted(intervals):
+        total += max(0.0, last - max(first, end))
+        end = max(end, last)
     return total
 
 
@@ -70,12 +66,8 @@ def traced(trainer: Together) -> dict[str, Any]:
 
 def work(rank: int, arguments: argparse.Namespace, folder: str) -> None:
     """Trace, as one of the ranks; the first writes what it found."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-    torch.set_num_threads(arguments.threads)
-    measure.keep_freed_memory()
+    join(rank, arguments, folder)
     arguments.gap = arguments.warmup + 2 * arguments.steps + 1  # one refresh, the first step
-    torch._dynamo.config.optimize_ddp = False
     found: dict[str, Any] = {}
     for name in arguments.methods:
         for blockwise in (False, True):
@@ -104,16 +96,5 @@ def work(rank: int, arguments: argparse.Namespace, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def main() -> None:
-    """Begin in a namespace of its own, and there start the ranks."""
-    arguments = parse()
-    if arguments.inside is None:
-        with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-m", "benchmarks.overlap", *sys.argv[1:], "--inside", folder]
-            inside = ["sh", "-c", 'ip link set lo up && exec "$@"', "sh", *command]
-            raise SystemExit(subprocess.run(["unshare", "--map-root-user", "--net", *inside], check=False).returncode)
-    torch.multiprocessing.spawn(work, (arguments, str(arguments.inside)), RANKS)  # type: ignore[no-untyped-call]
-
-
 if __name__ == "__main__":
-    main()
+    start("benchmarks.overlap", parse(), work)

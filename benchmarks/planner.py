@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 import grass_compile
-from benchmarks import record
+from benchmarks import measure, record
 from grass_compile.planner import plan
 from grass_compile.planner.models import checkpoint, load
 from grass_compile.planner.training import blocks_of
@@ -129,24 +129,12 @@ def measured(config: str, method: str, mode: str, device: str) -> int:
 
     train()
     gc.collect()
-    own = sum(storage.nbytes() for storage in {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors(model)}.values())
+    own = measure.model_bytes(model)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         train()
         return torch.cuda.max_memory_allocated()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        train()
-    total = peak = 0
-    for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
-        if event.name() == "[memory]":
-            total += event.nbytes()
-            peak = max(peak, total)
-    return own + peak
-
-
-def tensors(model: nn.Module) -> list[torch.Tensor]:
-    """Parameters and buffers."""
-    return [*model.parameters(), *model.buffers()]
+    return own + measure.allocated_peak(train)
 
 
 def planned(config: str, method: str, mode: str, device: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +82,9 @@ def turns(trainers: dict[str, Together], number: int) -> dict[str, list[float]]:
 
 def work(rank: int, arguments: argparse.Namespace, folder: str) -> None:
     """Measure, as one of the ranks; the first writes what it found."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-    torch.set_num_threads(arguments.threads)
-    measure.keep_freed_memory()
+    join(rank, arguments, folder)
     arguments.gap = arguments.warmup + (1 + len(arguments.share)) * arguments.steps + 1  # one refresh, the first step
     names = ["dense", *arguments.methods]
-    torch._dynamo.config.optimize_ddp = False  # blocks are compiled one by one, so that gradients leave while others are computed
     trainers = {name: Together(record.settings_of(arguments, name, blockwise=True), METHODS[name]) for name in names}
     for trainer in trainers.values():
         for _ in range(arguments.warmup):
@@ -132,16 +129,30 @@ def report(arguments: argparse.Namespace, found: list[dict[str, Any]]) -> None:
     record.write(path, "throttled", arguments, {"results": found})
 
 
-def main() -> None:
-    """Begin in a namespace of its own, and there start the ranks."""
-    arguments = parse()
+def start(module: str, arguments: argparse.Namespace, work: Callable[[int, argparse.Namespace, str], None]) -> None:
+    """Begin the benchmark of a module again in a network namespace of its own, and there start the ranks.
+
+    Args:
+        module: its name.
+        arguments: with ``inside``, the folder that the ranks share; None outside of the namespace.
+        work: what each rank does, told its number and the folder.
+    """
     if arguments.inside is None:
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-m", "benchmarks.throttled", *sys.argv[1:], "--inside", folder]
+            command = [sys.executable, "-m", module, *sys.argv[1:], "--inside", folder]
             inside = ["sh", "-c", 'ip link set lo up && exec "$@"', "sh", *command]
             raise SystemExit(subprocess.run(["unshare", "--map-root-user", "--net", *inside], check=False).returncode)
     torch.multiprocessing.spawn(work, (arguments, str(arguments.inside)), RANKS)  # type: ignore[no-untyped-call]
 
 
+def join(rank: int, arguments: argparse.Namespace, folder: str) -> None:
+    """Join the group of the ranks."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    torch.set_num_threads(arguments.threads)
+    measure.keep_freed_memory()
+    torch._dynamo.config.optimize_ddp = False  # a graph for each region, whatever DDP's buckets
+
+
 if __name__ == "__main__":
-    main()
+    start("benchmarks.throttled", parse(), work)

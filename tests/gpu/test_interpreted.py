@@ -83,4 +83,4 @@ def test_training_by_interpreted_triton(case: tuple[str, ...]) -> None:
     found, ran = train_by(train, "inductor", *case)
     own = torch.cat([weight.flatten() for weight in found])
     assert len(ran) > 5
-    assert (own - exact).norm() <= 2 * (eager - exact).norm() + 1e-6 * exact.norm()
+    assert (own - exact).norm() <= 2 * (eager - exact).norm() + 1e-7 * exact.norm()
