@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import disable as dynamo_disable
+from torch._dynamo.convert_frame import compile_lock
 from torch._guards import CompileContext, TracingContext, compile_context, tracing
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -51,6 +52,16 @@ class Captured:
                 stack.enter_context(tracing(copy.copy(self.tracing)))
                 stack.enter_context(compile_context(self.compile))
             yield
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """Inside, this thread compiles, and no other does, neither with Dynamo nor here: what is traced is known to torch by a global,
+    which two threads at once leave wrong for good. It is told, too, that this is no tracing of a script's own, or it refused to
+    run what other threads have compiled."""
+    session = getattr(torch.compiler, "_compile_session_context", contextlib.nullcontext)  # not in torch 2.11
+    with compile_lock, session():
+        yield
 
 
 def guard_requires_grad() -> None:

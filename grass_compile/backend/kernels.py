@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import _aot, _autograd, ops
+from .. import _aot, _autograd, _dynamo, ops
 from ..config import BackendOptions, SiteConfig
 from ..passes.fx_utils import outputs, placeholders
 from ..passes.kernel import step_graphs
@@ -66,7 +66,7 @@ class _Step:
         if compiled is None:
             plain = tuple((tuple(shape), *rest) for shape, *rest in specs)
             make = _compiled_step if apart is None else _compiled_step.__wrapped__
-            with _aot.outside_of_tracing():
+            with _dynamo.compiling(), _aot.outside_of_tracing():
                 compiled = known[specs] = make(*self._settings, plain)
         with _autograd.without_autocast():
             compiled(*tensors)

@@ -47,7 +47,6 @@ class LazyGraph:
         self._gm: fx.GraphModule | None = None
         self._compile: Callable[[fx.GraphModule], _dynamo.Compiled] | None = None
         self._compiled: dict[Any, _dynamo.Compiled] = {}
-        self._lock = threading.RLock()
         self._runs = threading.local()
 
     def prepare(self, finish: Callable[[fx.GraphModule, Any], fx.GraphModule], expected: tuple[Any, ...]) -> None:
@@ -103,7 +102,7 @@ class LazyGraph:
             self._waiting().pop()
         if run.key not in self._compiled:
             assert self._contexts is not None
-            with self._lock, _aot.outside_of_tracing(), self._contexts.entered():
+            with _dynamo.compiling(), _aot.outside_of_tracing(), self._contexts.entered():
                 self._prepare(run.key)
         compiled = self._compiled[run.key]
         if run.broke_off is None:

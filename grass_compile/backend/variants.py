@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -46,7 +45,6 @@ class Variants:
         self.captured, self.options = captured, options
         self._analyses: dict[tuple[WeightInput, ...], tuple[tuple[WeightInput, ...], Analysis]] = {}
         self._variants: dict[Plan | None, Variant] = {}
-        self._lock = threading.RLock()
 
     def plan(
         self, weights: tuple[WeightInput, ...], records: Mapping[int, ProjectedParameter], clipped: tuple[int, ...] | None
@@ -61,9 +59,10 @@ class Variants:
         Raises:
             GraphError: ``strict``, and a weight that should be projected is not.
         """
-        with self._lock:
-            if weights not in self._analyses:
-                self._look_and_compile(weights, records, clipped)
+        if weights not in self._analyses:
+            with _dynamo.compiling():
+                if weights not in self._analyses:
+                    self._look_and_compile(weights, records, clipped)
         weights, analysis = self._analyses[weights]
         return make_plan(self.options, weights, analysis, records, clipped)
 
@@ -74,9 +73,10 @@ class Variants:
             The requests as they stand once every axis is settled (which is how the optimizers ask from now on), and the
             analysis of these.
         """
-        with self._lock:
-            if weights not in self._analyses:
-                self._look(weights)
+        if weights not in self._analyses:
+            with _dynamo.compiling():
+                if weights not in self._analyses:
+                    self._look(weights)
         return self._analyses[weights]
 
     def _look(self, weights: tuple[WeightInput, ...]) -> None:
@@ -126,9 +126,10 @@ class Variants:
 
     def of(self, plan: Plan | None, held: Sequence[ProjectedParameter] = ()) -> Variant:
         """The compiled variant for ``plan``; None stands for the graph as any compiler would have it."""
-        with self._lock:
-            if plan not in self._variants:
-                self._variants[plan] = self._compile_plain() if plan is None else self._compile_plan(plan, held)
+        if plan not in self._variants:
+            with _dynamo.compiling():
+                if plan not in self._variants:
+                    self._variants[plan] = self._compile_plain() if plan is None else self._compile_plan(plan, held)
         return self._variants[plan]
 
     def _compile_plain(self) -> Variant:
