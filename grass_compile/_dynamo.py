@@ -56,9 +56,11 @@ class Captured:
 
 @contextlib.contextmanager
 def compiling() -> Iterator[None]:
-    """Inside, this thread compiles, and no other does, neither with Dynamo nor here: what is traced is known to torch by a global,
-    which two threads at once leave wrong for good. It is told, too, that this is no tracing of a script's own, or it refused to
-    run what other threads have compiled."""
+    """Inside, this thread compiles, and no other does, neither with Dynamo nor here.
+
+    That there is a trace is known to torch by a global, which two threads at once leave wrong for good. It is told, too, that
+    this is not a script's own trace, or it would refuse to run what other threads have compiled.
+    """
     session = getattr(torch.compiler, "_compile_session_context", contextlib.nullcontext)  # not in torch 2.11
     with compile_lock, session():
         yield

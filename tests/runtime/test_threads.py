@@ -26,9 +26,9 @@ class Net(nn.Module):
         return self.linear(x).square().mean()
 
 
-def trained(width: int, steps: int = 12) -> Tensor:
+def trained(width: int, mode: bool | str, steps: int = 12) -> Tensor:
     model = Net(width)
-    optimizer = grass_compile.AdamW(model.named_parameters(), rank=4, seed=1, update_proj_gap=4)
+    optimizer = grass_compile.AdamW(model.named_parameters(), rank=4, seed=1, update_proj_gap=4, step_in_backward=mode)
     compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
@@ -52,16 +52,17 @@ def test_tracing_in_one_thread_leaves_others_alone(monkeypatch: pytest.MonkeyPat
         return make_fx(traced, **keywords)
 
     monkeypatch.setattr(fx_utils, "make_fx", slow)
-    found: dict[int, Tensor] = {}
+    runs: list[tuple[int, bool | str]] = [(8, True), (8, False), (12, "auto"), (16, True)]  # two that share a graph
+    found: dict[tuple[int, bool | str], Tensor] = {}
 
-    def train(width: int) -> None:
-        found[width] = trained(width)
+    def train(*run: Any) -> None:
+        found[run] = trained(*run)
 
-    threads = [threading.Thread(target=train, args=(width,)) for width in (8, 12, 16, 20)]
+    threads = [threading.Thread(target=train, args=run) for run in runs]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert not torch.fx._symbolic_trace._is_fx_tracing_flag
     torch._dynamo.reset()
-    assert len(found) == 4 and all(torch.equal(found[width], trained(width)) for width in (8, 12, 16, 20))
+    assert len(found) == 4 and all(torch.equal(weight, trained(*run)) for run, weight in found.items())
