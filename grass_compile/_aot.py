@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import copy
 import dataclasses
 import functools
@@ -277,8 +278,23 @@ def graph_module(root: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
     return _LazyGraphModule(root, graph)
 
 
+_seen_by: contextvars.ContextVar[Callable[[str, fx.GraphModule], None] | None] = contextvars.ContextVar("seen_by", default=None)
+
+
+@contextlib.contextmanager
+def graphs_seen_by(see: Callable[[str, fx.GraphModule], None]) -> Iterator[None]:
+    """Inside, in this thread, ``see`` is shown every graph that goes into the structured trace."""
+    token = _seen_by.set(see)
+    try:
+        yield
+    finally:
+        _seen_by.reset(token)
+
+
 def trace_graph(name: str, gm: fx.GraphModule) -> None:
     """Put a readable graph into the structured trace (``TORCH_TRACE``)."""
+    if (see := _seen_by.get()) is not None:
+        see(name, gm)
     trace_structured(
         "artifact",
         metadata_fn=lambda: {"name": name, "encoding": "string"},

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch._inductor import config
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.codecache import PyCodeCache
+from torch._inductor.graph import GraphLowering
 from torch._ops import _higher_order_ops
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
@@ -138,6 +139,13 @@ def simulated(mode: SimulationMode, called: Called, device: str) -> Iterator[Non
             stack.enter_context(_in_this_thread(owner, name, function))
         stack.enter_context(config.patch(force_disable_caches=True, compile_threads=1))
         stack.enter_context(fake(mode))
+        yield
+
+
+@contextlib.contextmanager
+def code_seen_by(see: Callable[[str], None]) -> Iterator[None]:
+    """Inside, ``see`` is shown what Inductor writes in this thread."""
+    with _in_this_thread(GraphLowering, "save_output_code", see):
         yield
 
 

@@ -92,6 +92,8 @@ def _compiled_step(options: BackendOptions, config: SiteConfig, dim: int, specs:
     compile = functools.partial(
         _aot.compile_kernel, compiler=options.compiler, mode=options.mode, patches=patches, key=source_hash()
     )
+    for graph in graphs:
+        _aot.trace_graph("grass_step", graph)
     first = compile(graphs[0])
     if len(graphs) == 1:
         return first

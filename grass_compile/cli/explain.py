@@ -8,6 +8,7 @@ from typing import Any
 
 from .._version import __version__
 from ..errors import ConfigError
+from ..planner.close_up import CloseUp, close_up
 from ..planner.examine import examine
 from ..planner.models import NAMES
 from ..planner.request import DTYPES, OPTIMIZERS
@@ -41,34 +42,40 @@ def add(commands: Any) -> None:
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="AdamW", help="default AdamW")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="of the optimizer: --set axis=rows")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="of the weights (default bf16)")
+    parser.add_argument("--weight", metavar="NAME", help="show its graph before and after, and the code of its step")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what code is generated for (default cpu)")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page that can be sorted and filtered")
-    parser.set_defaults(run=run, device="cpu", compile="whole", checkpointing=False)
+    parser.set_defaults(run=run, compile="whole", checkpointing=False)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Explain."""
-    report = examine(request_of(arguments))
+    request = request_of(arguments)
+    weight = None if arguments.weight is None else close_up(request, arguments.weight)
+    report = examine(request) if weight is None or arguments.html is not None else None
     if arguments.html is None:
-        print(report)
+        print(report if weight is None else "\n".join(f"== {title}\n{text}\n" for title, text in _parts(weight)))
         return 0
+    assert report is not None
     settings = (
         f"grass_compile {__version__}, {arguments.optimizer}, rank {arguments.rank}, {arguments.batch} × {arguments.seq} tokens"
     )
     try:
-        arguments.html.write_text(page(report, str(arguments.model), settings), encoding="utf-8")
+        arguments.html.write_text(page(report, str(arguments.model), settings, weight), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot write {arguments.html}: {error}") from error
     print(f"{len(report.projected)} of {len(report)} parameters projected; see {arguments.html}")
     return 0
 
 
-def page(report: Report, title: str, subtitle: str) -> str:
+def page(report: Report, title: str, subtitle: str, weight: CloseUp | None = None) -> str:
     """A report as a page that needs nothing beside it.
 
     Args:
         report: what `grass_compile.explain` returns.
         title: of the page.
         subtitle: a line below it.
+        weight: one that is shown with its graph and its code.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -88,6 +95,16 @@ def page(report: Report, title: str, subtitle: str) -> str:
         totals=totals,
         columns=COLUMNS,
         rows=rows,
+        parts=_parts(weight) if weight is not None else (),
+    )
+
+
+def _parts(weight: CloseUp) -> tuple[tuple[str, str], ...]:
+    return (
+        (f"{weight.name}: its gradient as torch computes it", weight.before),
+        ("as it is computed here, and what takes it", weight.after),
+        ("the node that moves the weight", weight.step),
+        ("the kernels that Inductor makes of it", weight.code),
     )
 
 

@@ -132,10 +132,11 @@ def _simulated(request: Request) -> tuple[Simulated, int, tuple[str, ...]]:
         )
     if isinstance(rank, int) and rank > (width := width_of(model)):
         raise ConfigError(f"rank={rank} is above the width of the model, {width}: there would be nothing to save.")
-    return simulate(dataclasses.replace(_setup(request, model), optimizer=factory(request)), STEPS), 0, ()
+    return simulate(dataclasses.replace(setup_of(request, model), optimizer=factory(request)), STEPS), 0, ()
 
 
-def _setup(request: Request, model: nn.Module) -> Setup:
+def setup_of(request: Request, model: nn.Module) -> Setup:
+    """A request as it is simulated, without an optimizer."""
     return Setup(
         build=lambda: as_fake(model, dtype_of(request), request.checkpointing).train(),
         inputs=functools.partial(step_inputs, request),
@@ -149,7 +150,7 @@ def _setup(request: Request, model: nn.Module) -> Setup:
 @_once
 def _dense(request: Request, release: bool) -> Simulated:
     """A model whose gradients are formed whole, and dropped one by one or left where they are; shared by all such methods."""
-    return simulate(dataclasses.replace(_setup(request, loaded(request)), release=release), 2)
+    return simulate(dataclasses.replace(setup_of(request, loaded(request)), release=release), 2)
 
 
 def _adapted(request: Request, rank: int) -> Simulated:
@@ -159,7 +160,7 @@ def _adapted(request: Request, rank: int) -> Simulated:
         shadow = as_fake(model, dtype_of(request), request.checkpointing).train()
         return methods.with_adapters(shadow, blocks_of(shadow), rank)
 
-    return simulate(dataclasses.replace(_setup(request, model), build=build, optimizer=methods.adapter_optimizer), 2)
+    return simulate(dataclasses.replace(setup_of(request, model), build=build, optimizer=methods.adapter_optimizer), 2)
 
 
 def _plan(request: Request, found: Simulated, state: int, notes: Sequence[str]) -> Plan:

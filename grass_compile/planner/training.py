@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -21,6 +21,8 @@ from .ledger import Ledger, Peak
 from .models import unnoticed
 
 Compile = Literal["blocks", "whole"]
+
+Note = Callable[[str, torch.optim.Optimizer | None], None]
 
 STEPS = 4
 """So many are simulated: two that "auto" defers, and two that it may fuse."""
@@ -108,27 +110,39 @@ def simulate(setup: Setup, steps: int = STEPS) -> Simulated:
     Raises:
         ConfigError: the model's forward or the optimizer needs the numbers in a tensor.
     """
-    mode = _simulate.SimulationMode({ops.step_: ops.run_step, ops.refresh_: ops.run_refresh})
     ledger = Ledger(ROUNDING[torch.device(setup.device).type])
-    with (
-        kernels.apart(),
-        ops.laid_out_for(setup.device),
-        unnoticed(),
-        warnings.catch_warnings(),
-        _simulate.simulated(mode, lambda inputs: _owned(ledger, inputs), setup.device),
-    ):
-        warnings.simplefilter("ignore")
+    with staged(setup.device, lambda inputs: _owned(ledger, inputs)) as mode:
         model = setup.build()
         blocks = blocks_of(model)
         _compile(model, setup, blocks)
-        _train(model, setup, steps, lambda *_: None)
+        train(model, setup, steps)
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             ledger.see(tensor, "parameters", _part(name, blocks))
         watcher = _Watcher(ledger, mode, model, blocks)
         mode.watch = ledger.see
-        _train(model, setup, steps, watcher.note)
+        train(model, setup, steps, watcher.note)
         mode.watch = None
         return watcher.found(setup.release)
+
+
+@contextlib.contextmanager
+def staged(device: str, called: _simulate.Called = lambda _: contextlib.nullcontext()) -> Iterator[_simulate.SimulationMode]:
+    """Inside, models are made of tensors without memory, and what is compiled for them, which is forgotten after, does not run.
+
+    Args:
+        device: ``cpu`` or ``cuda``: what code is generated for.
+        called: see `_simulate.simulated`.
+    """
+    mode = _simulate.SimulationMode({ops.step_: ops.run_step, ops.refresh_: ops.run_refresh})
+    with (
+        kernels.apart(),
+        ops.laid_out_for(device),
+        unnoticed(),
+        warnings.catch_warnings(),
+        _simulate.simulated(mode, called, device),
+    ):
+        warnings.simplefilter("ignore")
+        yield mode
 
 
 def blocks_of(model: nn.Module) -> list[str]:
@@ -246,7 +260,18 @@ def _drop(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _train(model: nn.Module, setup: Setup, steps: int, note: Callable[[str, torch.optim.Optimizer | None], None]) -> None:
+def train(model: nn.Module, setup: Setup, steps: int, note: Note = lambda *_: None) -> None:
+    """Take steps.
+
+    Args:
+        model: of tensors without memory, inside of `staged`.
+        setup: what else there is to it.
+        steps: how many.
+        note: told of the beginning of each step and the end of each of its phases.
+
+    Raises:
+        ConfigError: the model or the optimizer needs the numbers in a tensor.
+    """
     optimizer = setup.optimizer(model) if setup.optimizer is not None else None
     try:
         for _ in range(steps):
