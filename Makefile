@@ -2,6 +2,7 @@
 # make test   runs the tests; ARGS=--exhaustive for cases that are much like others, too
 # make lint   runs ruff and mypy
 # make bench  times a training step against its peers
+# make bench-smoke  runs what measures a GPU, small and on a CPU: it works, and the loss falls
 # make sweep  finds the demo's learning rates anew (resumable)
 # make build  builds the wheel and the sdist into dist/
 #
@@ -22,7 +23,7 @@ HASH := $(firstword $(shell cksum < pyproject.toml))
 # Every model here is built from a configuration; nothing is loaded from a hub.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help install demo test lint format bench sweep build clean
+.PHONY: help install demo test lint format bench bench-smoke sweep build clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
@@ -64,6 +65,12 @@ format: install
 
 bench: $(VENV)/.installed-bench-$(HASH)
 	$(BIN)/python -m benchmarks.step $(ARGS)
+
+bench-smoke: install
+	$(BIN)/python -m benchmarks.gpu --sizes tiny --device cpu --steps 2 --out .cache/bench/gpu.json \
+	    --methods dense frozen adamw8bit lora grass-blind grass-rows grass-muon
+	$(BIN)/python -m benchmarks.llama_13b --device cpu --hidden 128 --layers 2 --rank 16 --tokens 64 --steps 20 \
+	    --out .cache/bench/13b.json
 
 sweep: $(VENV)/.installed-demo-$(HASH)
 	$(BIN)/python -m benchmarks.sweep $(ARGS)
