@@ -1,9 +1,13 @@
-"""Stochastic rounding."""
+"""How numbers are rounded to bf16."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+ROUNDS_AWAY = 2.0**-10
+"""For a rate of decay up to this, ``w * (1 - rate)`` rounds to ``w`` again, whatever bf16 number ``w`` is: the next one toward
+zero is at least ``2**-8 * |w|`` away, and what is nearer than half of that rounds back. (Twice as safe as it need be.)"""
 
 
 def round_stochastically(value: Tensor, noise: Tensor) -> Tensor:

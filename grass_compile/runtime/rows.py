@@ -21,6 +21,7 @@ from ..math.layout import layout_of, settled_state
 from ..math.noise import new_key
 from ..math.projection import SELECTORS, singular_vectors
 from ..math.refresh import settled
+from ..math.rounding import ROUNDS_AWAY
 from ..math.rule import Rule
 from ..math.transfer import to_device
 from . import schedule
@@ -66,7 +67,7 @@ class WeightRows:
     """
 
     __slots__ = (
-        "__weakref__", "_configs", "_lead", "_noise", "_owner", "_proposed", "_scratch",
+        "__weakref__", "_configs", "_decay_shows", "_lead", "_noise", "_owner", "_proposed", "_scratch",
         "assigned", "averaging", "found", "gathered", "group", "layout", "name", "number", "options", "parameter", "rule",
         "sharded",
     )  # fmt: skip
@@ -85,6 +86,7 @@ class WeightRows:
         self.averaging: Averaging | None = None
         self.sharded = is_sharded(parameter)
         self._configs: dict[Any, SiteConfig] = {}
+        self._decay_shows = False
         self.forget_rows()
 
     def forget_rows(self) -> None:
@@ -128,13 +130,24 @@ class WeightRows:
 
     def config(self) -> SiteConfig:
         """The optimizer's wishes for this weight now; the axis is fixed once it is assigned."""
-        decays = self.group["weight_decay"] != 0
+        decays = self._decays()
         axis = self.assigned.axis if self.assigned else self.options.axis
         key = (decays, axis)
         if key not in self._configs:
             rule = self.rule if self.layout is None else self.rule_over_parts(self.layout)
             self._configs[key] = dataclasses.replace(self.options.site(axis, decays, rule or self.rule), layout=self.layout)
         return self._configs[key]
+
+    def _decays(self) -> bool:
+        """Whether weight decay changes anything of a weight of the dtype it has; once it has, it is taken to."""
+        rate, decay = self.group["lr"], self.group["weight_decay"]
+        if decay == 0:
+            return False
+        rounds = self.parameter.dtype == torch.bfloat16 and not self.options.stochastic_rounding
+        if not rounds or self.rule.coupled_decay or isinstance(rate, Tensor):
+            return True
+        self._decay_shows = self._decay_shows or abs(rate * decay) > ROUNDS_AWAY
+        return self._decay_shows
 
     # ---------------------------------------------------------------------------------------- how it is spread over ranks
 
