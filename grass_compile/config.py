@@ -66,6 +66,7 @@ class SiteConfig:
         checked: whether a step whose gradient is not finite is skipped.
         projection: ``grass`` selects rows, ``galore`` projects onto singular vectors, ``gaussian`` onto random vectors.
         share_index: whether weights that read the same activations choose their columns together.
+        block: how many neighbouring rows (columns) are chosen together.
         layout: how the weight is spread over processes; None on one.
     """
 
@@ -82,6 +83,7 @@ class SiteConfig:
     checked: bool = False
     projection: ProjectionKind = "grass"
     share_index: bool = False
+    block: int = 1
     layout: Layout | None = None
 
     @property
@@ -91,14 +93,15 @@ class SiteConfig:
 
     @property
     def chosen_by(self) -> str:
-        """The use that a refresh makes of the full gradient: a selection of rows, or ``galore``."""
-        return self.selection if self.projection == "grass" else self.projection
+        """The use that a refresh makes of the full gradient: a selection of rows, see `math.selection.select`, or ``galore``."""
+        return f"{self.selection}/{self.block}" if self.projection == "grass" else self.projection
 
     @property
     def step_alone(self) -> SiteConfig:
         """The same as far as a step between refreshes goes; configurations for which this is equal share compiled steps."""
         on_refresh: OnRefresh = "carry" if self.on_refresh == "carry" else "reset"
-        return dataclasses.replace(self, on_refresh=on_refresh, selection="top", scores="exact", share_index=False, layout=None)
+        common = dataclasses.replace(self, selection="top", scores="exact", share_index=False, block=1, layout=None)
+        return dataclasses.replace(common, on_refresh=on_refresh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +123,7 @@ class GroupOptions:
     nonfinite: NonFinite
     projection: ProjectionKind
     share_index: bool
+    block: int
 
     @property
     def checked(self) -> bool:
@@ -198,7 +202,7 @@ def _check_dense_projection(values: Mapping[str, Any]) -> None:
     projection = values["projection"]
     if projection == "grass":
         return
-    for key, only in (("selection", "top"), ("share_index", False), ("scores", "exact")):
+    for key, only in (("selection", "top"), ("share_index", False), ("scores", "exact"), ("block", 1)):
         if values[key] != only:
             raise ConfigError(
                 f"{key}={values[key]!r} is about which rows are selected; projection={projection!r} selects none. Leave {key} "

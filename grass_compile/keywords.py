@@ -190,6 +190,10 @@ class ProjectKeywords(TypedDict, total=False):
     share_index: Annotated[
         bool, Keyword(False, checks.boolean, "weights that read the same activations (q, k, v; gate, up) choose columns together")
     ]
+    block: Annotated[
+        int,
+        Keyword(1, checks.positive_int, "columns are chosen so many neighbours at a time, which a GPU's memory moves together"),
+    ]
     projection: Annotated[
         ProjectionKind,
         Keyword(

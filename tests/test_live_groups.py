@@ -141,8 +141,8 @@ def test_what_is_the_optimizers_as_a_whole_goes_into_all_groups() -> None:
 
 FIXED: dict[str, Any] = {
     "rank": 8, "axis": "rows", "projection": "galore", "state_dtype": torch.float64, "on_refresh": "reset", "selection": "top",
-    "exclude": ["*b*"], "seed": 7, "scores": "sampled", "share_index": True, "stochastic_rounding": True, "amsgrad": True,
-    "maximize": True,
+    "exclude": ["*b*"], "seed": 7, "scores": "sampled", "share_index": True, "block": 2, "stochastic_rounding": True,
+    "amsgrad": True, "maximize": True,
 }  # fmt: skip
 
 

@@ -38,7 +38,7 @@ ALLOWED = {
     "runtime": (*LEAVES, "distributed", "math", "ops", "runtime"),
     "optim": (*LEAVES, "math", "ops", "runtime", "optim"),
     "backend": (*LEAVES, "distributed", "math", "ops", "passes", "runtime", "optim", "backend"),
-    "planner": (*LEAVES, "explain", "ops", "runtime", "optim", "backend", "planner"),
+    "planner": (*LEAVES, "explain", "ops", "passes", "runtime", "optim", "backend", "planner"),
     "cli": (*LEAVES, "planner", "cli"),
 }  # fmt: skip
 """What each part may import. The step is traced with the operators that it ends in."""

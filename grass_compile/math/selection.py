@@ -6,12 +6,16 @@ another with probabilities proportional to a weight: the norm (``norm``) or one 
 ``uniform`` includes every row with probability ``r/m``. For ``norm`` no weights are known that would make the sum of the drawn
 rows unbiased. No weights are applied: ``row_scale`` is one.
 
+``uniform/8`` and the like choose blocks of 8 neighbours in the same way, by the norm of each block: memory moves whole sectors,
+so that a GPU that is to read one column of a row-major matrix reads its neighbours too.
+
 Scores may hold zeros, infinities and NaN: ``r`` distinct rows are returned all the same.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 
 import torch
 from torch import Tensor
@@ -54,7 +58,8 @@ def select(selection: str, scores: Tensor, noise: Tensor | None, rank: int) -> T
     """Choose rows.
 
     Args:
-        selection: ``top`` or one of `SAMPLED`.
+        selection: ``top`` or one of `SAMPLED`; or with a block, ``top/8``, which is smaller where it would not divide the rank
+            and the number of rows.
         scores: ``[m]``, norms of the rows.
         noise: ``[m]``, uniform in (0, 1); None for ``top``.
         rank: how many.
@@ -62,10 +67,16 @@ def select(selection: str, scores: Tensor, noise: Tensor | None, rank: int) -> T
     Returns:
         ``int64[rank]``, distinct, ascending.
     """
+    selection, _, asked = selection.partition("/")
+    block = math.gcd(int(asked or 1), rank, len(scores))
+    if block > 1:
+        scores = torch.linalg.vector_norm(scores.view(-1, block), dim=1)
+        noise = noise[::block] if noise is not None else None
     if selection != "top":
         assert noise is not None
         scores = keys(selection, scores, noise.to(scores.dtype))
-    return top(scores, rank)
+    chosen = top(scores, rank // block)
+    return chosen if block == 1 else (block * chosen[:, None] + torch.arange(block, device=chosen.device)).flatten()
 
 
 def fill_with_noise(noise: Tensor, seed: int, number: int, updates: int) -> None:

@@ -277,7 +277,7 @@ class WeightRows:
         noise = self.noise(True) if config.selection in selection.DRAWN_BY_SCORE else None
         scores = selection.scores(gradient, self.assigned.dim)
         scores = scores if self.layout is None else self.layout.norms(scores)
-        return selection.select(config.selection, scores, noise, self.assigned.rank)
+        return selection.select(config.chosen_by, scores, noise, self.assigned.rank)
 
     def drawn(self) -> Tensor:
         """The rows, or the key, that the due refresh takes where they depend on no gradient."""
@@ -285,7 +285,7 @@ class WeightRows:
         if self.options.projection == "gaussian":
             return to_device(new_key(self.options.seed, self.number, self.state["updates"]), self.weight.device)
         noise = self.noise(True)
-        return selection.select(self.options.selection, torch.ones_like(noise), noise, self.assigned.rank)
+        return selection.select(self.config().chosen_by, torch.ones_like(noise), noise, self.assigned.rank)
 
     # ----------------------------------------------------------------------------------------------- going over to new rows
 

@@ -305,3 +305,65 @@ def test_adopted_optimizer_draws_too() -> None:
         optimizer.zero_grad()
         indices.append(optimizer.state[model.a.weight]["index"].clone())
     assert torch.equal(indices[0], indices[1]) and not torch.equal(indices[1], indices[2])
+
+
+# ---------------------------------------------------------------------------------------------------- blocks of neighbours
+
+
+@given(st.integers(1, 6), st.integers(1, 5), st.sampled_from([1, 2, 3, 4, 8]), st.sampled_from(SELECTIONS), st.integers(0, 5))
+def test_blocks_are_chosen_as_rows_of_their_norms(count: int, taken: int, block: int, kind: str, seed: int) -> None:
+    length, rank = count * block, min(taken, count) * block
+    scores, noise = uniforms(length, seed=seed), uniforms(length, seed=seed + 10)
+    rows = selection.select(f"{kind}/{block}", scores, noise, rank)
+    norms = scores.square().view(-1, block).sum(1).sqrt()
+    blocks = selection.select(kind, norms, noise[::block], rank // block)
+    divisor = math.gcd(block, rank, length)
+    assert divisor == block and rows.tolist() == [block * b + i for b in blocks.tolist() for i in range(block)]
+
+
+@pytest.mark.parametrize(("rank", "length", "block"), [(6, 16, 2), (8, 12, 4), (8, 16, 8), (5, 16, 1), (8, 15, 1)])
+def test_blocks_that_do_not_divide_are_smaller(rank: int, length: int, block: int) -> None:
+    rows = selection.select("uniform/8", torch.zeros(length), uniforms(length), rank).view(-1, block)
+    assert rows.unique().numel() == rank and int(rows.max()) < length
+    assert torch.equal(rows, rows[:, :1] + torch.arange(block)) and not (rows[:, 0] % block).any()
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(32, 24, bias=False)
+        with torch.no_grad():
+            self.linear.weight.normal_(generator=torch.Generator().manual_seed(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).square().mean()
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+@pytest.mark.parametrize(("kind", "scores"), [("uniform", "exact"), ("top", "exact"), ("norm", "exact"), ("top", "estimate")])
+def test_training_moves_blocks(kind: str, scores: Any, axis: Any, mode: bool) -> None:
+    model = Layer()
+    keywords: dict[str, Any] = {"selection": kind, "scores": scores, "axis": axis, "on_refresh": "reset", "stagger": False}
+    optimizer = grass_compile.AdamW(
+        model.parameters(), rank=8, block=4, weight_decay=0.0, seed=3, update_proj_gap=2, step_in_backward=mode, **keywords
+    )
+    compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
+    x = torch.randn(40, 32, generator=torch.Generator().manual_seed(1)) * torch.linspace(0.2, 2, 32)
+    dim = 0 if axis == "rows" else 1
+    seen = set()
+    for step in range(5):
+        before = model.linear.weight.detach().clone()
+        (dense,) = torch.autograd.grad(model(x), [model.linear.weight])
+        compiled(x).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        index = optimizer.state[model.linear.weight]["index"]
+        moved = (model.linear.weight.detach() != before).any(1 - dim).nonzero().flatten()
+        assert torch.equal(moved, index) or scores == "estimate"  # which names those of the next step
+        assert all(torch.equal(rows.view(-1, 4), rows.view(-1, 4)[:, :1] + torch.arange(4)) for rows in (moved, index))
+        if kind == "top" and scores == "exact" and step % 2 == 0:
+            norms = dense.movedim(dim, 0).reshape(-1, 4 * dense.shape[1 - dim]).norm(dim=1)
+            assert (index.view(-1, 4)[:, 0] // 4).tolist() == norms.topk(2).indices.sort().values.tolist()
+        seen.add(tuple(index.tolist()))
+    assert kind == "top" or len(seen) > 1

@@ -113,7 +113,7 @@ def _compact(gm: fx.GraphModule, node: fx.Node, projection: Projection, refresh:
     due, _, _ = state.pop("due", None), state.pop("nonfinite", None), state.pop("square_sum")
     if refresh and proposed is not None and action != "keep":
         groups = [] if config.layout is None else [dim.group for dim in config.layout.mesh]
-        call(gm.graph, scores.propose_, arguments[4], noise, proposed, due, config.selection, groups)
+        call(gm.graph, scores.propose_, arguments[4], noise, proposed, due, config.chosen_by, groups)
     if not refresh or proposed is not None:
         return gradient  # type: ignore[no-any-return]
     if action == "keep":
