@@ -63,6 +63,7 @@ FEATURES = [
     pytest.param(Training(ddp=how(gradient_as_bucket_view=True)), marks=pytest.mark.exhaustive),
     pytest.param(Training(ddp=how(hook=True)), marks=pytest.mark.exhaustive),
     pytest.param(Training(ddp=how(bucket_cap_mb=0.001)), marks=pytest.mark.exhaustive),
+    pytest.param(Training(how(selection="norm", block=4)), marks=pytest.mark.exhaustive),
     Training(optimizer="Muon"),
     pytest.param(Training(optimizer="AdamW8bit"), marks=pytest.mark.exhaustive),
     pytest.param(Training(optimizer="adopted"), marks=pytest.mark.exhaustive),

@@ -64,6 +64,8 @@ FEATURES = [
     pytest.param(sharded(hidden=25), marks=pytest.mark.exhaustive),
     sharded(how(selection="top", on_refresh="reset"), hidden=25),
     pytest.param(sharded(how(axis="auto")), marks=pytest.mark.exhaustive),
+    sharded(how(selection="top", block=4), hidden=24),
+    pytest.param(sharded(how(axis="rows", block=4), fsdp=how(dim=1)), marks=pytest.mark.exhaustive),
     sharded(how(stagger=True, rank=5), fsdp=how(reshard_after_forward=False)),
     sharded(how(step_in_backward=True), checkpoint=True),
     pytest.param(sharded(how(nonfinite="propagate")), marks=pytest.mark.exhaustive),

@@ -61,6 +61,8 @@ def test_two_ranks_are_one_process(ranks: Ranks, selection: str, mode: Any, plac
 FEATURES = [
     parallel(optimizer="Muon"),
     parallel(how(max_grad_norm=0.05, selection="top"), micro=2),
+    pytest.param(parallel(how(selection="top", block=4)), marks=pytest.mark.exhaustive),
+    pytest.param(parallel(how(selection="top", scores="estimate", block=2)), marks=pytest.mark.exhaustive),
     pytest.param(
         parallel(how(nonfinite="propagate", on_refresh="reset", selection="top"), checkpoint=True), marks=pytest.mark.exhaustive
     ),
