@@ -139,14 +139,19 @@ class WeightRows:
         return self._configs[key]
 
     def _decays(self) -> bool:
-        """Whether weight decay changes anything of a weight of the dtype it has; once it has, it is taken to."""
+        """Whether weight decay changes anything of a weight of the dtype it has. Once it does, or a scheduler says that it will,
+        it is taken to for good, so that no schedule compiles anything twice."""
         rate, decay = self.group["lr"], self.group["weight_decay"]
         if decay == 0:
             return False
         rounds = self.parameter.dtype == torch.bfloat16 and not self.options.stochastic_rounding
         if not rounds or self.rule.coupled_decay or isinstance(rate, Tensor):
             return True
-        self._decay_shows = self._decay_shows or abs(rate * decay) > ROUNDS_AWAY
+        if not self._decay_shows:
+            highest = max(
+                rate, *(self.group.get(name, 0.0) for name in ("initial_lr", "max_lr"))
+            )  # as torch's schedulers note them
+            self._decay_shows = abs(highest * decay) > ROUNDS_AWAY
         return self._decay_shows
 
     # ---------------------------------------------------------------------------------------- how it is spread over ranks

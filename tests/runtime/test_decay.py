@@ -79,6 +79,18 @@ def test_a_schedule_that_makes_it_show_compiles_once_more_and_stays() -> None:
     assert int(still.sum()) == 12 and not (weight == before).all(0).any()  # 4 of 16 columns are selected
 
 
+@pytest.mark.parametrize("kind", ["warmup", "one cycle"])
+def test_a_scheduler_says_beforehand_that_it_will_show(kind: str) -> None:
+    model = Net(torch.bfloat16)
+    optimizer = grass_compile.AdamW(model.named_parameters(), lr=0.1, rank=4, weight_decay=0.1)
+    if kind == "warmup":
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 1000)
+    else:
+        torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=100, div_factor=1e6)
+    record = registry.lookup(model.linear.weight)
+    assert record is not None and optimizer.param_groups[0]["lr"] < 1e-6 and record.config().decays
+
+
 @pytest.mark.parametrize(
     ("dtype", "keywords"), [(torch.float32, {}), (torch.bfloat16, {"stochastic_rounding": True})], ids=["fp32", "stochastic"]
 )
