@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -19,7 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: those of the command line; None: the process's own.
 
     Returns:
-        0; 1 if a plan does not fit or doctor found what will not work; 2 for input that makes no sense.
+        0; 1 if a plan does not fit or doctor found what will not work; 2 for input that makes no sense; 141, as a shell has it, if
+        nobody reads on.
     """
     parser = argparse.ArgumentParser(prog="grass-compile", description=__doc__)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -29,7 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     try:
         code: int = parsed.run(parsed)
+        sys.stdout.flush()
         return code
+    except BrokenPipeError:  # whoever reads has read enough (head); nor is Python to say so when it flushes at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except GrassError as error:
         if parsed.debug:
             traceback.print_exc()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -126,6 +127,15 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     assert cli.main(["doctor"]) == 1
     out = capsys.readouterr().out
     assert "torch 2.9.0 is not supported. Install torch" in out and "no C++ compiler" in out
+
+
+def test_a_reader_that_has_read_enough() -> None:
+    """As ``| head -1``."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "grass_compile", "doctor"], stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert done.returncode == 141 and b"Broken" not in done.stderr
 
 
 def test_as_a_module() -> None:
