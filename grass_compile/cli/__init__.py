@@ -21,8 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: those of the command line; None: the process's own.
 
     Returns:
-        0; 1 if a plan does not fit or doctor found what will not work; 2 for input that makes no sense; 141, as a shell has it, if
-        nobody reads on.
+        0; 1 if a plan does not fit or doctor found what will not work; 2 for input that makes no sense; 141, as a shell has it,
+        if nobody reads on.
     """
     parser = argparse.ArgumentParser(prog="grass-compile", description=__doc__)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
