@@ -103,8 +103,8 @@ def _parts(weight: CloseUp) -> tuple[tuple[str, str], ...]:
     return (
         (f"{weight.name}: its gradient as torch computes it", weight.before),
         ("as it is computed here, and what takes it", weight.after),
-        ("the node that moves the weight", weight.step),
-        ("the kernels that Inductor makes of it", weight.code),
+        ("the node that moves the weight", weight.step or "none: opt.step() moves it, by the same kernels"),
+        ("the kernels that Inductor makes of its step", weight.code),
     )
 
 

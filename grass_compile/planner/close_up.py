@@ -32,7 +32,7 @@ class CloseUp:
         name: of the parameter.
         before: the nodes of the joint graph that compute its gradient, one a line: the product, and what is done with it.
         after: the nodes in their place once it is rewritten.
-        step: the node of the backward that moves the weight.
+        step: the node of the backward that moves the weight; empty if it waits for ``opt.step()``.
         code: the kernels that Inductor makes of the step, C++ or Triton.
     """
 

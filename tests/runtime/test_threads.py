@@ -38,6 +38,9 @@ def trained(width: int, mode: bool | str, steps: int = 12) -> Tensor:
     return model.linear.weight.detach()
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.compiler, "_compile_session_context"), reason="torch refuses compiled code while any thread traces"
+)
 def test_tracing_in_one_thread_leaves_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch knows of a trace by a global: two that overlap leave it wrong for good, and one refuses what others have compiled."""
     torch._dynamo.reset()
