@@ -1,4 +1,5 @@
-"""FSDP2 (``torch.distributed.fsdp.fully_shard``): which sharded parameter a gathered one belongs to, and how it is sharded."""
+"""FSDP2 (``torch.distributed.fsdp.fully_shard``): which sharded parameter a gathered one belongs to, and how it is sharded; and
+what else is private of meshes."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ class Gathered:
         shard_dim: the dimension that is sharded.
         shard_group: the name of the group that it is sharded over.
         shard_size: how many ranks that has.
+        shard_rank: the place of this rank among them.
         replica_group: the name of the group that has the same part (HSDP), or None.
         replica_size: how many ranks that has.
         reduce_dtype: the dtype in which gradients are exchanged; None for their own.
@@ -29,6 +31,7 @@ class Gathered:
     shard_dim: int
     shard_group: str
     shard_size: int
+    shard_rank: int
     replica_group: str | None
     replica_size: int
     reduce_dtype: torch.dtype | None
@@ -77,10 +80,27 @@ def described(group: Any, sharded: Any) -> Gathered:
     return Gathered(
         parameter=sharded.sharded_param,
         shard_dim=sharded.fsdp_placement.dim,
-        shard_group="" if at is None else mesh.get_group(at).group_name,
+        shard_group="" if at is None else group_of(mesh, at),
         shard_size=1 if at is None else mesh.size(at),
-        replica_group=None if copies is None else mesh.get_group(copies).group_name,
+        shard_rank=0 if at is None else mesh.get_local_rank(at),
+        replica_group=None if copies is None else group_of(mesh, copies),
         replica_size=1 if copies is None else mesh.size(copies),
         reduce_dtype=group.mp_policy.reduce_dtype,
         source=(weakref.ref(group), weakref.ref(sharded)),
     )
+
+
+def group_of(mesh: Any, dim: int) -> str:
+    """The name of the process group of a dimension of a mesh. While something is compiled, a mesh that torch remembers from an
+    earlier one of the same ranks knows its groups by name only."""
+    try:
+        return mesh.get_group(dim).group_name  # type: ignore[no-any-return]
+    except RuntimeError:
+        return mesh._dim_group_names[dim]  # type: ignore[no-any-return]
+
+
+def strided(dim: int, parts: int) -> Any:
+    """The placement of a tensor that is sharded once more along a dimension which is in ``parts`` parts before."""
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    return _StridedShard(dim, split_factor=parts)

@@ -92,6 +92,11 @@ class SiteConfig:
         return self.checked or self.on_refresh == "carry"
 
     @property
+    def exchanges(self) -> bool:
+        """Whether a step calls collectives."""
+        return self.rule.exchanges or (self.layout is not None and self.layout.crossed is not None)
+
+    @property
     def chosen_by(self) -> str:
         """The use that a refresh makes of the full gradient: a selection of rows, see `math.selection.select`, or ``galore``."""
         return f"{self.selection}/{self.block}" if self.projection == "grass" else self.projection
@@ -100,7 +105,8 @@ class SiteConfig:
     def step_alone(self) -> SiteConfig:
         """The same as far as a step between refreshes goes; configurations for which this is equal share compiled steps."""
         on_refresh: OnRefresh = "carry" if self.on_refresh == "carry" else "reset"
-        common = dataclasses.replace(self, selection="top", scores="exact", share_index=False, block=1, layout=None)
+        layout = self.layout if self.layout is not None and self.layout.crossed is not None else None
+        common = dataclasses.replace(self, selection="top", scores="exact", share_index=False, block=1, layout=layout)
         return dataclasses.replace(common, on_refresh=on_refresh)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, fx, nn
 from . import _dynamo
 from .backend.region import Region
 from .config import BackendOptions
-from .distributed.layout import local_part
+from .distributed.crossed import part_of_gradient
 from .errors import ConfigError, GrassError
 from .optim.base import GrassOptimizer
 from .passes.records import Projection
@@ -139,15 +138,16 @@ def _row(name: str, parameter: Tensor, findings: Findings) -> Row:
     if layout is None:
         return row
     travels = layout.reduce_dtype or (record.gathered.dtype if record is not None else dtype)
-    shared = math.prod(dim.size for dim in layout.mesh if not dim.averages)
-    sent = row.compact_elements * travels.itemsize // shared if layout.averages else 0
+    sent = row.compact_elements * travels.itemsize // layout.copies if layout.averages else 0
+    if layout.crossed is not None:  # each update of a part of the features, too
+        sent += rank * layout.crossed.shape[1 - dim] * torch.promote_types(dtype, torch.float32).itemsize
     return dataclasses.replace(row, reason=f"{reason}; {layout}", spread=str(layout), sent_bytes=sent)
 
 
 def _state_bytes(parameter: Tensor, projection: Projection) -> int:
     """Bytes of the state that the update rule keeps for a weight, and of a basis."""
     config, assigned = projection.config, Assigned(projection.axis, projection.dim, projection.rank)
-    shadow = local_part(parameter.detach()).to("meta")
+    shadow = part_of_gradient(parameter.detach()).to("meta")
     how = config.on_refresh, config.rule, config.state_dtype, config.checked, config.projection
     state = initial_state(shadow, assigned, *how)
     names = (*config.rule.state_names, *(("basis",) if "basis" in state else ()))

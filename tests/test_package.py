@@ -22,7 +22,7 @@ PACKAGE = ROOT / "grass_compile"
 PRIVATE = ("_aot", "_autograd", "_described", "_dynamo", "_fsdp", "_inductor", "_simulate")
 LEAVES = (
     "_version", "errors", "checks", "keywords", "config", "report",
-    *(f"distributed.{name}" for name in ("collectives", "layout", "moving")), *PRIVATE,
+    *(f"distributed.{name}" for name in ("collectives", "crossed", "layout", "moving")), *PRIVATE,
 )  # fmt: skip
 MATH_OPERATORS = ("ops.once", "ops.rank_update", "ops.row_update")
 ALLOWED = {

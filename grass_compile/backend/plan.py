@@ -204,10 +204,12 @@ def fake_inputs(mode: Any, example_inputs: Sequence[Any], plan: Plan) -> list[Te
         for projection, slot in zip(plan.projections, plan.hyper, strict=True):
             weight = example_inputs[projection.position]
             config, layout = projection.config, projection.config.layout
-            if layout is not None and layout.shape is not None:
-                weight = torch.empty(layout.shape, dtype=layout.dtype, device=weight.device)
+            owned = weight
+            if layout is not None and layout.shape is not None and layout.part_of_gradient is not None:
+                owned = torch.empty(layout.shape, dtype=layout.dtype, device=weight.device)
+                weight = owned.new_empty(layout.part_of_gradient)
             wide = torch.promote_types(weight.dtype, torch.float32)
-            state += _fake_state(projection, weight, wide)
+            state += _fake_state(projection, weight, owned, wide)
             leaves.append(leaf_like(weight, Assigned(projection.axis, projection.dim, projection.rank)).requires_grad_())
             if slot not in hyper:
                 count = len(config.rule.hyper_names) + len(SHARED_HYPER)
@@ -216,7 +218,8 @@ def fake_inputs(mode: Any, example_inputs: Sequence[Any], plan: Plan) -> list[Te
     return [*state, *leaves, *hyper.values(), *norm]
 
 
-def _fake_state(projection: Projection, weight: Tensor, wide: torch.dtype) -> list[Tensor]:
+def _fake_state(projection: Projection, weight: Tensor, owned: Tensor, wide: torch.dtype) -> list[Tensor]:
+    """The state of a weight of the gradient's shape, of which this rank owns a part."""
     config, assigned = projection.config, Assigned(projection.axis, projection.dim, projection.rank)
     how = config.on_refresh, config.rule, config.state_dtype, config.checked, config.projection
     made = initial_state(weight, assigned, *how)
@@ -225,7 +228,7 @@ def _fake_state(projection: Projection, weight: Tensor, wide: torch.dtype) -> li
     made["square_sum"] = torch.empty(1, dtype=wide, device=weight.device)
     made["due"] = torch.empty((), dtype=torch.bool, device="cpu")
     made["noise"] = torch.empty(weight.shape[projection.dim], dtype=wide, device=weight.device)
-    made["shard"] = weight
+    made["shard"] = owned
     return [made[name] for name in Plan.state_names(projection)]
 
 

@@ -18,6 +18,12 @@ def process_group(name: str) -> Any:
     return functions._resolve_process_group(name)
 
 
+def members(name: str) -> tuple[int, ...]:
+    """The global ranks of a process group. Two groups may have the same: torch takes meshes of equal ranks for one another, so a
+    tensor may come to know its mesh by one that a script has made before."""
+    return tuple(torch.distributed.get_process_group_ranks(process_group(name)))
+
+
 def summed(tensor: Tensor, groups: Sequence[str]) -> Tensor:
     """The sum over the ranks of several groups, one after another: the same on all of them, bit for bit."""
     for name in groups:

@@ -6,7 +6,7 @@ sharded one. The first call of a region finds out which belongs to which; from t
 FSDP2 itself leaves a parameter alone that has no gradient.
 
 Rows or columns are selected along the dimension that is not sharded. So every rank has the same index, and its part of the
-moments belongs to its part of the weight.
+moments belongs to its part of the weight. (Where tensor parallelism has sharded that one, see `crossed`.)
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import _fsdp
 from ..errors import ConfigError
+from . import crossed
 from .layout import Layout, MeshDim, is_sharded, local_part
 from .tensor_parallel import layout_of as layout_of_dtensor
 
@@ -37,7 +38,7 @@ class Gatherings:
 
 
 def layout_of(label: str, found: _fsdp.Gathered, whole: Tensor) -> Layout | None:
-    """How FSDP2 spreads a weight; None if it was a ``DTensor`` before, with which FSDP2's sharding does not go here.
+    """How FSDP2 spreads a weight; None if it was a ``DTensor`` before that cannot be trained by parts.
 
     Args:
         label: the weight's name, for messages.
@@ -49,18 +50,34 @@ def layout_of(label: str, found: _fsdp.Gathered, whole: Tensor) -> Layout | None
     """
     check(label, found)
     tensor_parallel = layout_of_dtensor(whole) if is_sharded(whole) else Layout(())
-    if tensor_parallel is None or tensor_parallel.sharded_dim not in (None, found.shard_dim):
+    if tensor_parallel is None:
         return None
-    part, whole = local_part(found.parameter), local_part(whole)
-    mesh = [MeshDim(found.shard_group, found.shard_size, found.shard_dim)]
+    dim = found.shard_dim if tensor_parallel.sharded_dim is None else tensor_parallel.sharded_dim
+    mesh = [MeshDim(found.shard_group, found.shard_size, dim)]
     if found.replica_group is not None:
         mesh.append(MeshDim(found.replica_group, found.replica_size))
-    padded = -(-whole.shape[found.shard_dim] // found.shard_size)
-    total, shared = found.parameter.shape[found.shard_dim], math.prod(dim.size for dim in tensor_parallel.mesh)
+    part, whole = local_part(found.parameter), local_part(whole)
+    if dim == found.shard_dim:
+        has, (padded, empty) = None, _along(dim, found, whole, tensor_parallel)
+    else:
+        has, padded, empty = crossed.spread(tensor_parallel, whole, found)
+    return Layout(
+        mesh=(*mesh, *tensor_parallel.mesh),
+        shape=tuple(part.shape),
+        dtype=part.dtype,
+        padded=padded,
+        leaves_out_ranks=empty or tensor_parallel.leaves_out_ranks,
+        reduce_dtype=found.reduce_dtype,
+        widest=tensor_parallel.widest,
+        crossed=has,
+    )
+
+
+def _along(dim: int, found: _fsdp.Gathered, whole: Tensor, tensor_parallel: Layout) -> tuple[int, bool]:
+    """How long the longest part of a weight is, and whether some ranks have none."""
+    total, shared = found.parameter.shape[dim], math.prod(over.size for over in tensor_parallel.mesh)
     least = total - (shared - 1) * -(-total // shared)  # the shortest part that a region reads
-    empty = tensor_parallel.leaves_out_ranks or (found.shard_size - 1) * -(-least // found.shard_size) >= least
-    mesh += tensor_parallel.mesh
-    return Layout(tuple(mesh), tuple(part.shape), part.dtype, padded, empty, found.reduce_dtype, tensor_parallel.widest)
+    return -(-whole.shape[dim] // found.shard_size), (found.shard_size - 1) * -(-least // found.shard_size) >= least
 
 
 def check(label: str, found: _fsdp.Gathered) -> None:

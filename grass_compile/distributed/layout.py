@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _fsdp
 from .collectives import c10d, summed
 
 
@@ -33,6 +34,19 @@ class MeshDim:
 
 
 @dataclasses.dataclass(frozen=True)
+class Crossed:
+    """What a rank has of a weight that FSDP2 shards along the dimension along which rows are selected, see `crossed`.
+
+    Attributes:
+        shape: of its part of the gradient, and of full moments.
+        start: the first of the rows that it owns.
+    """
+
+    shape: tuple[int, ...]
+    start: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Layout:
     """A weight that several ranks train.
 
@@ -40,6 +54,7 @@ class Layout:
         mesh: the dimensions of the mesh.
         shape: of the part that this rank owns, where compiled regions read the whole; None where they read what the rank owns.
         dtype: of that part, which may be another than that of the whole; None where they are the same.
+        crossed: where the gradient and the state are spread otherwise than the weight; ``mesh`` and ``padded`` are then theirs.
         padded: how much of the sharded dimension each rank would own if all had the same, the last ones included.
         leaves_out_ranks: whether some ranks own no part of it, or one that is a single row.
         reduce_dtype: the dtype in which gradients are exchanged; None for their own.
@@ -53,12 +68,15 @@ class Layout:
     leaves_out_ranks: bool = False
     reduce_dtype: torch.dtype | None = None
     widest: int = 0
+    crossed: Crossed | None = None
 
     def __str__(self) -> str:
         copies = [dim.size for dim in self.mesh if dim.shards is None]
         if not self.parts:
             return f"the same on {self.size} ranks"
         count = " x ".join(str(dim.size) for dim in self.parts)
+        if self.crossed is not None:
+            return f"in {count} parts along both dimensions, its state along dimension {self.sharded_dim}"
         return f"in {count} parts along dimension {self.sharded_dim}{f', {copies[0]} replicas of each' if copies else ''}"
 
     @property
@@ -72,8 +90,13 @@ class Layout:
         return next((dim for dim in self.parts if dim.averages), None)
 
     @property
+    def part_of_gradient(self) -> tuple[int, ...] | None:
+        """The shape of this rank's part of the gradient, where compiled regions read the whole weight."""
+        return self.shape if self.crossed is None else self.crossed.shape
+
+    @property
     def sharded_dim(self) -> int | None:
-        """The stored dimension of the weight that is sharded, or None."""
+        """The stored dimension of the weight (of its gradient, if that is spread otherwise) that is sharded, or None."""
         return self.parts[0].shards if self.parts else None
 
     @property
@@ -141,7 +164,7 @@ def anywhere(flags: Tensor, parameters: Sequence[Tensor]) -> Tensor:
             meshes.setdefault(parameter.device_mesh, []).append(number)  # type: ignore[attr-defined]
     flags = flags.clone() if meshes else flags
     for mesh, numbers in meshes.items():
-        groups = [mesh.get_group(dim).group_name for dim in range(mesh.ndim)]
+        groups = [_fsdp.group_of(mesh, dim) for dim in range(mesh.ndim)]
         flags[numbers] = summed(flags[numbers].to(torch.int32), groups) > 0
     return flags
 
@@ -150,7 +173,7 @@ def mesh_of(parameter: Tensor) -> tuple[MeshDim, ...]:
     """The dimensions of the mesh of a ``DTensor``, with what it shards over each."""
     spread: Any = parameter
     dims = range(spread.device_mesh.ndim)
-    groups = [spread.device_mesh.get_group(at).group_name for at in dims]
+    groups = [_fsdp.group_of(spread.device_mesh, at) for at in dims]
     shards = [getattr(placement, "dim", None) for placement in spread.placements]
     return tuple(MeshDim(groups[at], spread.device_mesh.size(at), shards[at]) for at in dims)
 
@@ -201,13 +224,13 @@ def placed_like(parameter: Tensor, part: Tensor) -> Tensor:
         return _dtensor()(part, spec, requires_grad=False)  # type: ignore[no-any-return]
 
 
-def placed_along(parameter: Tensor, part: Tensor, dim: int, length: int) -> Tensor:
-    """A ``DTensor`` that is spread as a parameter is and has its shape but for ``length`` along ``dim``."""
+def placed_along(parameter: Tensor, placements: Any, part: Tensor, dim: int, length: int) -> Tensor:
+    """A ``DTensor`` of the shape of a parameter but for ``length`` along ``dim``, spread over its mesh."""
     spread: Any = parameter
     shape = list(parameter.shape)
     shape[dim] = length
     whole = dict(run_check=False, shape=torch.Size(shape), stride=(shape[1], 1))
-    return _dtensor().from_local(part, spread.device_mesh, spread.placements, **whole)  # type: ignore[no-any-return]
+    return _dtensor().from_local(part, spread.device_mesh, placements, **whole)  # type: ignore[no-any-return]
 
 
 @functools.cache

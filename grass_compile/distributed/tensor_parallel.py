@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import _fsdp
 from .layout import Layout, MeshDim
 
 
@@ -27,7 +28,7 @@ def layout_of(parameter: Tensor) -> Layout | None:
         return None
     length, size = parameter.shape[dims[0]], mesh.size(0)
     widest = -(-length // size)
-    over = MeshDim(mesh.get_group(0).group_name, size, dims[0], averages=False)
+    over = MeshDim(_fsdp.group_of(mesh, 0), size, dims[0], averages=False)
     return Layout((over,), leaves_out_ranks=length - (size - 1) * widest < 2, widest=widest)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import _autograd
+from ..distributed import crossed
 from ..errors import GraphError
 from ..ops.once import once
 from ..ops.rank_update import rank_update
@@ -78,7 +79,7 @@ def apply(
     ok, step, counts, state = _counted(config, dim, compact_grad, hyper, state)
     weight_rows = None
     if rule.reads_weight or (config.decays and rule.coupled_decay):
-        weight_rows = select(config.projection, dim, compact_grad.shape[dim], weight, selector).to(wide)
+        weight_rows = _rows_of(config, dim, compact_grad.shape[dim], weight, selector).to(wide)
     if config.decays and rule.coupled_decay:
         compact_grad = compact_grad + numbers["weight_decay"] * weight_rows
     given = dict(zip(rule.state_names, state, strict=True))
@@ -135,12 +136,25 @@ def _moved(
         else:
             weight = decayed.to(weight.dtype)
     moved: Tensor
-    if config.projection == "grass":
+    if config.layout is not None and config.layout.crossed is not None:
+        update, chosen = crossed.update_of_owned(weight, dim, selector, step_by, config.layout)
+        rows = weight.to(update.dtype) + update
+        if rounds:
+            rows = round_stochastically(rows, rounding_noise(weight.shape, numbers["seed"] + 2.0))
+        moved = torch.where(chosen, rows.to(weight.dtype), weight)
+    elif config.projection == "grass":
         moved = row_update(weight, dim, selector, step_by, noise if rounds else None)
     else:
         basis = basis_of(config.projection, selector, weight.shape[dim], step_by.shape[dim], weight.dtype)
         moved = rank_update(weight, dim, basis, step_by, numbers["seed"] if rounds else None)
     return moved
+
+
+def _rows_of(config: SiteConfig, dim: int, rank: int, weight: Tensor, selector: Tensor) -> Tensor:
+    """What the rule steps of a weight, ``[r, n]`` or ``[m, r]``."""
+    if config.layout is not None and config.layout.crossed is not None:
+        return crossed.rows_of(weight, dim, selector, config.layout)
+    return select(config.projection, dim, rank, weight, selector)
 
 
 def _unless_skipped(ok: Tensor | None, new: Tensor, old: Tensor | float) -> Tensor:

@@ -58,6 +58,7 @@ class GrassOptimizer(torch.optim.Optimizer):
             raise ConfigError(f"{type(self).__name__}: {error}") from error
         self.defaults.update(completed(self._given))
         self._settle()
+        self._manager.ranks.compare_parameters()
 
     def _settle(self) -> None:
         """Take from the groups what has to be common to all."""

@@ -63,11 +63,15 @@ def step_graphs(
             nodes[-1].meta["val"] = torch.empty_strided(shape, stride, dtype=dtype, device=device)
     _, weight, _, _, *state = nodes
     new_weight, *new_state = inline(gm.graph, traced, nodes, mode)
-    base, *update = new_weight.args
-    gm.graph.erase_node(new_weight)
-    if base is not weight:  # weight decay: the whole weight first
-        call(gm.graph, aten.copy_.default, weight, base)
-    call(gm.graph, ops.IN_PLACE[new_weight.target], weight, *update)
+    update = [new_weight]
+    if new_weight.target in ops.IN_PLACE:
+        base, *update = new_weight.args
+        gm.graph.erase_node(new_weight)
+        if base is not weight:  # weight decay: the whole weight first
+            call(gm.graph, aten.copy_.default, weight, base)
+        call(gm.graph, ops.IN_PLACE[new_weight.target], weight, *update)
+    else:  # of rows that other ranks have stepped: all that this one owns
+        call(gm.graph, aten.copy_.default, weight, new_weight)
     moments = [(old, new) for old, new in zip(state, new_state, strict=True) if new is not old]
     for old, new in moments:
         call(gm.graph, aten.copy_.default, old, new)

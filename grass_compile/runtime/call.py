@@ -164,7 +164,7 @@ class Call:
             return "several forwards of it wait for their backward"
         if record.waits:
             return "a gradient of it waits for opt.step() already"
-        if config.rule.exchanges:
+        if config.exchanges:
             return "its update exchanges numbers with other ranks"
         if record.averaging is not None and not self._syncs:
             return "no_sync() leaves it a gradient of its own on each rank"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import rank_along
+from ..distributed.crossed import placements
 from ..distributed.layout import is_sharded, local_part, placed_along
 from ..errors import StateError
 from ..keywords import AXES
@@ -56,7 +57,7 @@ def fitting(record: ProjectedParameter, entry: Mapping[str, Any]) -> tuple[Assig
         raise refuse(f"was made with another on_refresh than {options.on_refresh!r}")
     assigned = Assigned(axis, dim, rank)
     how = options.on_refresh, record.rule, options.state_dtype, options.checked, options.projection
-    fresh = initial_state(record.weight, assigned, *how)
+    fresh = initial_state(record.spanned, assigned, *how)
     for name, value in tensors.items():
         if value.shape != fresh[name].shape:
             found, kept = tuple(value.shape), tuple(fresh[name].shape)
@@ -95,10 +96,11 @@ def _is_orthonormal(basis: Tensor) -> bool:
 
 def placed(record: ProjectedParameter, entry: Mapping[str, Any]) -> dict[str, Any]:
     """Compact state of a weight of which this rank owns a part, as ``torch.distributed.checkpoint`` takes it: what belongs to the
-    part is a ``DTensor`` that is spread as the parameter is. `local` undoes this."""
+    part is a ``DTensor`` that is spread as the parameter is, or its gradient. `local` undoes this."""
     dim, rank = entry["dim"], entry[record.selector].numel()
+    along = placements(record.parameter)
     return {
-        name: placed_along(record.parameter, value, dim, rank) if record.owns_part_of(name) else value
+        name: placed_along(record.parameter, along, value, dim, rank) if record.owns_part_of(name) else value
         for name, value in entry.items()
     }
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .. import _autograd, _dynamo
 from ..distributed.averaging import from_outside
+from ..distributed.crossed import refused_outside
 from ..distributed.layout import part_like
 from ..math.finite import is_finite
 from ..math.projection import selected
@@ -35,7 +36,7 @@ def leaf_of(record: ProjectedParameter) -> Tensor:
     """The input of a compiled graph whose gradient is a weight's compact gradient."""
     if record.leaf is None:
         assert record.assigned is not None
-        record.leaf = leaf_like(record.weight, record.assigned).requires_grad_()
+        record.leaf = leaf_like(record.spanned, record.assigned).requires_grad_()
         record.leaf_node = _autograd.accumulator(record.leaf)
         _on_arrival(record, record.leaf, _deliver)
     return record.leaf
@@ -127,6 +128,8 @@ def _full(record: ProjectedParameter) -> Tensor:
     """The full gradient in a weight's ``.grad``, or the part of it that goes with the part of the weight which this rank owns."""
     full = record.parameter.grad
     assert full is not None
+    if _is_crossed(record):
+        raise refused_outside(record.label)
     full = part_like(record.parameter, full) if record.sharded else full
     return full.to_dense() if full.layout is not torch.strided else full
 
@@ -142,4 +145,11 @@ def _put(record: ProjectedParameter, made: CompactGrad) -> None:
     record.chosen = made.rows, made.fresh, made.next_rows
     record.delivered, record.seen = weakref.ref(made), record.look()
     made.on_touch = record.on_touch()
-    made.outside = functools.partial(from_outside, record.label) if record.averaging is not None else None
+    if _is_crossed(record):
+        made.outside = functools.partial(refused_outside, record.label)
+    elif record.averaging is not None:
+        made.outside = functools.partial(from_outside, record.label)
+
+
+def _is_crossed(record: ProjectedParameter) -> bool:
+    return record.layout is not None and record.layout.crossed is not None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _aot, _autograd
+from ..distributed.crossed import refused_reading
 from ..errors import StateError
 from ..math.projection import basis_of, expanded, selected
 
@@ -94,6 +95,8 @@ class CompactGrad(Tensor):
             length, rank = self.shape[self.along], self.compact.shape[self.along]
             basis = basis_of(self.projection, self.rows, length, rank, self.compact.dtype)
             return expanded(self.compact, self.along, basis).to(self.dtype)
+        if self.compact.shape[1 - self.along] != self.shape[1 - self.along]:
+            raise refused_reading(self.name_)
         full = torch.zeros(self.shape, dtype=self.compact.dtype, device=self.compact.device)
         return full.index_add_(self.along, self.rows, self.compact).to(self.dtype)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import _autograd
 from ..checks import matching
 from ..config import GroupOptions
+from ..distributed import crossed
 from ..distributed.layout import local_part, mesh_of, placed_like, why_left_out
 from ..distributed.moving import Moving
 from ..distributed.tensor_parallel import why_not
@@ -132,7 +133,7 @@ class ProjectedParameter(WeightRows):
         """The state before the first step; steps that a dense optimizer has taken with gradients of zero count."""
         options = self.options
         how = options.on_refresh, self.rule, options.state_dtype, options.checked, options.projection
-        made = initial_state(self.weight, assigned, *how)
+        made = initial_state(self.spanned, assigned, *how)
         if isinstance(taken := self.state.get("step"), Tensor) and taken.numel() == 1:
             made["step"].fill_(float(taken))
         self.state.clear()
@@ -152,7 +153,8 @@ class ProjectedParameter(WeightRows):
         if not fits(asked, shape):
             return False
         sharded = next((dim.shards for dim in mesh_of(parameter) if dim.shards is not None), None) if self.sharded else None
-        self.assigned = likely(asked, shape, sharded)
+        by_parts = crossed.selected_dim(parameter) if self.sharded else None
+        self.assigned = likely(asked, shape, sharded if by_parts is None else 1 - by_parts)
         self._start(self.assigned)
         return True
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import _autograd
 from .._version import __version__
 from ..distributed.agreement import check_settings, check_tensors
+from ..distributed.collectives import members
 from ..distributed.layout import MeshDim, is_sharded, local_part, mesh_of
 from .parameter import ProjectedParameter
 
@@ -44,6 +45,23 @@ class RankAgreement:
             self.meet([dim for parameter, record in self._records.items() if record.sharded for dim in mesh_of(parameter)])
             self._looked_at = len(self._records)  # if they differ, all ranks come here again: an error while tracing is repeated
 
+    def compare_parameters(self) -> None:
+        """Compare names, shapes and dtypes with all ranks that own parts of any parameter, before any of these is gathered: in
+        parts of unequal shapes that would hang, or end the process.
+
+        Raises:
+            ConfigError: on all ranks, with what differs.
+        """
+        mesh = [dim for parameter, record in self._records.items() if record.sharded for dim in mesh_of(parameter)]
+        mesh = list(dict.fromkeys(MeshDim(dim.group, dim.size) for dim in mesh))
+        check_settings(mesh, self._parameters(), (), True)
+
+    def _parameters(self) -> dict[str, Any]:
+        facts = {"the torch version": torch.__version__, "the version of grass_compile": __version__}
+        for number, record in enumerate(self._records.values()):
+            facts[f"parameter {number}"] = f"{record.name} {list(record.parameter.shape)} {record.parameter.dtype}"
+        return facts
+
     def meet(self, mesh: Sequence[MeshDim]) -> None:
         """Compare settings with the other ranks, once, and take their seed if it was drawn; all of them have to call this.
 
@@ -54,7 +72,8 @@ class RankAgreement:
             ConfigError: on all ranks, with what differs.
         """
         mesh = tuple(dict.fromkeys(MeshDim(dim.group, dim.size) for dim in mesh))
-        if not set(mesh) <= set(self._met):
+        met = {members(dim.group) for dim in self._met}
+        if not all(members(dim.group) in met for dim in mesh):
             self.agree(mesh)
             self._met = tuple(dict.fromkeys((*self._met, *mesh)))  # in an order that all ranks share
 
@@ -67,10 +86,9 @@ class RankAgreement:
         Raises:
             ConfigError: on all ranks, with what differs.
         """
-        facts: dict[str, Any] = {"the torch version": torch.__version__, "the version of grass_compile": __version__}
         hooked = _autograd.have_hooks([record.parameter for record in self._records.values()])
+        facts = self._parameters()
         for number, record in enumerate(self._records.values()):
-            facts[f"parameter {number}"] = f"{record.name} {list(record.parameter.shape)} {record.parameter.dtype}"
             facts |= {f"{record.label}: {name}": value for name, value in _settings(record).items()}
             facts[f"why {record.label} stays dense"] = record.refusal(record.name, hooked[number])
         seeds = tuple(record.options.seed for record in self._records.values())
@@ -88,14 +106,16 @@ class RankAgreement:
         """
         compared: dict[MeshDim, dict[str, Tensor]] = {dim: {} for dim in self._met}
         for record in self._records.values():
-            over = {dim.group for dim in mesh_of(record.parameter) if dim.shards is not None} if record.sharded else set()
+            mesh = mesh_of(record.parameter) if record.sharded else ()
+            over = {members(dim.group) for dim in mesh if dim.shards is not None}
             tensors = {name: value for name, value in record.optimizer_state().items() if isinstance(value, Tensor)}
             of_parts = {name for name, value in tensors.items() if record.owns_part_of(name) or is_sharded(value)}
             for dim, found in compared.items():
-                if dim.group not in over:
+                has_all = members(dim.group) not in over
+                if has_all:
                     found[record.label] = record.weight
                 for name, value in tensors.items():
-                    if dim.group not in over or name not in of_parts:
+                    if has_all or name not in of_parts:
                         found[f"{record.label}: {name}"] = local_part(value)
         check_tensors(compared)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import _autograd
 from ..config import GroupOptions, SiteConfig
+from ..distributed import crossed
 from ..distributed.averaging import Averaging
 from ..distributed.layout import Layout, is_sharded, local_part
 from ..errors import ConfigError, StateError
@@ -122,6 +123,11 @@ class WeightRows:
     def weight(self) -> Tensor:
         """What its steps write: the parameter, or the part of it that this rank owns."""
         return local_part(self.parameter) if self.sharded else self.parameter
+
+    @property
+    def spanned(self) -> Tensor:
+        """A tensor of the shape of this rank's part of the gradient and of full moments; what it owns, unless that is crossed."""
+        return crossed.part_of_gradient(self.parameter) if self.sharded else self.parameter
 
     @property
     def label(self) -> str:
@@ -263,7 +269,7 @@ class WeightRows:
         if self._noise is None:
             assert self.assigned is not None
             wide = torch.promote_types(self.weight.dtype, torch.float32)
-            self._noise = torch.full((self.weight.shape[self.assigned.dim],), 0.5, dtype=wide, device=self.weight.device)
+            self._noise = torch.full((self.spanned.shape[self.assigned.dim],), 0.5, dtype=wide, device=self.weight.device)
         if drawn:
             with _autograd.unversioned([self._noise]):
                 selection.fill_with_noise(self._noise, self.options.seed, self.lead.number, self.state["updates"])
@@ -305,7 +311,7 @@ class WeightRows:
         old_rows, dim, names = self.state[self.selector], self.assigned.dim, settled_state(self.config())
         rest = [self.state[name] for name in names]
         layouts = "".join(layout_of(self.rule, name)[0] for name in names)
-        new = settled(self.options.on_refresh, layouts, self.weight.shape[dim], dim, old_rows, rows, rest)
+        new = settled(self.options.on_refresh, layouts, self.spanned.shape[dim], dim, old_rows, rows, rest)
 
         def unless_skipped(value: Tensor, old: Tensor) -> Tensor:
             return value if ok is None else torch.where(ok, value, old)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import json
 import os
 import re
@@ -107,14 +108,17 @@ class Layer(nn.Module):
 
 def train_another_model(wrapper: str) -> tuple[str, float]:
     """Models in which the wrapper finds no difference: under DDP, of the same shapes in the same order; under ``fully_shard``, of
-    as many numbers."""
+    as many numbers, or of more, at which its first message would end the process."""
     other = dist.get_rank() == 1
     name = "second" if other and wrapper == "ddp" else "first"
-    shape = (24, 16) if other and wrapper == "fsdp" else (16, 24)
+    shape = {"fsdp": (24, 16), "larger": (16, 40)}.get(wrapper, (16, 24)) if other else (16, 24)
     model = Layer(name, *shape)
-    if wrapper == "fsdp":
+    if wrapper != "ddp":
         fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    optimizer = grass_compile.AdamW(model.named_parameters(), rank=2, seed=1)
+    make = functools.partial(grass_compile.AdamW, model.named_parameters(), rank=2, seed=1)
+    if wrapper != "ddp":
+        return said_by(make)
+    optimizer = make()
     run: Any = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
     run = DistributedDataParallel(run) if wrapper == "ddp" else run
     said = said_by(lambda: run(torch.ones(4, shape[0])).sum().backward())
@@ -127,6 +131,7 @@ def train_another_model(wrapper: str) -> tuple[str, float]:
     [
         ("ddp", r"parameter 0 is first.weight \[24, 16\] .* on rank 0 and second.weight"),
         ("fsdp", r"parameter 0 is first.weight \[24, 16\] .* on rank 0 and first.weight \[16, 24\]"),
+        ("larger", r"parameter 0 is first.weight \[24, 16\] .* on rank 0 and first.weight \[40, 16\]"),
     ],
 )
 def test_ranks_with_other_models_say_so_at_once(ranks: Ranks, wrapper: str, message: str) -> None:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -24,7 +25,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import grass_compile
-from grass_compile import ConfigError, NonFiniteError
+from grass_compile import ConfigError, NonFiniteError, StateError
 
 from ..pairs import every_value
 from .compare import SHAPES, compare, how
@@ -92,17 +93,86 @@ def test_four_ranks(four: Ranks, training: Training) -> None:
     compare(four, training)
 
 
+def crossed(keywords: tuple[tuple[str, Any], ...] = (), **rest: Any) -> Training:
+    return parallel(keywords, **{"mesh": (2,), "world": 4, "place": "blocks", "crossed": True, **rest})
+
+
+CROSSED = [
+    crossed(how(selection="top")),
+    crossed(how(selection="norm", step_in_backward=False, max_grad_norm=0.05), micro=2, hidden=26),
+    crossed(how(scores="estimate", selection="top", on_refresh="reset"), optimizer="SGD"),
+    crossed(how(on_refresh="carry"), optimizer="Muon"),
+    pytest.param(crossed(how(selection="top"), mesh=(1, 2)), marks=pytest.mark.exhaustive),
+    pytest.param(crossed(compiler="inductor"), marks=[pytest.mark.inductor, pytest.mark.exhaustive]),
+]
+
+
+@pytest.mark.parametrize("training", CROSSED, ids=lambda t: f"{t.optimizer}-{dict(t.how)}")
+def test_shards_along_both_dimensions(four: Ranks, training: Training) -> None:
+    """``fully_shard`` as it is by default over ``RowwiseParallel``: the state is spread along the other dimension."""
+    compare(four, training)
+
+
+def explained_crossed() -> tuple[str, int, int]:
+    """What is said of a weight of which each rank has a quarter, and how much it exchanges and keeps."""
+    run = Trained(crossed())
+    report = grass_compile.explain(run.model, batches(1)[0][:, :-1], optimizer=run.optimizer)
+    row = report["layers.0.down.weight"]
+    return row.reason, row.sent_bytes, row.state_bytes
+
+
+def test_what_is_said_of_both_dimensions(four: Ranks) -> None:
+    """``[16, 24]`` at rank 4: 4 x 12 numbers of a gradient are reduced, 4 x 6 of an update gathered, and 2 x 4 x 6 kept."""
+    for reason, sent, kept in result_of(four(explained_crossed)):
+        assert "in 2 x 2 parts along both dimensions, its state along dimension 1" in reason
+        assert (sent, kept) == (4 * (4 * 12 + 4 * 6), 4 * 2 * 4 * 6)
+
+
+def read_on_all(training: Training) -> None:
+    """A script that looks at the gradient of a weight whose rows are elsewhere."""
+    run = Trained(training)
+    run.run(batches(1)[0][:, :-1]).square().mean().backward()
+    run.model.layers[0].down.weight.grad.to_local().abs()
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [(read_on_all, "layers.0.down.weight: fully_shard and tensor"), (with_a_penalty, "comes from outside"),
+     (partly_eager, "comes from outside")],
+)  # fmt: skip
+def test_gradients_of_both_dimensions_that_are_refused(four: Ranks, function: Any, said: str) -> None:
+    for error in four(function, crossed(how(step_in_backward=False))):
+        assert isinstance(error, StateError) and said in str(error) and "shard_placement_fn" in str(error)
+
+
 @pytest.mark.parametrize("mesh", [pytest.param((), marks=pytest.mark.exhaustive), (2,)])
 def test_checkpoint(ranks: Ranks, four: Ranks, mesh: tuple[int, ...], tmp_path: Path) -> None:
     """From two ranks that share each batch to four of which two share each, and the other way round; bit for bit to the same."""
-    groups, folder = {(): ranks, (2,): four}, str(tmp_path / "checkpoint")
+    groups = {(): ranks, (2,): four}
     training = parallel(how(selection="top"), place="blocks", mesh=mesh, world=groups[mesh].size)
-    expected = result_of(groups[mesh](save_and_go_on, training, folder, 4))[0]
-    for layout, group in groups.items():
-        target = dataclasses.replace(training, mesh=layout, world=group.size)
-        found = result_of(group(load_and_go_on, target, folder, 4))[0]
+    go_on(training, groups[mesh], [(dataclasses.replace(training, mesh=m, world=g.size), g) for m, g in groups.items()], tmp_path)
+
+
+def test_checkpoint_along_both_dimensions(ranks: Ranks, four: Ranks, tmp_path: Path) -> None:
+    """To the same, to four ranks with both shards along one dimension, to tensor parallelism alone and to ``fully_shard`` alone;
+    and from there back."""
+    training = crossed(how(selection="top"))
+    others = [
+        (training, four),
+        (dataclasses.replace(training, crossed=False), four),
+        (dataclasses.replace(training, crossed=False, mesh=(), world=2), ranks),
+    ]
+    go_on(training, four, others, tmp_path / "from")
+    go_on(others[2][0], ranks, [(training, four)], tmp_path / "to")
+
+
+def go_on(training: Training, group: Ranks, others: list[tuple[Training, Ranks]], folder: Path) -> None:
+    """Save, and go on from there in others; bit for bit in the same."""
+    expected = result_of(group(save_and_go_on, training, str(folder), 4))[0]
+    for target, ranks in others:
+        found = result_of(ranks(load_and_go_on, target, str(folder), 4))[0]
         for name, weight in expected.items():
-            tolerance = 0 if layout == mesh else 1e-5
+            tolerance = 0 if target == training else 1e-5
             torch.testing.assert_close(
                 found[name], weight, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
             )
@@ -302,13 +372,18 @@ def split_whole() -> ColwiseParallel:
 
 
 def train_llama(kind: str, distributed: bool = True) -> tuple[dict[str, torch.Tensor], int]:
-    """Seven steps; the weights, and how many of them are projected."""
-    model = llama()
+    """Seven steps, under ``fully_shard`` where there are four ranks; the weights, and how many of them are projected."""
+    model, first = llama(), slice(None)
     if distributed:
-        mesh = init_device_mesh("cpu", (2,))
+        shards = dist.get_world_size() // 2
+        mesh = init_device_mesh("cpu", (shards, 2), mesh_dim_names=("shards", "tensor"))
         for path, plan in plan_of(kind):
             for module in model.get_submodule(path) if path else [model]:
-                parallelize_module(module, mesh, plan)
+                parallelize_module(module, mesh["tensor"], plan)
+        if shards > 1:
+            first = slice(2 * mesh.get_local_rank("shards"), 2 * mesh.get_local_rank("shards") + 2)
+            for layer in (*model.model.layers, model):
+                fully_shard(layer, mesh=mesh["shards"])
     named = list(model.named_parameters())
     rowwise = [pair for pair in named if pair[0].endswith(("o_proj.weight", "down_proj.weight"))]
     groups = [{"params": [pair for pair in named if pair[0] not in dict(rowwise)]}, {"params": rowwise, "axis": "rows"}]
@@ -318,7 +393,7 @@ def train_llama(kind: str, distributed: bool = True) -> tuple[dict[str, torch.Te
     compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
     generator = torch.Generator().manual_seed(1)
     for _ in range(7):
-        tokens = torch.randint(64, (4, 13), generator=generator)
+        tokens = torch.randint(64, (4, 13), generator=generator)[first]
         with loss_parallel() if distributed and kind == "loss" else contextlib.nullcontext():
             logits = compiled(input_ids=tokens[:, :-1]).logits
             F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
@@ -331,6 +406,15 @@ def train_llama(kind: str, distributed: bool = True) -> tuple[dict[str, torch.Te
 @pytest.mark.parametrize("kind", [*(pytest.param(kind, marks=pytest.mark.exhaustive) for kind in ("tensor", "loss")), "sequence"])
 def test_a_model_of_hugging_face(ranks: Ranks, kind: str) -> None:
     """With the plans of tensor, sequence and loss parallelism that are in use."""
+    _compare_llama(ranks, kind)
+
+
+def test_a_model_of_hugging_face_under_fully_shard(four: Ranks) -> None:
+    """As a script writes it: no word on what is sharded along which dimension."""
+    _compare_llama(four, "tensor")
+
+
+def _compare_llama(ranks: Ranks, kind: str) -> None:
     pytest.importorskip("transformers")
     alone, _ = train_llama(kind, distributed=False)
     for weights, projected in result_of(ranks(train_llama, kind)):

@@ -123,6 +123,7 @@ class Training:
         steps: how many.
         alone: a rank that in each step looks at a gradient and runs the model once more, as those that log do; or None.
         ddp: keywords of the DDP module; ``hook`` stands for a communication hook.
+        crossed: whether ``fully_shard`` shards every weight along dimension 0, as by default, under tensor parallelism too.
         mesh: the shape of the mesh for ``fully_shard``: one number, or two where parts have replicas; none for DDP.
         fsdp: keywords of ``fully_shard``; ``dim`` is the dimension to shard matrices along, ``dtype`` that in which a mixed
             precision policy computes.
@@ -146,6 +147,7 @@ class Training:
     mesh: tuple[int, ...] = ()
     fsdp: tuple[tuple[str, Any], ...] = ()
     tensor: int = 1
+    crossed: bool = False
     world: int = WORLD
     hidden: int = HIDDEN
     checkpoint: bool = False
@@ -181,7 +183,9 @@ def shard(model: Any, training: Training) -> None:
     if not training.mesh:
         return
     keywords["mesh"] = mesh[tuple(names[:-1])] if shared else mesh
-    dim, rowwise = keywords.pop("dim", 0), {id(layer.down.weight) for layer in model.layers} if shared else ()
+    dim, rowwise = keywords.pop("dim", 0), set()
+    if shared and not training.crossed:
+        rowwise = {id(layer.down.weight) for layer in model.layers}
     if dim or rowwise:
         keywords["shard_placement_fn"] = lambda p: Shard(1 if id(p) in rowwise else dim if p.dim() == 2 else 0)
     if dtype := keywords.pop("dtype", None):

@@ -202,9 +202,10 @@ def _flat(graph: fx.Graph, share: Share) -> fx.Node:
 def _shaped(graph: fx.Graph, flat: fx.Node, share: Share) -> fx.Node:
     """The mean, or this rank's part of it, as its anchor takes it."""
     layout, shape = share.layout, list(shape_of(share.gradient))
-    if layout.scatters is None or layout.shape is None or layout.sharded_dim is None:
+    own = layout.part_of_gradient
+    if layout.scatters is None or own is None or layout.sharded_dim is None:
         return call(graph, aten.reshape.default, flat, shape)
-    along, length = layout.sharded_dim, layout.shape[layout.sharded_dim]
+    along, length = layout.sharded_dim, own[layout.sharded_dim]
     part = call(graph, aten.reshape.default, flat, [layout.padded, shape[1 - along]])
     if length != layout.padded:
         part = call(graph, aten.slice.Tensor, part, 0, 0, length)
