@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
@@ -127,6 +129,50 @@ def test_mixed_precision(ranks: Ranks) -> None:
         found, exact = outcomes[0].weights[name], alone.weights[name]
         assert found.dtype == torch.float32
         assert (found - exact).norm() < 0.2 * (exact - start[name].detach()).norm(), name
+
+
+def train_from_meta(training: Training) -> dict[str, torch.Tensor]:
+    """Made without memory, sharded, given memory and then its first weights, as models are that fit on no single rank."""
+    torch.manual_seed(0)
+    first = Decoder().state_dict()
+    with torch.device("meta"):
+        run = Trained(training, make_optimizer=False)
+    run.model.to_empty(device="cpu")
+    set_model_state_dict(run.model, first, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    run.make_optimizer()
+    for tokens in batches(training.steps):
+        step_of(run, tokens)
+    return run.weights()
+
+
+@pytest.mark.parametrize("mesh", [(2,), pytest.param((1, 2), marks=pytest.mark.exhaustive)])
+def test_a_model_that_is_made_on_meta(ranks: Ranks, mesh: tuple[int, ...]) -> None:
+    training = sharded(how(selection="top"), mesh=mesh)
+    alone = train(training, distributed=False)
+    for found in result_of(ranks(train_from_meta, training)):
+        for name, weight in alone.weights.items():
+            torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def save_while_training(training: Training, folder: str, at: int) -> dict[str, torch.Tensor]:
+    """Save in the background, and go on at once. The thread that saves needs a group of its own."""
+    run, data, saving, group = Trained(training), batches(training.steps), None, dist.new_group(backend="gloo")
+    for step, tokens in enumerate(data):
+        if step == at:
+            weights, state = get_state_dict(run.model, run.optimizer)
+            saving = dcp.async_save({"weights": weights, "state": state}, checkpoint_id=folder, process_group=group)
+        step_of(run, tokens)
+    assert saving is not None
+    saving.result()
+    return run.weights()
+
+
+def test_a_checkpoint_that_is_saved_while_training_goes_on(ranks: Ranks, tmp_path: Path) -> None:
+    """What is loaded is the state at the time of the call, bit for bit."""
+    training, folder = sharded(how(selection="top")), str(tmp_path / "checkpoint")
+    expected = result_of(ranks(save_while_training, training, folder, 4))[0]
+    found = result_of(ranks(load_and_go_on, training, folder, 4))[0]
+    assert [name for name, weight in expected.items() if not torch.equal(found[name], weight)] == []
 
 
 def explained(training: Training) -> tuple[str, Any, Any]:

@@ -30,6 +30,7 @@ from grass_compile.ops import scores
 
 WORLD = 2
 WIDTH, HIDDEN, VOCABULARY, BATCH, LENGTH, RANK, GAP = 16, 24, 32, 8, 6, 4, 3
+DEFAULTS = {"rank": RANK, "update_proj_gap": GAP, "stagger": False, "seed": 5}
 PROJECTED = [f"layers.{number}.{name}" for number in range(2) for name in ("query", "value", "up", "down")]
 
 
@@ -212,15 +213,14 @@ class Trained:
         adopted: whether it is one of torch's own.
     """
 
-    def __init__(self, training: Training, distributed: bool = True) -> None:
+    def __init__(self, training: Training, distributed: bool = True, make_optimizer: bool = True) -> None:
         torch.manual_seed(0)
         self.training, self.distributed, self.ddp = training, distributed, None
         self.adopted = training.optimizer == "adopted"
         self.model: Any = Decoder(training.hidden, training.checkpoint)
         options: dict[str, Any] = {"compiler": training.compiler}
-        keywords: dict[str, Any] = {"rank": RANK, "update_proj_gap": GAP, "stagger": False, "seed": 5, **dict(training.how)}
         if self.adopted:
-            options |= keywords
+            options |= {**DEFAULTS, **dict(training.how)}
         if training.place == "blocks":
             for layer in self.model.layers:
                 layer.compile(backend="grass", options=options)
@@ -231,9 +231,17 @@ class Trained:
             self._wrap()
         if training.place == "around":
             self.run = torch.compile(self.run, backend="grass", options=options)
+        self.optimizer: Any = None
+        if make_optimizer:
+            self.make_optimizer()
+
+    def make_optimizer(self) -> None:
+        """Give the parameters as they are now to an optimizer."""
+        training = self.training
+        keywords: dict[str, Any] = {**DEFAULTS, **dict(training.how)}
         has_eps = self.adopted or "AdamW" in training.optimizer
         own: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, **({"eps": 1e-6} if has_eps else {})}
-        self.optimizer: Any = (
+        self.optimizer = (
             torch.optim.AdamW(self.model.parameters(), **own)
             if self.adopted
             else getattr(grass_compile, training.optimizer)(self._groups(), **own, **keywords)
