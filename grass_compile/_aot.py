@@ -29,7 +29,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only as tree_map_only
 
-from . import _autograd, _dynamo
+from . import _autograd, _dynamo, _inductor
 
 Compiled = Callable[..., Any]
 
@@ -117,6 +117,13 @@ def kept_buffers(original: fx.GraphModule, finished: fx.GraphModule) -> Iterator
         yield
     finally:
         context.fw_metadata = metadata
+
+
+def built_in_background(gm: fx.GraphModule) -> contextlib.AbstractContextManager[None]:
+    """`grass_compile._inductor.built_in_background`, for a graph and what is compiled along with it."""
+    inputs = [node.meta.get("val") for node in gm.graph.find_nodes(op="placeholder")]
+    on_cpu = all(value.device.type == "cpu" for value in inputs if isinstance(value, Tensor))
+    return _inductor.built_in_background() if on_cpu else contextlib.nullcontext()
 
 
 class Halves(Protocol):

@@ -6,11 +6,14 @@ pay anyway.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
 from torch._inductor import ir
+from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
 from torch._inductor.virtualized import V
 from torch._inductor.virtualized import ops as virtual_ops
@@ -24,6 +27,31 @@ def cpp_library(source: str) -> ctypes.CDLL:
 
     library: ctypes.CDLL = CppCodeCache.load(source)
     return library
+
+
+@contextlib.contextmanager
+def built_in_background() -> Iterator[None]:
+    """Inside, this thread does not wait for the C++ compiler after each graph: while Inductor's threads build what it has
+    generated for one, it generates the next. At the end everything is there.
+
+    Only for graphs on a CPU: Inductor keeps what it has made of Triton for its cache as soon as a graph is done.
+    """
+    plain, thread = AsyncCompile._wait_futures, threading.get_ident()
+    waiting: list[tuple[AsyncCompile, dict[str, Any]]] = []
+
+    def later(builds: AsyncCompile, scope: dict[str, Any]) -> None:
+        if threading.get_ident() == thread:
+            waiting.append((builds, scope))
+        else:
+            plain(builds, scope)
+
+    AsyncCompile._wait_futures = later  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        AsyncCompile._wait_futures = plain  # type: ignore[method-assign]
+        for builds, scope in waiting:
+            plain(builds, scope)
 
 
 def lowering(op: Any) -> Callable[[F], F]:

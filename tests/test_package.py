@@ -26,7 +26,7 @@ LEAVES = (
 )  # fmt: skip
 MATH_OPERATORS = ("ops.once", "ops.rank_update", "ops.row_update")
 ALLOWED = {
-    "_autograd": (), "_dynamo": (), "_fsdp": (), "_inductor": (), "_aot": ("_autograd", "_dynamo"),
+    "_autograd": (), "_dynamo": (), "_fsdp": (), "_inductor": (), "_aot": ("_autograd", "_dynamo", "_inductor"),
     "_described": (), "_simulate": ("_aot", "_described"),
     "_version": (), "errors": (), "report": ("errors",), "checks": ("errors",),
     "keywords": ("errors", "checks"),

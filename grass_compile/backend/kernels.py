@@ -8,10 +8,10 @@ import functools
 import hashlib
 import logging
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from .. import _aot, _autograd, _dynamo, ops
 from ..config import BackendOptions, SiteConfig
@@ -59,6 +59,12 @@ class _Step:
         self._compiled: dict[Any, Callable[..., Any]] = {}
 
     def __call__(self, *tensors: Tensor) -> None:
+        compiled = self.compiled_for(tensors)
+        with _autograd.without_autocast():
+            compiled(*tensors)
+
+    def compiled_for(self, tensors: Sequence[Tensor]) -> Callable[..., Any]:
+        """The step for tensors like these, which may be fake."""
         specs = tuple([(t.shape, t.stride(), t.dtype, t.device) for t in tensors])
         apart = _apart.get()
         known = self._compiled if apart is None else apart.setdefault(self._settings, {})
@@ -68,8 +74,17 @@ class _Step:
             make = _compiled_step if apart is None else _compiled_step.__wrapped__
             with _dynamo.compiling(), _aot.outside_of_tracing():
                 compiled = known[specs] = make(*self._settings, plain)
-        with _autograd.without_autocast():
-            compiled(*tensors)
+        return compiled
+
+
+def compile_steps(gm: fx.GraphModule) -> None:
+    """Compile the steps that a backward graph calls, rather than when it calls them."""
+    for node in gm.graph.find_nodes(op="call_function", target=ops.step_):
+        arguments: Any = node.args
+        *tensors, state, kernel = arguments
+        step = ops.kernels[kernel]
+        assert isinstance(step, _Step)
+        step.compiled_for([tensor.meta["val"] for tensor in (*tensors, *state)])
 
 
 def run(options: BackendOptions, config: SiteConfig, dim: int, *tensors: Tensor) -> None:
