@@ -50,6 +50,7 @@ static void gather(const T* in, const int64_t* index, T* out, int64_t b, int64_t
                                   int64_t threads) { \
         gather(in, index, out, b, r, row, column, (int)threads); \
     }
+GATHER(1, uint8_t)
 GATHER(2, uint16_t)
 GATHER(4, uint32_t)
 GATHER(8, uint64_t)
@@ -60,7 +61,7 @@ def gather(features: Sequence[Tensor], index: Sequence[Tensor]) -> Tensor:
     """``features[0][:, index[0]]``, and those of further tensors beside.
 
     Args:
-        features: each ``[b, m]`` of 2, 4 or 8 bytes an element, in any strides; all of one dtype.
+        features: each ``[b, m]`` of 1, 2, 4 or 8 bytes an element, in any strides; all of one dtype.
         index: for each ``int64[r]``, contiguous, in range.
 
     Returns:
@@ -77,7 +78,7 @@ def contiguous(matrix: Tensor) -> Tensor:
     """A copy in row-major order.
 
     Args:
-        matrix: 2-d, of 2, 4 or 8 bytes an element, in any strides.
+        matrix: 2-d, of 1, 2, 4 or 8 bytes an element, in any strides.
     """
     out = matrix.new_empty(matrix.shape)
     _transpose(matrix.t(), None, out)

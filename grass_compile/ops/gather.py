@@ -16,6 +16,12 @@ library.define("gather(Tensor[] features, Tensor[] index) -> Tensor")
 
 
 def _gather(features: Sequence[Tensor], index: Sequence[Tensor]) -> Tensor:
+    if features[0].element_size() == 1:  # torch gathers no float8
+        return _gather_as_it_is([x.view(torch.uint8) for x in features], index).view(features[0].dtype)
+    return _gather_as_it_is(features, index)
+
+
+def _gather_as_it_is(features: Sequence[Tensor], index: Sequence[Tensor]) -> Tensor:
     pairs = zip(features, index, strict=True)
     if on_cpu(features[0]):  # `index_select` runs on one thread only
         return torch.cat([x.t().gather(0, rows.unsqueeze(1).expand(-1, x.shape[0])) for x, rows in pairs]).t()

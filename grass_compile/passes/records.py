@@ -38,12 +38,28 @@ class Operand:
 
 
 @dataclasses.dataclass(frozen=True)
+class Scaled:
+    """What a product of float8 numbers takes beside its operands.
+
+    Attributes:
+        scales: of the left and of the right operand: one number, or one for each feature.
+        dtype: of the product.
+        fast: whether a GPU may add up in fewer bits.
+    """
+
+    scales: tuple[fx.Node, fx.Node]
+    dtype: torch.dtype
+    fast: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Product:
     """``G = left^T right``, summed over tokens; ``left`` supplies stored dimension 0, ``right`` stored dimension 1."""
 
     matmul: fx.Node
     left: Operand
     right: Operand
+    scaled: Scaled | None = None
 
     def operand(self, dim: int) -> Operand:
         """The operand that supplies stored dimension ``dim``."""

@@ -22,9 +22,10 @@ from typing import Any
 
 from torch import fx
 
+from ...checks import rank_along
 from ..context import PassContext
 from ..fx_utils import depends_on, is_tangent, outputs, shape_of
-from ..records import Cast, Concat, Gradient, Product, Refusal, Scale, Site, WeightInput, parts_of, products_of
+from ..records import Cast, Concat, Gradient, Padded, Product, Refusal, Reordered, Scale, Site, WeightInput, parts_of, products_of
 from . import costs
 from .interface import interface
 from .reasons import Refused
@@ -158,7 +159,31 @@ def obstacle(site: Site, dim: int) -> str | None:
     layout = site.weight.config.layout
     if layout is not None and layout.sharded_dim == dim:
         return f"{OWNED_BY_PARTS} along dimension {dim}"
-    return None if site.needed is not None else _obstacle(site.gradient, dim, site.weight.config.projection)
+    if site.needed is not None:
+        return None
+    return _float8_obstacle(site, dim) or _obstacle(site.gradient, dim, site.weight.config.projection)
+
+
+def _float8_obstacle(site: Site, dim: int) -> str | None:
+    """Why a product of float8 numbers cannot be taken apart along a dimension; None if it can, or there is none."""
+    products, config = [product for product in site.products if product.scaled is not None], site.weight.config
+    if not products:
+        return None
+    rank = rank_along(config.rank, site.shape[dim])
+    if rank % 16 and products[0].matmul.meta["val"].device.type != "cpu":
+        return f"it is a float8 product, for which a GPU takes only multiples of 16 rows or columns, and rank={rank} is none"
+    if config.projection != "grass":
+        return f"it is a float8 product, with which projection={config.projection!r} does not go"
+    if config.scores != "exact":
+        return f"it is a float8 product, with which scores={config.scores!r} does not go"
+    return "it is a float8 product of a part of the weight" if _is_moved(site.gradient, dim) else None
+
+
+def _is_moved(gradient: Gradient, dim: int) -> bool:
+    """Whether a float8 product's rows along ``dim`` are put elsewhere, or joined with others."""
+    if isinstance(gradient, (Concat, Padded, Reordered)) and gradient.dim == dim:
+        return any(product.scaled is not None for product in products_of(gradient))
+    return any(_is_moved(part, dim) for part in parts_of(gradient))
 
 
 def _obstacle(gradient: Gradient, dim: int, projection: str) -> str | None:

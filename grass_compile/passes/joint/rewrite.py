@@ -44,7 +44,7 @@ from ... import ops
 from ...math.projection import SELECTORS, basis_of
 from ..context import PassContext
 from ..fx_utils import call, inline, provenance, shape_of, specs_of, trace
-from ..records import Cast, Concat, Factor, Gradient, Operand, Padded, Product, Reordered, Scale, Site, parts_of
+from ..records import Cast, Concat, Factor, Gradient, Operand, Padded, Product, Reordered, Scale, Scaled, Site, parts_of
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -129,6 +129,8 @@ def _select(graph: fx.Graph, gradient: Gradient, rows: Rows) -> fx.Node:
             gathered = _gather_mapped(graph, features_last(graph, operand), rows)
         else:
             gathered = _gather(graph, features_last(graph, operand, whole=True), rows, operand.start, operand.length)
+        if gradient.scaled is not None:
+            return _scaled_matmul(graph, gathered, gradient, gradient.scaled, rows)
         return _matmul(graph, gathered, features_last(graph, gradient.operand(1 - dim)), rows)
     if isinstance(gradient, Concat) and gradient.dim == dim:
         products = [part for part in gradient.parts if isinstance(part, Product)]
@@ -267,3 +269,33 @@ def _matmul(graph: fx.Graph, gathered: fx.Node, other: fx.Node, rows: Rows) -> f
     copied = call(graph, ops.contiguous, transposed)
     copied.meta[SELECTION] = Selection(rows.position, 0, 0)  # of a full gradient, no copy is made
     return copied
+
+
+def _scaled_matmul(graph: fx.Graph, gathered: fx.Node, product: Product, scaled: Scaled, rows: Rows) -> fx.Node:
+    """`_matmul` of float8 numbers: ``_scaled_mm`` takes its first factor in row-major order and its second in column-major order,
+    so that the tokens of both lie side by side."""
+    sides = [gathered, features_last(graph, product.operand(1 - rows.dim))]
+    scales = [_scale_of(graph, product, scaled, rows, dim) for dim in (0, 1)]
+    left, right = sides[::-1] if rows.dim else sides
+    first, second = (_tokens_last(graph, side) for side in (left, right))
+    second = call(graph, aten.permute.default, second, [1, 0])
+    return call(graph, aten._scaled_mm.default, first, second, *scales, None, None, scaled.dtype, scaled.fast)
+
+
+def _tokens_last(graph: fx.Graph, features: fx.Node) -> fx.Node:
+    """``[features, tokens]`` in row-major order."""
+    turned = call(graph, aten.permute.default, features, [1, 0])
+    return call(graph, aten.clone.default, turned, memory_format=torch.contiguous_format)
+
+
+def _scale_of(graph: fx.Graph, product: Product, scaled: Scaled, rows: Rows, dim: int) -> fx.Node:
+    """The scales of one operand; of those of the selected features, where each has its own."""
+    scale, operand = scaled.scales[dim], product.operand(dim)
+    if scale.meta["val"].numel() == 1:
+        return scale
+    scale = call(graph, aten.reshape.default, scale, [1, -1])
+    if dim == rows.dim:
+        scale = _gather(graph, scale, rows, operand.start, operand.length)
+    elif operand.length != shape_of(scale)[1]:
+        scale = call(graph, aten.slice.Tensor, scale, 1, operand.start, operand.start + operand.length)
+    return scale if dim else call(graph, aten.reshape.default, scale, [-1, 1])

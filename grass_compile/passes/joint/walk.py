@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from ..fx_utils import shape_of
-from ..records import Cast, Concat, Factor, Gradient, Operand, Padded, Product, Reordered, Scale, Sum
+from ..records import Cast, Concat, Factor, Gradient, Operand, Padded, Product, Reordered, Scale, Scaled, Sum
 from .reasons import EMBEDDING, PADDED, TIED, Refused, reason
 from .shapes import PERMUTES, Dims, aligned, arguments, extent, is_one, is_same, peel, permutation
 
@@ -112,6 +112,7 @@ class Walk:
             ((aten.add.Tensor,), self._add),
             ((aten.mm.default, aten.bmm.default), self._product),
             ((aten.addmm.default,), self._addmm),
+            ((aten._scaled_mm.default,), self._scaled),
             ((aten.sum.dim_IntList,), self._sum_over_batch),
             (SCALES, self._scale),
             ((aten.slice_scatter.default,), self._padded),
@@ -248,6 +249,22 @@ class Walk:
             raise Refused("its gradient is a batch of products (one matrix per batch entry)")
         return self._operands(node, node.args[0], node.args[1], frame)
 
+    def _scaled(self, node: fx.Node, frame: Frame) -> Gradient:
+        """A product of float8 numbers, with a scale for each operand or for each of its features."""
+        left, right, *scales, bias, scale_result, dtype, fast = (*arguments(node), None, None, None, False)[:8]
+        if bias is not None or scale_result is not None:
+            raise Refused("its gradient is a float8 product with a bias or a scale of its own")
+        product = self._operands(node, left, right, frame)
+        if frame.dims[0] != (0,):
+            scales.reverse()
+        for scale, size in zip(scales, (node.meta["val"].shape[dims[0]] for dims in frame.dims), strict=True):
+            if scale.meta["val"].numel() not in (1, size):
+                raise Refused("its gradient is a float8 product with scales for blocks of it")
+        operands = (product.left, product.right)
+        plain = [dataclasses.replace(o, node=source, dims=dims) for o in operands for source, dims in [_laid_out(o.node, o.dims)]]
+        out = node.meta["val"].dtype if dtype is None else dtype
+        return Product(node, plain[0], plain[1], Scaled((scales[0], scales[1]), out, bool(fast)))
+
     def _outer(self, node: fx.Node, matmul: fx.Node, frame: Frame, tokens: Dims) -> Product | None:
         """``mul(column, row)``, summed over ``tokens`` afterwards: what a matmul over a single token is decomposed into. None if
         the multiplication is another one."""
@@ -265,7 +282,8 @@ class Walk:
             if other and all(
                 is_same(extent(x, dim, rank), shape[dim]) for x, d in zip(pair, own, strict=True) for dim in (d, *tokens)
             ):
-                return Product(matmul, *(self._operand(pair[stored], own[stored], rank, frame, stored) for stored in (0, 1)))
+                first, second = (self._operand(pair[stored], own[stored], rank, frame, stored) for stored in (0, 1))
+                return Product(matmul, first, second)
         return None
 
     def _operand(self, node: fx.Node, features: int, rank: int, frame: Frame, stored: int) -> Operand:
@@ -282,7 +300,16 @@ class Walk:
             raise Refused("its gradient mixes a batch, rows and columns")
         factors = {rank - 2: left, rank - 1: right}
         own = frame.dims[0][0], frame.dims[1][0]
-        return Product(matmul, *(self._operand(factors[own[stored]], own[stored], rank, frame, stored) for stored in (0, 1)))
+        first, second = (self._operand(factors[own[stored]], own[stored], rank, frame, stored) for stored in (0, 1))
+        return Product(matmul, first, second)
+
+
+def _laid_out(node: fx.Node, dims: Dims) -> tuple[fx.Node, Dims]:
+    """Look through permutations and the copies that only lay memory out anew."""
+    node, dims = peel(node, dims)
+    while node.target is aten.clone.default:
+        node, dims = peel(arguments(node)[0], dims)
+    return node, dims
 
 
 def _is_zero(node: Any) -> bool:
