@@ -137,9 +137,12 @@ def read_on_all(training: Training) -> None:
 
 @pytest.mark.parametrize(
     ("function", "said"),
-    [(read_on_all, "layers.0.down.weight: fully_shard and tensor"), (with_a_penalty, "comes from outside"),
-     (partly_eager, "comes from outside")],
-)  # fmt: skip
+    [
+        (read_on_all, "layers.0.down.weight: fully_shard and tensor"),
+        pytest.param(with_a_penalty, "comes from outside", marks=pytest.mark.exhaustive),
+        (partly_eager, "comes from outside"),
+    ],
+)
 def test_gradients_of_both_dimensions_that_are_refused(four: Ranks, function: Any, said: str) -> None:
     for error in four(function, crossed(how(step_in_backward=False))):
         assert isinstance(error, StateError) and said in str(error) and "shard_placement_fn" in str(error)
