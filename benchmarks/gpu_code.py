@@ -1,5 +1,5 @@
 """What the kernels of one LLaMA block move: `python -m benchmarks.gpu_code` counts bytes and operations of every kernel that
-Inductor generates for an H200, which need not be there, in a regular step.
+Inductor generates for an H200 or an A100, which need not be there, in a regular step.
 
 For each kernel: the bytes that it has to move (every element that it reads or writes, once, in its dtype) and the bytes that it
 does move, since a GPU moves whole sectors of 32 bytes: who picks single columns of a row-major matrix gets their neighbours too.
@@ -24,6 +24,7 @@ from torch._inductor.virtualized import V
 from benchmarks import record
 from benchmarks.record import number
 from grass_compile import _aot
+from grass_compile._described import describing
 from grass_compile.planner.plan import setup_of
 from grass_compile.planner.request import Request, factory, loaded
 from grass_compile.planner.training import staged, train
@@ -31,8 +32,8 @@ from grass_compile.planner.training import staged, train
 SECTOR = 32
 """Bytes that memory moves at least."""
 
-BYTES_PER_SECOND, FLOPS_PER_SECOND = 4.8e12, 990e12
-"""Of an H200, by its data sheet: memory, and dense bf16 products."""
+SHEET = {"H200": (4.8e12, 990e12), "A100": (1.555e12, 312e12)}
+"""By the data sheets (of an A100 with 40 GB): bytes a second, and operations of dense bf16 products."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Kernel:
         least: bytes of what it reads and writes.
         moved: bytes in whole sectors.
         flops: of its product.
+        gpu: what it is generated for.
     """
 
     graph: str
@@ -52,18 +54,20 @@ class Kernel:
     least: float
     moved: float
     flops: float
+    gpu: str = "H200"
 
     @property
     def seconds(self) -> float:
         """The time that it takes at least, by what bounds it."""
-        return max(self.moved / BYTES_PER_SECOND, self.flops / FLOPS_PER_SECOND)
+        memory, products = SHEET[self.gpu]
+        return max(self.moved / memory, self.flops / products)
 
 
 class Census:
     """Sees every graph after fusion, and notes its kernels."""
 
-    def __init__(self, rank: int, block: int) -> None:
-        self.rank, self.block = rank, block
+    def __init__(self, rank: int, block: int, gpu: str) -> None:
+        self.rank, self.block, self.gpu = rank, block, gpu
         self.graphs: list[tuple[str, str, list[Kernel]]] = []
         self._name, self._shape, self._has_steps = "", "", False
 
@@ -105,7 +109,7 @@ class Census:
                     seen[name, str(_index(dep)), writes] = self._bytes(dep, size, node.scheduler)
         least, moved = (_capped(seen, which, node.scheduler) for which in (0, 1))
         flops = float(node.estimate_flops() or 0) if is_product else 0.0
-        yield Kernel(self._name, kernel.removeprefix("extern_kernels.") or _origin(inner), least, moved, flops)
+        yield Kernel(self._name, kernel.removeprefix("extern_kernels.") or _origin(inner), least, moved, flops, self.gpu)
 
     def _bytes(self, dep: Any, size: int, scheduler: Any) -> tuple[float, float]:
         """Least and in sectors, of one read or write; ``size`` is how often its kernel's body runs."""
@@ -175,7 +179,7 @@ def _origin(parts: Sequence[Any]) -> str:
     return " ".join(list(dict.fromkeys(names))[:6])
 
 
-def counted(axis: str, d: int, ffn: int, tokens: int, rank: int, block: int, optimizer: str) -> list[Kernel]:
+def counted(axis: str, d: int, ffn: int, tokens: int, rank: int, block: int, optimizer: str, gpu: str = "H200") -> list[Kernel]:
     """The kernels of a regular step of one block, in order."""
     fields = {"hidden_size": d, "intermediate_size": ffn, "num_hidden_layers": 1, "num_attention_heads": d // 128}
     with tempfile.TemporaryDirectory() as folder:
@@ -183,8 +187,9 @@ def counted(axis: str, d: int, ffn: int, tokens: int, rank: int, block: int, opt
         request = Request(folder, 1, tokens, optimizer=optimizer, keywords=(("axis", axis), ("block", block), ("rank", rank)))
         model = loaded(request)
     setup = dataclasses.replace(setup_of(request, model), optimizer=factory(request))
-    census = Census(rank, block)
-    with inductor_config.patch(_post_fusion_custom_pass=census), staged("cuda"), _aot.graphs_seen_by(census.see_graph):
+    census = Census(rank, block, gpu)
+    patched, seen = inductor_config.patch(_post_fusion_custom_pass=census), _aot.graphs_seen_by(census.see_graph)
+    with patched, describing(gpu), staged("cuda"), seen:
         shadow = setup.build()
         weights = [tuple(p.shape) for p in shadow.model.layers[0].parameters() if p.dim() == 2]  # type: ignore[union-attr, index]
         shadow.model.layers[0].compile(backend="grass")  # type: ignore[union-attr, index]
@@ -226,6 +231,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_code", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--axes", nargs="+", choices=("columns", "rows"), default=["columns", "rows"])
     parser.add_argument("--optimizer", default="AdamW")
+    parser.add_argument("--gpu", choices=SHEET, default="H200", help="default H200")
     for name, value in (("d", 4096), ("ffn", 11008), ("tokens", 4096), ("rank", 256), ("block", 1)):
         parser.add_argument(f"--{name}", type=int, default=value, help=f"default {value}")
     parser.add_argument("--out", type=Path)
@@ -233,14 +239,15 @@ def main() -> int:
     found = {}
     for axis in arguments.axes:
         sizes = (arguments.d, arguments.ffn, arguments.tokens, arguments.rank, arguments.block)
-        kernels = counted(axis, *sizes, arguments.optimizer)
+        kernels = counted(axis, *sizes, arguments.optimizer, arguments.gpu)
         print(f"\n{axis}\n{report(kernels)}")
         found[axis] = [dataclasses.asdict(kernel) for kernel in kernels]
+    suffix = "" if arguments.gpu == "H200" else f"-{arguments.gpu}"
     out = (
         arguments.out
         or record.RESULTS
         / "gpu_code"
-        / f"{arguments.optimizer.lower()}-d{arguments.d}-r{arguments.rank}-block{arguments.block}.json"
+        / f"{arguments.optimizer.lower()}-d{arguments.d}-r{arguments.rank}-block{arguments.block}{suffix}.json"
     )
     record.write(out, "gpu_code", arguments, {"kernels": found})
     return 0

@@ -8,6 +8,7 @@ Inductor. What Inductor does to a *joint* graph only for a GPU, padding of produ
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -32,7 +33,34 @@ H200 = types.SimpleNamespace(
     L2_cache_size=50 << 20,
     gcnArchName="",
 )
-"""The described device, in the words of ``torch.cuda.get_device_properties``."""
+"""A GPU of compute capability 9.0, in the words of ``torch.cuda.get_device_properties``; the described device by default."""
+
+A100 = types.SimpleNamespace(
+    **{
+        **vars(H200),
+        "name": "NVIDIA A100-SXM4-40GB",
+        "major": 8,
+        "multi_processor_count": 108,
+        "shared_memory_per_block_optin": 166912,
+        "total_memory": 40 << 30,
+        "L2_cache_size": 40 << 20,
+    }
+)
+"""One of 8.0."""
+
+GPUS = {"H200": H200, "A100": A100}
+
+_described: contextvars.ContextVar[types.SimpleNamespace] = contextvars.ContextVar("described", default=H200)
+
+
+@contextlib.contextmanager
+def describing(gpu: str) -> Iterator[None]:
+    """Inside, in this thread, the described device is this one of `GPUS`."""
+    token = _described.set(GPUS[gpu])
+    try:
+        yield
+    finally:
+        _described.reset(token)
 
 
 class Driver:
@@ -41,7 +69,8 @@ class Driver:
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
 
-        return GPUTarget("cuda", H200.major * 10 + H200.minor, H200.warp_size)
+        gpu = _described.get()
+        return GPUTarget("cuda", gpu.major * 10 + gpu.minor, gpu.warp_size)
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cuda", 0)
@@ -62,7 +91,7 @@ def _caches() -> list[Callable[[], None]]:
 
 @contextlib.contextmanager
 def described_device() -> Iterator[None]:
-    """Make torch, Inductor and Triton believe in one `H200`, as far as generating code goes; nothing can run."""
+    """Make torch, Inductor and Triton believe in one GPU (see `describing`), as far as generating code goes; nothing can run."""
     from torch._decomp import decomposition_table
     from torch._dynamo.device_interface import CudaInterface
     from torch._inductor.fx_passes import reinplace
@@ -73,7 +102,7 @@ def described_device() -> Iterator[None]:
         "is_available": True,
         "device_count": 1,
         "current_device": 0,
-        "get_device_properties": H200,
+        "get_device_properties": _described.get(),
         "get_rng_state": torch.zeros(0, dtype=torch.uint8),
         "set_device": None,
         "_exchange_device": 0,

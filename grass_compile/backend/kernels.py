@@ -77,14 +77,16 @@ class _Step:
         return compiled
 
 
-def compile_steps(gm: fx.GraphModule) -> None:
-    """Compile the steps that a backward graph calls, rather than when it calls them."""
+def steps_of(gm: fx.GraphModule) -> list[tuple[_Step, list[Tensor]]]:
+    """The steps that a backward graph calls, with fake tensors like those that it will call them with."""
+    found = []
     for node in gm.graph.find_nodes(op="call_function", target=ops.step_):
         arguments: Any = node.args
         *tensors, state, kernel = arguments
         step = ops.kernels[kernel]
         assert isinstance(step, _Step)
-        step.compiled_for([tensor.meta["val"] for tensor in (*tensors, *state)])
+        found.append((step, [tensor.meta["val"] for tensor in (*tensors, *state)]))
+    return found
 
 
 def run(options: BackendOptions, config: SiteConfig, dim: int, *tensors: Tensor) -> None:

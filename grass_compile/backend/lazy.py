@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from .. import _aot, _dynamo
 from ..ops.journal import Journal, recording
-from .kernels import compile_steps
+from .kernels import steps_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,9 +122,11 @@ class LazyGraph:
         gm = self.finish(self._gm, key)
         values = [node.meta["val"] if isinstance(node, fx.Node) else None for node in _returned(gm)]
         with _aot.built_in_background(gm):
-            compile_steps(gm)
+            steps = steps_of(gm)
             with _aot.kept_buffers(self._gm, gm), _aot.reported_strides() as strides:
                 compiled = self._compile(gm)
+            for step, tensors in steps:
+                step.compiled_for(tensors)
         for number, stride in enumerate(strides or []):
             value = values[number]
             if stride is not None and isinstance(value, Tensor) and tuple(value.stride()) != tuple(stride):

@@ -28,13 +28,14 @@ def test_sectors_are_those_of_random_columns(block: int, item: int) -> None:
 
 @pytest.mark.inductor
 @pytest.mark.parametrize(
-    ("axis", "block"), [("columns", 1), ("columns", 16), pytest.param("rows", 1, marks=pytest.mark.exhaustive)]
+    ("axis", "block", "gpu"),
+    [("columns", 1, "H200"), ("columns", 16, "A100"), pytest.param("rows", 1, "H200", marks=pytest.mark.exhaustive)],
 )
-def test_a_step_moves_what_it_has_to(axis: str, block: int) -> None:
+def test_a_step_moves_what_it_has_to(axis: str, block: int, gpu: str) -> None:
     """Nothing is as large as a weight: a decay that rounds away is left out. Whole sectors where columns are in blocks."""
     pytest.importorskip("transformers", reason="builds the model")
     width, rank = 512, 32
-    kernels = gpu_code.counted(axis, width, 1024, 256, rank, block, "AdamW")
+    kernels = gpu_code.counted(axis, width, 1024, 256, rank, block, "AdamW", gpu)
     step = [kernel for kernel in kernels if kernel.graph == "step"]
     assert len(step) == 7 * 4
     weight, compact = 2 * width * width, width * rank
