@@ -46,12 +46,21 @@ def built_in_background() -> Iterator[None]:
             plain(builds, scope)
 
     AsyncCompile._wait_futures = later  # type: ignore[method-assign,assignment]
+    failed: list[BaseException] = []
     try:
         yield
-    finally:
-        AsyncCompile._wait_futures = plain  # type: ignore[method-assign]
-        for builds, scope in waiting:
+    except BaseException as error:
+        failed.append(error)
+    AsyncCompile._wait_futures = plain  # type: ignore[method-assign]
+    for builds, scope in waiting:  # all of them: Inductor may hand out the same module again
+        try:
             plain(builds, scope)
+        except BaseException as error:
+            failed.append(error)
+            with contextlib.suppress(Exception):  # Ctrl-C breaks off the wait, and not what is waited for
+                plain(builds, scope)
+    if failed:
+        raise failed[0]
 
 
 def lowering(op: Any) -> Callable[[F], F]:

@@ -63,6 +63,11 @@ class _Step:
         with _autograd.without_autocast():
             compiled(*tensors)
 
+    def forget(self) -> None:
+        """Forget what was compiled, since some of it may not be whole."""
+        self._compiled.clear()
+        _compiled_step.cache_clear()
+
     def compiled_for(self, tensors: Sequence[Tensor]) -> Callable[..., Any]:
         """The step for tensors like these, which may be fake."""
         specs = tuple([(t.shape, t.stride(), t.dtype, t.device) for t in tensors])

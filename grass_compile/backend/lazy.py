@@ -121,12 +121,17 @@ class LazyGraph:
         assert self._gm is not None and self._compile is not None and self.finish is not None
         gm = self.finish(self._gm, key)
         values = [node.meta["val"] if isinstance(node, fx.Node) else None for node in _returned(gm)]
-        with _aot.built_in_background(gm):
-            steps = steps_of(gm)
-            with _aot.kept_buffers(self._gm, gm), _aot.reported_strides() as strides:
-                compiled = self._compile(gm)
-            for step, tensors in steps:
-                step.compiled_for(tensors)
+        steps = steps_of(gm)
+        try:
+            with _aot.built_in_background(gm):
+                with _aot.kept_buffers(self._gm, gm), _aot.reported_strides() as strides:
+                    compiled = self._compile(gm)
+                for step, tensors in steps:
+                    step.compiled_for(tensors)
+        except BaseException:  # Ctrl-C too: what was generated may not have been built
+            for step, _ in steps:
+                step.forget()
+            raise
         for number, stride in enumerate(strides or []):
             value = values[number]
             if stride is not None and isinstance(value, Tensor) and tuple(value.stride()) != tuple(stride):

@@ -45,7 +45,7 @@ def spread(whole: Layout, part: Tensor, found: _fsdp.Gathered) -> tuple[Crossed,
     padded, own = _own(features, size, rank)
     total, shared = found.parameter.shape[1 - dim], math.prod(over.size for over in whole.mesh)
     least = total - (shared - 1) * whole.widest  # the fewest features that any region reads
-    empty = (size - 1) * rows >= part.shape[dim] or (size - 1) * -(-least // size) >= least
+    empty = _leaves_out(part.shape[dim], size) or any(_leaves_out(length, size) for length in (whole.widest, least))
     return Crossed(_with(part.shape, 1 - dim, own), rank * rows), padded, empty
 
 
@@ -168,6 +168,11 @@ def _own(features: int, size: int, rank: int) -> tuple[int, int]:
     """How many features the longest part has, and this rank's."""
     padded = -(-features // size)
     return padded, max(0, min(padded, features - rank * padded))
+
+
+def _leaves_out(length: int, size: int) -> bool:
+    """Whether some of ``size`` ranks have nothing of ``length`` rows."""
+    return (size - 1) * -(-length // size) >= length
 
 
 def _with(shape: Any, dim: int, length: int) -> tuple[int, ...]:

@@ -76,8 +76,10 @@ def layout_of(label: str, found: _fsdp.Gathered, whole: Tensor) -> Layout | None
 def _along(dim: int, found: _fsdp.Gathered, whole: Tensor, tensor_parallel: Layout) -> tuple[int, bool]:
     """How long the longest part of a weight is, and whether some ranks have none."""
     total, shared = found.parameter.shape[dim], math.prod(over.size for over in tensor_parallel.mesh)
-    least = total - (shared - 1) * -(-total // shared)  # the shortest part that a region reads
-    return -(-whole.shape[dim] // found.shard_size), (found.shard_size - 1) * -(-least // found.shard_size) >= least
+    widest = -(-total // shared)
+    lengths = (widest, total - (shared - 1) * widest)  # the longest part that a region reads, and the shortest
+    empty = any((found.shard_size - 1) * -(-length // found.shard_size) >= length for length in lengths)
+    return -(-whole.shape[dim] // found.shard_size), empty
 
 
 def check(label: str, found: _fsdp.Gathered) -> None:

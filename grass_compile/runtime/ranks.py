@@ -36,6 +36,7 @@ class RankAgreement:
         self._records = records
         self.seed_drawn = False
         self._met: tuple[MeshDim, ...] = ()
+        self._members: dict[str, tuple[int, ...]] = {}
         self._looked_at = 0
 
     def meet_owners(self) -> None:
@@ -72,10 +73,11 @@ class RankAgreement:
             ConfigError: on all ranks, with what differs.
         """
         mesh = tuple(dict.fromkeys(MeshDim(dim.group, dim.size) for dim in mesh))
-        met = {members(dim.group) for dim in self._met}
-        if not all(members(dim.group) in met for dim in mesh):
+        new = [dim for dim in mesh if dim.group not in self._members]
+        if new and not {members(dim.group) for dim in new} <= set(self._members.values()):
             self.agree(mesh)
             self._met = tuple(dict.fromkeys((*self._met, *mesh)))  # in an order that all ranks share
+        self._members |= {dim.group: members(dim.group) for dim in new}
 
     def agree(self, mesh: Sequence[MeshDim]) -> None:
         """Compare settings with other ranks, and take their seed if it was drawn; all of them have to call this.

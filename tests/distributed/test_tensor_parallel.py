@@ -101,7 +101,7 @@ CROSSED = [
     crossed(how(selection="top")),
     crossed(how(selection="norm", step_in_backward=False, max_grad_norm=0.05), micro=2, hidden=26),
     crossed(how(scores="estimate", selection="top", on_refresh="reset"), optimizer="SGD"),
-    crossed(how(on_refresh="carry"), optimizer="Muon"),
+    pytest.param(crossed(how(on_refresh="carry"), optimizer="Muon"), marks=pytest.mark.exhaustive),
     pytest.param(crossed(how(selection="top"), mesh=(1, 2)), marks=pytest.mark.exhaustive),
     pytest.param(crossed(compiler="inductor"), marks=[pytest.mark.inductor, pytest.mark.exhaustive]),
 ]
@@ -157,16 +157,18 @@ def test_checkpoint(ranks: Ranks, four: Ranks, mesh: tuple[int, ...], tmp_path: 
 
 
 def test_checkpoint_along_both_dimensions(ranks: Ranks, four: Ranks, tmp_path: Path) -> None:
-    """To the same, to four ranks with both shards along one dimension, to tensor parallelism alone and to ``fully_shard`` alone;
-    and from there back."""
+    """To the same, and from tensor parallelism alone."""
     training = crossed(how(selection="top"))
-    others = [
-        (training, four),
-        (dataclasses.replace(training, crossed=False), four),
-        (dataclasses.replace(training, crossed=False, mesh=(), world=2), ranks),
-    ]
-    go_on(training, four, others, tmp_path / "from")
-    go_on(others[2][0], ranks, [(training, four)], tmp_path / "to")
+    go_on(training, four, [(training, four)], tmp_path / "same")
+    go_on(dataclasses.replace(training, crossed=False, mesh=(), world=2), ranks, [(training, four)], tmp_path / "other")
+
+
+@pytest.mark.exhaustive
+def test_checkpoint_from_both_dimensions(ranks: Ranks, four: Ranks, tmp_path: Path) -> None:
+    """To four ranks with both shards along one dimension, and to tensor parallelism alone."""
+    training = crossed(how(selection="top"))
+    one = dataclasses.replace(training, crossed=False)
+    go_on(training, four, [(one, four), (dataclasses.replace(one, mesh=(), world=2), ranks)], tmp_path)
 
 
 def go_on(training: Training, group: Ranks, others: list[tuple[Training, Ranks]], folder: Path) -> None:

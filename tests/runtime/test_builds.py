@@ -73,3 +73,30 @@ def test_what_was_generated_is_built_if_the_next_graph_fails(monkeypatch: pytest
     with pytest.raises(ZeroDivisionError):
         generate_and_fail()
     assert events == ["this"]
+
+
+@pytest.mark.inductor
+def test_an_interrupted_build_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while the C++ of a backward and of its steps is built: the next backward finds all of it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(21, 25, bias=False), nn.ReLU(), nn.Linear(25, 17, bias=False))
+    optimizer = grass_compile.AdamW(model.named_parameters(), rank=4, selection="uniform", step_in_backward=True)
+    compiled = torch.compile(model, backend="grass")
+    plain, interrupts = AsyncCompile._wait_futures, [True]
+
+    def interrupted(builds: AsyncCompile, scope: dict[str, Any]) -> None:
+        if interrupts:
+            interrupts.pop()
+            raise KeyboardInterrupt
+        plain(builds, scope)
+
+    with fresh_cache(), inductor_config.patch(compile_threads=2):
+        loss = compiled(torch.ones(5, 21)).sum()
+        monkeypatch.setattr(AsyncCompile, "_wait_futures", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            loss.backward()
+        optimizer.zero_grad()
+        before = model[0].weight.detach().clone()
+        compiled(torch.ones(5, 21)).sum().backward()
+        optimizer.step()
+    assert not torch.equal(model[0].weight, before)

@@ -159,6 +159,8 @@ def obstacle(site: Site, dim: int) -> str | None:
     layout = site.weight.config.layout
     if layout is not None and layout.sharded_dim == dim:
         return f"{OWNED_BY_PARTS} along dimension {dim}"
+    if any(product.scaled is not None for product in site.products) and site.weight.config.scores != "exact":
+        return f"it is a float8 product, with which scores={site.weight.config.scores!r} does not go"
     if site.needed is not None:
         return None
     return _float8_obstacle(site, dim) or _obstacle(site.gradient, dim, site.weight.config.projection)
@@ -170,12 +172,11 @@ def _float8_obstacle(site: Site, dim: int) -> str | None:
     if not products:
         return None
     rank = rank_along(config.rank, site.shape[dim])
-    if rank % 16 and products[0].matmul.meta["val"].device.type != "cpu":
-        return f"it is a float8 product, for which a GPU takes only multiples of 16 rows or columns, and rank={rank} is none"
+    sizes = (rank, *(operand.length for product in products for operand in (product.left, product.right)))
+    if any(size % 16 for size in sizes) and products[0].matmul.meta["val"].device.type != "cpu":
+        return f"it is a float8 product, for which a GPU takes only multiples of 16, with rank {rank} of {list(site.shape)}"
     if config.projection != "grass":
         return f"it is a float8 product, with which projection={config.projection!r} does not go"
-    if config.scores != "exact":
-        return f"it is a float8 product, with which scores={config.scores!r} does not go"
     return "it is a float8 product of a part of the weight" if _is_moved(site.gradient, dim) else None
 
 

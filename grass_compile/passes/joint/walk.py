@@ -258,7 +258,7 @@ class Walk:
         if frame.dims[0] != (0,):
             scales.reverse()
         for scale, size in zip(scales, (node.meta["val"].shape[dims[0]] for dims in frame.dims), strict=True):
-            if scale.meta["val"].numel() not in (1, size):
+            if scale.meta["val"].numel() != 1 and shape_of(scale) not in ((size, 1), (1, size)):
                 raise Refused("its gradient is a float8 product with scales for blocks of it")
         operands = (product.left, product.right)
         plain = [dataclasses.replace(o, node=source, dims=dims) for o in operands for source, dims in [_laid_out(o.node, o.dims)]]
