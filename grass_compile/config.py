@@ -94,7 +94,12 @@ class SiteConfig:
     @property
     def exchanges(self) -> bool:
         """Whether a step calls collectives."""
-        return self.rule.exchanges or (self.layout is not None and self.layout.crossed is not None)
+        return self.rule.exchanges or self.crossed is not None
+
+    @property
+    def crossed(self) -> Layout | None:
+        """The layout, where the gradient and the state are spread otherwise than the weight; None for any other weight."""
+        return self.layout if self.layout is not None and self.layout.crossed is not None else None
 
     @property
     def chosen_by(self) -> str:
@@ -105,8 +110,7 @@ class SiteConfig:
     def step_alone(self) -> SiteConfig:
         """The same as far as a step between refreshes goes; configurations for which this is equal share compiled steps."""
         on_refresh: OnRefresh = "carry" if self.on_refresh == "carry" else "reset"
-        layout = self.layout if self.layout is not None and self.layout.crossed is not None else None
-        common = dataclasses.replace(self, selection="top", scores="exact", share_index=False, block=1, layout=layout)
+        common = dataclasses.replace(self, selection="top", scores="exact", share_index=False, block=1, layout=self.crossed)
         return dataclasses.replace(common, on_refresh=on_refresh)
 
 

@@ -273,7 +273,8 @@ def check_sharded(analysis: Analysis) -> None:
             raise ConfigError(
                 f"{refusal.weight.name}: {refusal.reason}. Columns go with a weight that is sharded along dimension 0 "
                 "(fully_shard by default, ColwiseParallel), rows with one along dimension 1 (fully_shard(..., "
-                "shard_placement_fn=lambda parameter: Shard(1)), RowwiseParallel); axis='auto' takes what goes."
+                "shard_placement_fn=lambda parameter: Shard(1)), RowwiseParallel). Where both shard it, fully_shard's dimension "
+                "goes. axis='auto' takes what goes."
             )
 
 

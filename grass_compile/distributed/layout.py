@@ -75,9 +75,10 @@ class Layout:
         if not self.parts:
             return f"the same on {self.size} ranks"
         count = " x ".join(str(dim.size) for dim in self.parts)
+        along = f"dimension {self.sharded_dim}"
         if self.crossed is not None:
-            return f"in {count} parts along both dimensions, its state along dimension {self.sharded_dim}"
-        return f"in {count} parts along dimension {self.sharded_dim}{f', {copies[0]} replicas of each' if copies else ''}"
+            along = f"both dimensions, its state along {along}"
+        return f"in {count} parts along {along}{f', {copies[0]} replicas of each' if copies else ''}"
 
     @property
     def parts(self) -> tuple[MeshDim, ...]:

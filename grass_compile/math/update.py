@@ -136,8 +136,8 @@ def _moved(
         else:
             weight = decayed.to(weight.dtype)
     moved: Tensor
-    if config.layout is not None and config.layout.crossed is not None:
-        update, chosen = crossed.update_of_owned(weight, dim, selector, step_by, config.layout)
+    if config.crossed is not None:
+        update, chosen = crossed.update_of_owned(weight, dim, selector, step_by, config.crossed)
         rows = weight.to(update.dtype) + update
         if rounds:
             rows = round_stochastically(rows, rounding_noise(weight.shape, numbers["seed"] + 2.0))
@@ -152,8 +152,8 @@ def _moved(
 
 def _rows_of(config: SiteConfig, dim: int, rank: int, weight: Tensor, selector: Tensor) -> Tensor:
     """What the rule steps of a weight, ``[r, n]`` or ``[m, r]``."""
-    if config.layout is not None and config.layout.crossed is not None:
-        return crossed.rows_of(weight, dim, selector, config.layout)
+    if config.crossed is not None:
+        return crossed.rows_of(weight, dim, selector, config.crossed)
     return select(config.projection, dim, rank, weight, selector)
 
 

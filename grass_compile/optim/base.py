@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,12 +13,13 @@ from .. import _dynamo
 from ..config import parse_group
 from ..distributed.layout import MeshDim, sharded_by, spread_differently
 from ..distributed.moving import Moving
-from ..errors import ConfigError, GrassWarning, StateError
+from ..errors import ConfigError, StateError
 from ..keywords import COMMON, PROJECT, check_names, completed
 from ..math.rule import Rule
 from ..runtime.checkpoint import check_dense, fitting, local, placed, unprotect
 from ..runtime.compact import Assigned, is_compact
 from ..runtime.manager import ProjectionManager
+from ..runtime.moving import check_blind, moved_last
 from ..runtime.parameter import ProjectedParameter
 from ..runtime.step_checks import check_idle, check_rows, check_step
 from ..runtime.watch import Fusion
@@ -49,7 +49,6 @@ class GrassOptimizer(torch.optim.Optimizer):
         self._given = _with_seed(own)
         self._manager = ProjectionManager(self, False)
         self._manager.ranks.seed_drawn = own.get("seed") is None
-        self._warned = False
         try:
             super().__init__(params, **torch_keywords)
         except ConfigError:
@@ -78,7 +77,6 @@ class GrassOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         if "rule" not in state:  # torch calls this in `load_state_dict` too
             return
-        self._warned = False
         self._manager = ProjectionManager(self, False)
         self.param_groups = [ParamGroup(group, self) for group in self.param_groups]
         for group in self.param_groups:
@@ -186,8 +184,8 @@ class GrassOptimizer(torch.optim.Optimizer):
         manager = self._manager
         manager.drop_guesses()
         check_step(manager)
-        self._warn_uncompiled()
-        if manager.unread and self._initialises():
+        manager.warn_uncompiled()
+        if manager.unread and manager.initialises:
             manager.guess_states()
         manager.warn_of_nothing()
         if manager.max_norm is not None and not manager.clipped:
@@ -234,29 +232,6 @@ class GrassOptimizer(torch.optim.Optimizer):
         self._manager.leave_off()
         super().zero_grad(set_to_none)
 
-    def _warn_uncompiled(self) -> None:
-        """Say once that nothing is compiled."""
-        if self._warned or any(record.assigned for record in self._manager.records.values()):
-            return
-        dense = [
-            record.name
-            for parameter, record in self._manager.records.items()
-            if parameter.grad is not None and record.options.rank is not None and parameter.dim() == 2
-        ]
-        if dense and not self._initialises() and not any(self.state.get(parameter) for parameter in self._manager.records):
-            self._warned = True
-            warnings.warn(
-                f"{len(dense)} weights, {dense[0] or 'unnamed'} the first, got full gradients: no compiled backward holds them. "
-                'Compile the model: model = torch.compile(model, backend="grass"). If it is compiled, Dynamo runs the part that '
-                'uses them uncompiled, as it does nn.LSTM and other recurrent layers; TORCH_LOGS="graph_breaks" says why.',
-                GrassWarning,
-                stacklevel=_dynamo.stacklevel_of_caller(),
-            )
-
-    def _initialises(self) -> bool:
-        """Whether this is how ``torch.distributed.checkpoint`` has an optimizer make its state: a step at a rate of zero."""
-        return all(float(group["lr"]) == 0 for group in self.param_groups)
-
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """``GradScaler.step`` reads this first.
@@ -296,12 +271,12 @@ class GrassOptimizer(torch.optim.Optimizer):
         """
         self._manager.ranks.agree(mesh)
         for record in self._manager.records.values():
-            record.check_blind()
+            check_blind(record)
 
     def moving(self, parameter: Tensor) -> Moving | None:
         """What of a parameter the last step has moved; None if that is all of it, or this optimizer does not hold it."""
         record = self._manager.records.get(parameter)
-        return None if record is None else record.moving()
+        return None if record is None else moved_last(record)
 
     def accumulate(self) -> contextlib.AbstractContextManager[None]:
         """For every micro-batch but the last: inside, ``backward()`` leaves compact gradients and moves nothing.

@@ -21,7 +21,7 @@ from .training import blocks_of, staged, train
 
 aten = torch.ops.aten
 
-PRODUCTS = (aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default)
+PRODUCTS = (aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default, aten._scaled_mm.default)
 
 
 @dataclasses.dataclass(frozen=True)

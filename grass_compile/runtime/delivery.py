@@ -128,7 +128,7 @@ def _full(record: ProjectedParameter) -> Tensor:
     """The full gradient in a weight's ``.grad``, or the part of it that goes with the part of the weight which this rank owns."""
     full = record.parameter.grad
     assert full is not None
-    if _is_crossed(record):
+    if record.config().crossed is not None:
         raise refused_outside(record.label)
     full = part_like(record.parameter, full) if record.sharded else full
     return full.to_dense() if full.layout is not torch.strided else full
@@ -145,11 +145,7 @@ def _put(record: ProjectedParameter, made: CompactGrad) -> None:
     record.chosen = made.rows, made.fresh, made.next_rows
     record.delivered, record.seen = weakref.ref(made), record.look()
     made.on_touch = record.on_touch()
-    if _is_crossed(record):
+    if record.config().crossed is not None:
         made.outside = functools.partial(refused_outside, record.label)
     elif record.averaging is not None:
         made.outside = functools.partial(from_outside, record.label)
-
-
-def _is_crossed(record: ProjectedParameter) -> bool:
-    return record.layout is not None and record.layout.crossed is not None

@@ -136,7 +136,9 @@ class CompactGrad(Tensor):
         if func is aten.clone.default:
             grad = args[0]
             held = grad.along, grad, grad.name_, grad.fresh, grad.next_rows, grad.projection
-            return CompactGrad(grad.compact.clone(), grad.rows.clone(), *held)
+            copy = CompactGrad(grad.compact.clone(), grad.rows.clone(), *held)
+            copy.outside = grad.outside
+            return copy
         if func is aten.zero_.default:
             args[0].zeroed = True
         if func in _IN_PLACE and _is_number(*args[1:]):

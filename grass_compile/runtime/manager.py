@@ -235,6 +235,29 @@ class ProjectionManager:
                 "backward(inputs=...): projected weights cannot be named there; call it without inputs.",
             )
 
+    def warn_uncompiled(self) -> None:
+        """Say once that nothing is compiled."""
+        records = self.records.values()
+        if "uncompiled" in self._warned or any(record.assigned for record in records):
+            return
+        dense = [
+            record.name
+            for parameter, record in self.records.items()
+            if parameter.grad is not None and record.options.rank is not None and parameter.dim() == 2
+        ]
+        if dense and not self.initialises and not any(record.optimizer_state() for record in records):
+            self.warn_once(
+                "uncompiled",
+                f"{len(dense)} weights, {dense[0] or 'unnamed'} the first, got full gradients: no compiled backward holds them. "
+                'Compile the model: model = torch.compile(model, backend="grass"). If it is compiled, Dynamo runs the part that '
+                'uses them uncompiled, as it does nn.LSTM and other recurrent layers; TORCH_LOGS="graph_breaks" says why.',
+            )
+
+    @property
+    def initialises(self) -> bool:
+        """Whether this is how ``torch.distributed.checkpoint`` has an optimizer make its state: a step at a rate of zero."""
+        return self.optimizer is not None and all(float(group["lr"]) == 0 for group in self.optimizer.param_groups)
+
     def pending(self) -> dict[Tensor, CompactGrad]:
         """The compact gradients that wait."""
         found = {parameter: record.pending for parameter, record in self.records.items()}

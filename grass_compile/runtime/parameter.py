@@ -18,9 +18,8 @@ from ..checks import matching
 from ..config import GroupOptions
 from ..distributed import crossed
 from ..distributed.layout import local_part, mesh_of, placed_like, why_left_out
-from ..distributed.moving import Moving
 from ..distributed.tensor_parallel import why_not
-from ..errors import ConfigError, StateError
+from ..errors import StateError
 from ..math import selection
 from ..math.layout import step_state
 from ..math.rule import Rule
@@ -352,29 +351,6 @@ class ProjectedParameter(WeightRows):
     def doubt(self) -> None:
         """Have `follow` see for itself whether the columns still agree."""
         self._agrees = False
-
-    def check_blind(self) -> None:
-        """Refuse rows that workers with other batches would choose otherwise.
-
-        Raises:
-            ConfigError: they are chosen by the gradient.
-        """
-        options = self.options
-        can = options.rank is not None and self.parameter.dim() == 2 and self.refusal(self.name, False) is None
-        if can and options.projection == "grass" and not options.blind:
-            raise ConfigError(
-                f"{self.label}: selection={options.selection!r} chooses its rows by the gradient, which is another on each "
-                "worker, so that each would move other rows. Use selection='uniform', or DiLoCo(sparse=False), which sends whole "
-                "weights."
-            )
-
-    def moving(self) -> Moving | None:
-        """What the last step has moved; None if that is all of the weight."""
-        state = self.optimizer_state()
-        if self.assigned is None or "index" not in state:
-            return None
-        decays = self.config().decays and not self.rule.coupled_decay
-        return Moving(self.assigned.dim, state["index"], state["updates"], decays, state["nonfinite"])
 
     # ------------------------------------------------------------------------------------------------------ after a step
 

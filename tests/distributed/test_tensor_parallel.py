@@ -102,6 +102,8 @@ CROSSED = [
     crossed(how(selection="norm", step_in_backward=False, max_grad_norm=0.05), micro=2, hidden=26),
     crossed(how(scores="estimate", selection="top", on_refresh="reset"), optimizer="SGD"),
     pytest.param(crossed(how(on_refresh="carry"), optimizer="Muon"), marks=pytest.mark.exhaustive),
+    crossed(how(selection="top"), fsdp=how(dim=1)),
+    pytest.param(crossed(how(selection="top"), mesh=(2, 1)), marks=pytest.mark.exhaustive),
     pytest.param(crossed(how(selection="top"), mesh=(1, 2)), marks=pytest.mark.exhaustive),
     pytest.param(crossed(compiler="inductor"), marks=[pytest.mark.inductor, pytest.mark.exhaustive]),
 ]
