@@ -155,3 +155,52 @@ def test_what_does_not_go_is_said(keywords: dict[str, Any], said: str) -> None:
     optimizer = optimizer_of(model, **keywords)
     report = grass_compile.explain(model, inputs(), optimizer=optimizer)
     assert all(said in report[f"{name}.weight"].reason for name in ("up", "down"))
+
+
+class RowWise(torch.autograd.Function):
+    """A linear layer whose weight gradient is one float8 product with a scale for each row and each column."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        first, scale_first = in_float8(grad_out)
+        second, scale_second = in_float8(x)
+        numbers = first.t().contiguous(), second.t().contiguous().t()
+        gradient = torch._scaled_mm(*numbers, scale_first.reshape(-1, 1), scale_second, out_dtype=torch.bfloat16)
+        return grad_out @ weight, gradient
+
+
+def in_float8(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each column the largest is 448."""
+    scale = tensor.abs().amax(0, keepdim=True).float().clamp(min=1e-12) / 448
+    return (tensor.float() / scale).to(torch.float8_e4m3fn), scale
+
+
+class RowWiseModel(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        up: Tensor = RowWise.apply(x, self.up.weight)
+        return RowWise.apply(up.relu(), self.down.weight)  # type: ignore[no-any-return]
+
+
+@every_value(axis=["rows", "columns"], selection=["uniform", "top"])
+def test_scales_of_the_selected_features(axis: str, selection: str) -> None:
+    """Where the product itself takes a scale for each row and column, it gets those of the selected ones."""
+    torch.manual_seed(0)
+    model, x = RowWiseModel().bfloat16(), inputs()
+    optimizer = optimizer_of(model, axis=axis, selection=selection)
+    compiled = torch.compile(model, backend="grass", options={"compiler": "aot_eager"})
+    for step in range(4):
+        eager = copy.deepcopy(model)
+        loss_of(eager, x).backward()
+        loss_of(compiled, x).backward()
+        for name, parameter in model.named_parameters():
+            rows, dim = parameter.grad.rows, parameter.grad.along
+            expected = dict(eager.named_parameters())[name].grad.index_select(dim, rows).float()
+            assert (parameter.grad.compact - expected).norm() < 2e-3 * expected.norm(), (name, step)
+        optimizer.step()
+        optimizer.zero_grad()
